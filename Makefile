@@ -1,0 +1,31 @@
+# Each target works alone on a machine with Python and make; .venv is made when it is missing.
+PYTHON ?= python3
+RUN ?= runs/demo
+BIN := .venv/bin
+
+.PHONY: demo test check format clean
+
+demo: .venv/installed  ## train LensNet on real text under the guard and show that the invariant held
+	rm -rf $(RUN)
+	$(BIN)/megacontext train --run-dir $(RUN)
+
+test: .venv/installed  ## every test, in parallel
+	$(BIN)/pytest -n auto
+
+check: .venv/installed  ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev]"
+	touch $@

@@ -1,0 +1,8 @@
+"""Settings for every test: one torch thread per worker, and Hypothesis without wall-clock limits."""
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # the workers share the cores among themselves
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")

@@ -1,0 +1,64 @@
+"""The ledger of one micro-step: which calls spent which budget, and what went wrong meanwhile."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lensnet_guard.record import CallRecord
+
+if TYPE_CHECKING:
+    from lensnet_guard.errors import LensNetViolation
+
+
+class MicroStep:
+    """One forward/backward of one micro-batch, as the guard keeps book of it.
+
+    A micro-step may be shared by several threads (``guard.carry``); the guard holds its lock from
+    reading a budget to spending it, so that no two calls can spend the same unit.
+
+    Args:
+        step: optimizer step, or None for a sanctioned scope that stands alone.
+        micro_step: number of the micro-batch inside the step, or None likewise.
+        due: calls per scope or caller that must have been made when the micro-step ends.
+    """
+
+    def __init__(self, step: int | None, micro_step: int | None, due: Mapping[str, int]) -> None:
+        self.step = step
+        self.micro_step = micro_step
+        self.due = due
+        self.violations: list[LensNetViolation] = []
+        self._spent: dict[str, list[CallRecord]] = {}
+
+    def spent(self, scope: str) -> list[CallRecord]:
+        """The calls that spent the budget of ``scope``, oldest first."""
+        return self._spent.get(scope, [])
+
+    def spend(self, scope: str, record: CallRecord) -> None:
+        """Book one call on the budget of ``scope``."""
+        self._spent.setdefault(scope, []).append(record)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Calls made so far, by scope; due scopes without a call are listed with 0."""
+        return {**dict.fromkeys(self.due, 0), **{s: len(c) for s, c in self._spent.items()}}
+
+    def unmet(self) -> dict[str, tuple[int, int]]:
+        """``{scope: (made, due)}`` of every budget that was not spent in full."""
+        made = self.calls
+        return {s: (made[s], due) for s, due in self.due.items() if made[s] < due}
+
+    def raise_swallowed(self) -> None:
+        """Raise the first violation of this micro-step again: the body must have swallowed it."""
+        if self.violations:
+            raise self.violations[0]
+
+    def note_swallowed(self, error: BaseException) -> None:
+        """Tell of swallowed violations on an unrelated exception that is on its way out."""
+        if not self.violations or not hasattr(error, "add_note"):  # Python 3.10 has no notes
+            return
+        seen: BaseException | None = error
+        while seen is not None:
+            if seen in self.violations:
+                return
+            seen = seen.__cause__ or seen.__context__
+        headline = str(self.violations[0]).partition("\n")[0]
+        error.add_note(f"Before this, a LensNetViolation was swallowed: {headline}")

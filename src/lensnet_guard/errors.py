@@ -1,0 +1,135 @@
+"""The violations, and the words in which each explains itself.
+
+A violation carries all its evidence: the record of the refused call, the earlier calls that spent
+the budget, and a message that says what happened, where, and what to do. It survives pickling.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lensnet_guard.record import CallRecord
+
+
+class LensNetViolation(Exception):
+    """A broken call contract. Never raised itself, only as one of its subclasses.
+
+    Attributes:
+        record: the refused call (or the unmet budget) with its stack and context.
+        earlier: the allowed calls of the same micro-step that had spent the budget before.
+    """
+
+    headline = "{module} broke its call contract"
+    remedy = ""
+
+    def __init__(
+        self, message: str, record: "CallRecord", earlier: Sequence["CallRecord"] = ()
+    ) -> None:
+        super().__init__(message)
+        self.record = record
+        self.earlier = tuple(earlier)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.record, self.earlier)
+
+
+class UnsanctionedCall(LensNetViolation):
+    """A training call outside every sanctioned scope."""
+
+    headline = "{module} was called in training outside its sanctioned scope"
+    remedy = (
+        "Remove the call, or run it in inference context outside the micro-step. Only the "
+        "contract's one caller opens {sanction}."
+    )
+
+
+class BudgetExceeded(LensNetViolation):
+    """A training call in a sanctioned scope whose budget is spent."""
+
+    headline = "{module} was called in training more often than its budget allows"
+    remedy = (
+        "Score everything in one batched call, or raise the budget in CallPolicy "
+        "if the contract really allows more."
+    )
+
+
+class BudgetUnmet(LensNetViolation):
+    """A micro-step that ended with fewer calls than its budget."""
+
+    headline = "A micro-step ended before the call budget of {module} was met"
+    remedy = (
+        "Find why the call was skipped (an early return, a cached result, an empty batch), "
+        "or lower the budget in CallPolicy."
+    )
+
+
+class NoContext(LensNetViolation):
+    """A call, a scope or a micro-step where neither training nor inference is declared."""
+
+    headline = "{module} was used in a thread that has declared neither training nor inference"
+    remedy = (
+        'Declare it with `guard.context("training")` or `guard.context("inference")`. Threads '
+        "and executors start without one: bind their function with `guard.carry(fn)`."
+    )
+
+
+class ReentrantCall(LensNetViolation):
+    """A call made from inside a running call of the same module."""
+
+    headline = "{module} was called from inside its own running call"
+    remedy = "The module's forward, or a hook on it, calls the guarded module: remove that call."
+
+
+class BypassedGuard(LensNetViolation):
+    """A run of the module that did not come through the proxy."""
+
+    headline = "{module} was run behind its guard's back"
+    remedy = "Call guard.module, not a reference to the module behind it."
+
+
+class ContextSwitchRefused(LensNetViolation):
+    """A switch to inference, or another micro-step, inside an open training micro-step."""
+
+    headline = "{module} cannot change context inside an open micro-step"
+    remedy = (
+        "Close the micro-step first. Helpers that run inside it work in its context and on its "
+        "budget."
+    )
+
+
+def build_violation(
+    record: "CallRecord",
+    *,
+    detail: str = "",
+    budgets: Sequence[str] = (),
+    earlier: Sequence["CallRecord"] = (),
+    sanction: str = "",
+) -> LensNetViolation:
+    """The exception for a refused record, its message composed; tests pin the text line by line.
+
+    Args:
+        record: its ``reason`` names the class.
+        detail: what else the headline should say.
+        budgets: one line per budget of the policy.
+        earlier: the calls that spent the budget.
+        sanction: the code that sanctions a call, for the remedy.
+    """
+    violation: type[LensNetViolation] = globals()[str(record.reason)]
+    lines = [f"{violation.headline.format(module=record.module)}{detail}."]
+    stack = record.stack()
+    caller = stack.index(record.caller) if stack else 0
+    for number, frame in enumerate(stack[caller : caller + 3]):
+        lines.append(_row("called from" if number == 0 else "", frame))
+    where = str(record.context or "unset")
+    if record.step is not None:
+        where += f", step {record.step}, micro-step {record.micro_step}"
+    lines.append(_row("context", f"{where} (thread {record.thread})"))
+    lines.append(_row("scope", record.scope or "none open"))
+    lines.extend(_row("budget", budget) for budget in budgets)
+    lines.extend(_row("spent by", f"call {call.seq} at {call.caller}") for call in earlier)
+    lines.append(_row("what to do", violation.remedy.format(sanction=sanction)))
+    return violation("\n".join(lines), record, earlier)
+
+
+def _row(title: str, text: object) -> str:
+    return f"  {title:<12} {text}"

@@ -1,0 +1,167 @@
+"""Putting a guard on: `guard_module` for one module, `lensnet_guard` around an owner."""
+
+import os
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, get_args
+
+from torch import nn
+
+from lensnet_guard.guard import Guard, Mode
+from lensnet_guard.policy import CallPolicy
+from lensnet_guard.proxy import guard_of
+
+_ABSENT = object()
+
+
+def guard_module(
+    module: nn.Module,
+    *,
+    policy: CallPolicy | None = None,
+    mode: Mode | None = None,
+    log: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+) -> Guard:
+    """Guard a module: call ``guard.module`` from now on, never the raw module.
+
+    Args:
+        policy: the contract; the default allows one ``"preference_scorer"`` call per micro-step.
+        mode: ``"enforce"`` (default), ``"observe"`` or ``"off"``; the environment variable
+            LENSNET_GUARD decides when the argument is not given.
+        log: folder for the JSONL log.
+        name: how records and messages call the module; its class name by default.
+
+    Raises:
+        TypeError: not a module, or a policy, name or log of another type.
+        ValueError: an unknown mode, or a module that is guarded already.
+    """
+    guard = guard_of(module)
+    if guard is not None:
+        raise ValueError(f"{guard.name} is guarded already; use its guard: guard_of(module)")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"only an nn.Module can be guarded, not {type(module).__name__}")
+    if policy is not None and not isinstance(policy, CallPolicy):
+        raise TypeError(f"policy must be a CallPolicy, not {policy!r}")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be a string, not {name!r}")
+    guard = Guard(
+        module, policy or CallPolicy(), _resolve_mode(mode), name or type(module).__name__
+    )
+    if log is not None and guard.mode != "off":
+        guard.start_log(log)
+        # A guard that nobody ends by hand still closes its log when the interpreter exits.
+        weakref.finalize(guard.module, guard.end_log)
+    return guard
+
+
+@contextmanager
+def lensnet_guard(
+    owner_or_module: Any,
+    *,
+    attribute: str = "lensnet",
+    policy: CallPolicy | None = None,
+    mode: Mode | None = None,
+    log: str | os.PathLike[str] | None = None,
+) -> Iterator[Guard]:
+    """Guard ``owner.lensnet`` (or any module) for the duration of the block.
+
+    On a foreign owner the proxy is installed on entry and the very same module restored on exit.
+    An owner that holds a guarded module already, as ``MCController`` does, keeps its guard; the
+    block adds the log and the final verdict.
+
+    Args:
+        owner_or_module: an object with the module as ``attribute``, or the module itself.
+        policy, mode, log: as for `guard_module`.
+
+    Raises:
+        TypeError: neither a module nor an owner of one.
+        ValueError: another policy or mode than the existing guard's, or a second log.
+
+    Warns:
+        RuntimeWarning: at the end, if violations were recorded and nothing was raised.
+    """
+    name, module = _find_module(owner_or_module, attribute)
+    guard = guard_of(module)
+    installed = guard is None
+    if guard is None:
+        guard = guard_module(module, policy=policy, mode=mode)
+    elif policy not in (None, guard.policy) or mode not in (None, guard.mode):
+        raise ValueError(
+            f"{guard.name} is guarded already, in mode {guard.mode!r} with {guard.policy}; "
+            "lensnet_guard cannot change that, leave policy and mode out"
+        )
+    before = guard.violation_count
+    if log is not None and guard.mode != "off":
+        guard.start_log(log)
+    try:
+        with _installed(owner_or_module, name, guard) if installed and name else _nothing():
+            yield guard
+    finally:
+        if log is not None:
+            guard.end_log()
+    if guard.violation_count > before:
+        last = guard.violations[-1]
+        warnings.warn(
+            f"lensnet_guard: {guard.violation_count - before} violations of {guard.name}'s "
+            f"contract were recorded and none left this block; the last is {last.reason} "
+            f"at {last.caller}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _find_module(owner_or_module: Any, attribute: str) -> tuple[str | None, Any]:
+    """``(attribute, module)``, or ``(None, module)`` when the module itself was given."""
+    module = getattr(owner_or_module, attribute, None)
+    if isinstance(module, nn.Module):
+        return attribute, module
+    if isinstance(owner_or_module, nn.Module) and attribute == "lensnet":
+        return None, owner_or_module
+    raise TypeError(
+        f"lensnet_guard needs an nn.Module, or an owner whose attribute {attribute!r} is one; "
+        f"{type(owner_or_module).__name__}.{attribute} is "
+        + (f"a {type(module).__name__}" if module is not None else "missing")
+    )
+
+
+@contextmanager
+def _installed(owner: Any, attribute: str, guard: Guard) -> Iterator[None]:
+    """The proxy in the owner's place; afterwards the owner exactly as it was."""
+    own = vars(owner).get(attribute, _ABSENT) if hasattr(owner, "__dict__") else _ABSENT
+    inherited = own is _ABSENT and not _is_submodule(owner, attribute)
+    raw = getattr(owner, attribute)
+    setattr(owner, attribute, guard.module)
+    try:
+        yield
+    finally:
+        if getattr(owner, attribute, None) is not guard.module:
+            warnings.warn(
+                f"lensnet_guard: {type(owner).__name__}.{attribute} was replaced inside the block, "
+                "so calls of the new object were not guarded; it is left in place",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        elif inherited and hasattr(owner, "__dict__"):
+            delattr(owner, attribute)
+        else:
+            setattr(owner, attribute, raw)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _is_submodule(owner: Any, attribute: str) -> bool:
+    return isinstance(owner, nn.Module) and attribute in owner._modules
+
+
+def _resolve_mode(mode: Mode | None) -> Mode:
+    source = "mode" if mode is not None else "the environment variable LENSNET_GUARD"
+    chosen = mode if mode is not None else os.environ.get("LENSNET_GUARD") or "enforce"
+    for known in get_args(Mode):
+        if chosen == known:
+            return known  # type: ignore[no-any-return]
+    raise ValueError(f"{source} must be one of {', '.join(get_args(Mode))}, not {chosen!r}")

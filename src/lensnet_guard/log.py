@@ -1,0 +1,185 @@
+"""The log: one JSON object per line, written through to the kernel before the call returns.
+
+A process that dies by SIGKILL, SIGSEGV or a CUDA abort leaves every line that it began. A log that
+cannot be written never stops enforcement: one warning, then lost lines are counted and told.
+
+Schema 1. The first line is ``run.begin`` (host, process, rank, versions, policy); then
+``call.begin`` before and ``call.end`` after each run of the module, ``violation``,
+``micro_step.end``, and last ``run.end``. Field names follow OpenTelemetry where it has one.
+"""
+
+import itertools
+import json
+import os
+import platform
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes of one rank must then use two folders
+    fcntl = None  # type: ignore[assignment]
+
+SCHEMA_VERSION = 1
+_LOGGED_VERSIONS = ("lensnet-guard", "torch", "wrapt", "structlog")
+
+
+class RunLog:
+    """Append-only JSONL file of one process: ``lensnet.rank<R>.jsonl`` in ``folder``.
+
+    When another log holds that file (of a live process, or of another guard in this one), the name
+    is ``lensnet.rank<R>.pid<PID>.jsonl``, then ``lensnet.rank<R>.pid<PID>.2.jsonl`` and so on: one
+    file holds the run of one guard in one process. A forked process opens its own.
+
+    Args:
+        folder: created when missing.
+        header: fields of the ``run.begin`` line, besides host, process, rank and versions.
+
+    Raises:
+        TypeError: ``folder`` is not a path.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], header: dict[str, Any]) -> None:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"log must be a folder's path, not {folder!r}")
+        self.folder = Path(folder)
+        self.path: Path | None = None
+        self.lost_lines = 0
+        self._header = header
+        self._fd: int | None = None
+        self._torn = False
+        self._warned = False
+        self._lock = threading.Lock()
+        # A private logger: the user's structlog configuration is neither read nor changed.
+        self._logger = structlog.wrap_logger(
+            _LineSink(self._write_line),
+            processors=[
+                structlog.processors.TimeStamper(fmt=None, key="timestamp"),
+                structlog.processors.JSONRenderer(serializer=_to_json),
+            ],
+            wrapper_class=structlog.BoundLogger,
+            context_class=dict,
+        ).bind()
+        self._open()
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one line; never raises for the file's sake."""
+        if self._pid != os.getpid():  # a fork shares the parent's file: leave that alone
+            self._lock = threading.Lock()
+            if self._fd is not None:
+                os.close(self._fd)
+            self._open()
+        self._logger.info(event, **fields)
+
+    def close(self, **summary: Any) -> None:
+        """Write ``run.end`` and close the file; say how many lines were lost, if any."""
+        if self._fd is not None and self._pid == os.getpid():
+            self.write("run.end", lost_lines=self.lost_lines, **summary)
+            os.close(self._fd)
+            self._fd = None
+        if self.lost_lines:
+            warnings.warn(
+                f"lensnet_guard: {self.lost_lines} log lines could not be written to "
+                f"{self.path or self.folder}; enforcement was not affected",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self.lost_lines = 0
+
+    def _open(self) -> None:
+        self._pid = os.getpid()
+        self._fd = None
+        rank = os.environ.get("RANK", "0")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in _file_names(rank, self._pid):
+                self.path = self.folder / name
+                self._fd = _open_exclusively(self.path)
+                if self._fd is not None:
+                    self._torn = _ends_torn(self._fd)
+                    break
+        except OSError as error:
+            self._warn(error)
+        process = {
+            "host.name": socket.gethostname(),
+            "process.pid": self._pid,
+            "process.command_args": sys.argv,
+            "rank": rank,
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in _LOGGED_VERSIONS},
+            },
+        }
+        self._logger.info("run.begin", schema_version=SCHEMA_VERSION, **self._header, **process)
+
+    def _write_line(self, line: str) -> None:
+        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        with self._lock:
+            if self._fd is None:
+                self.lost_lines += 1
+                return
+            try:
+                if self._torn:  # finish the half line that an earlier failure left behind
+                    data = b"\n" + data
+                written = os.write(self._fd, data)
+                self._torn = written != len(data)
+                if self._torn:
+                    raise OSError("the line was written in part only")
+            except OSError as error:
+                self.lost_lines += 1
+                self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"lensnet_guard: cannot write the log in {self.folder}: {error}. Enforcement and "
+                "the ring buffer go on; lost lines are counted.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class _LineSink:
+    """The end of the structlog chain."""
+
+    def __init__(self, info: Any) -> None:
+        self.info = info
+
+
+def _file_names(rank: str, pid: int) -> Iterator[str]:
+    yield f"lensnet.rank{rank}.jsonl"
+    yield f"lensnet.rank{rank}.pid{pid}.jsonl"
+    for number in itertools.count(2):
+        yield f"lensnet.rank{rank}.pid{pid}.{number}.jsonl"
+
+
+def _open_exclusively(path: Path) -> int | None:
+    """Open for appending under an advisory lock; None when another live process holds it."""
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    if fcntl is not None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:  # a file system without locks: go on without one
+            pass
+    return fd
+
+
+def _ends_torn(fd: int) -> bool:
+    size = os.fstat(fd).st_size
+    return size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+
+
+def _to_json(fields: dict[str, Any], **_: Any) -> str:
+    return json.dumps(fields, default=str, ensure_ascii=False, separators=(",", ":"))

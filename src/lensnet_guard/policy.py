@@ -1,0 +1,110 @@
+"""The contract and the decision: a pure function from what is open to a verdict.
+
+Nothing here touches torch, threads or clocks; the whole table of `decide` is tested exhaustively.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+Reason = Literal[
+    "UnsanctionedCall", "BudgetExceeded", "NoContext", "ReentrantCall", "BypassedGuard"
+]
+
+_ONE_PREFERENCE_SCORER: Mapping[str, int] = MappingProxyType({"preference_scorer": 1})
+
+
+@dataclass(frozen=True)
+class CallPolicy:
+    """Who may call the module in training, and exactly how often per micro-step.
+
+    Args:
+        scopes: name of a sanctioned scope -> calls per micro-step. The default is one
+            ``"preference_scorer"`` call, or no scope when ``sanctioned_callers`` are given instead.
+        sanctioned_callers: ``"module:qualname"`` of a function -> calls per micro-step, for code
+            that cannot be edited to open a scope. It applies when any frame of the call's stack
+            runs that function and no scope is open.
+
+    Raises:
+        TypeError, ValueError: a name or a budget that cannot be one.
+    """
+
+    scopes: Mapping[str, int] = field(default_factory=lambda: _ONE_PREFERENCE_SCORER)
+    sanctioned_callers: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.scopes is _ONE_PREFERENCE_SCORER and self.sanctioned_callers:
+            object.__setattr__(self, "scopes", {})
+        for kind in ("scopes", "sanctioned_callers"):
+            budgets = getattr(self, kind)
+            _check_budgets(kind, budgets)
+            object.__setattr__(self, kind, MappingProxyType(dict(budgets)))
+        for scope in self.scopes:
+            if ":" in scope:
+                raise ValueError(f"scopes: {scope!r} must not contain ':', which marks a caller")
+        for caller in self.sanctioned_callers:
+            if not all(caller.partition(":")):
+                raise ValueError(
+                    f"sanctioned_callers: {caller!r} must read 'module:qualname', "
+                    "such as 'my_project.scoring:Scorer.score'"
+                )
+        if not self.budgets:
+            raise ValueError(
+                "CallPolicy names neither a scope nor a caller, so no training call could ever "
+                "be legal; give scopes={...} or sanctioned_callers={...}"
+            )
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """Calls per micro-step of every scope and every sanctioned caller."""
+        return {**self.scopes, **self.sanctioned_callers}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self.scopes), dict(self.sanctioned_callers))
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything that a verdict on one call depends on."""
+
+    context: Literal["training", "inference"] | None
+    sanctioned: bool
+    budget_left: int
+    reentrant: bool = False
+    recompute: bool = False
+    bypass: bool = False
+
+
+def decide(call: Situation) -> Reason | None:
+    """The name of the violation that this call is, or None: it is allowed."""
+    if call.recompute:
+        return None
+    if call.bypass:
+        return "BypassedGuard"
+    if call.reentrant:
+        return "ReentrantCall"
+    if call.context is None:
+        return "NoContext"
+    if call.context == "inference":
+        return None
+    if not call.sanctioned:
+        return "UnsanctionedCall"
+    if call.budget_left <= 0:
+        return "BudgetExceeded"
+    return None
+
+
+def _check_budgets(kind: str, budgets: object) -> None:
+    if not isinstance(budgets, Mapping):
+        raise TypeError(f"{kind} must map names to calls per micro-step, not {budgets!r}")
+    for name, budget in budgets.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{kind}: {name!r} must be a non-empty string")
+        if isinstance(budget, bool) or not isinstance(budget, int):
+            raise TypeError(f"{kind}: the budget of {name!r} must be an int, not {budget!r}")
+        if budget < 1:
+            raise ValueError(
+                f"{kind}: the budget of {name!r} must be at least 1 call per micro-step, "
+                f"not {budget}; leave the name out to allow no call"
+            )

@@ -1,0 +1,79 @@
+"""The wrapt boundary: a module that looks, registers and saves like the raw one, and asks first.
+
+Everything but a call passes straight through to the raw module (parameters, ``state_dict`` keys,
+hooks, ``named_modules``). What would hand out the raw module, and so drop the guard silently, is
+overridden here: fluent methods, copies and pickles.
+"""
+
+import copy
+import sys
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+from torch import nn
+
+if TYPE_CHECKING:
+    from lensnet_guard.guard import Guard
+
+# The methods of nn.Module that return self; a test compares this with torch's own annotations.
+FLUENT_METHODS = (
+    *("apply", "bfloat16", "cpu", "cuda", "double", "eval", "float", "half", "ipu", "mtia"),
+    *("requires_grad_", "share_memory", "to", "to_empty", "train", "type", "xpu"),
+)
+
+
+class GuardedModule(wrapt.ObjectProxy[nn.Module]):
+    """Proxy around an ``nn.Module`` whose calls its guard admits, records or refuses.
+
+    Made by `lensnet_guard.guard_module`, not directly.
+    """
+
+    def __init__(self, module: nn.Module, guard: "Guard") -> None:
+        super().__init__(module)
+        self._self_guard = guard
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._self_guard._run(self.__wrapped__, args, kwargs, sys._getframe(1))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module without its hooks, as ``nn.Module.forward`` does; guarded all the same."""
+        return self._self_guard._run(self.__wrapped__.forward, args, kwargs, sys._getframe(1))
+
+    def __copy__(self) -> "GuardedModule":
+        return self._self_guard._guard_copy(copy.copy(self.__wrapped__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GuardedModule":
+        return self._self_guard._guard_copy(copy.deepcopy(self.__wrapped__, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._self_guard._reduce_module(self.__wrapped__)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
+
+    def __repr__(self) -> str:
+        return f"guarded {self.__wrapped__!r}"
+
+
+def _fluent(name: str) -> Any:
+    def method(self: GuardedModule, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self.__wrapped__, name)(*args, **kwargs)
+        return self if result is self.__wrapped__ else result
+
+    method.__name__ = name
+    method.__qualname__ = f"GuardedModule.{name}"
+    method.__doc__ = f"``nn.Module.{name}``, returning the guarded module."
+    return method
+
+
+for _name in FLUENT_METHODS:
+    if hasattr(nn.Module, _name):
+        setattr(GuardedModule, _name, _fluent(_name))
+
+
+def guard_of(module: object) -> "Guard | None":
+    """The guard behind a guarded module, or None for anything else."""
+    # type(), because isinstance() would believe the class that the proxy pretends to have
+    if issubclass(type(module), GuardedModule):
+        return module._self_guard  # type: ignore[attr-defined, no-any-return]
+    return None

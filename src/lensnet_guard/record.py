@@ -1,0 +1,227 @@
+"""A call record: one run of the guarded module, who made it, and in which context.
+
+Recording happens on the hot path, so a record keeps what is cheap to take (code objects and
+instruction offsets, shapes and dtypes) and turns it into file names and text when somebody asks.
+No record ever holds a tensor, a tensor's values, or a frame: nothing is kept alive by the guard.
+"""
+
+import contextlib
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import CodeType, FrameType
+from typing import Any, Literal, NamedTuple
+
+import torch
+import wrapt
+
+Context = Literal["training", "inference"]
+Kind = Literal["call", "recompute", "bypass", "micro_step", "context"]
+Verdict = Literal["allow", "refuse"]
+
+_RawFrame = tuple[CodeType, int]
+
+
+class Frame(NamedTuple):
+    """One line of a stack."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{_short_path(self.file)}:{self.line} in {self.function}"
+
+
+class TensorInput(NamedTuple):
+    """What is known of a tensor argument; never its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)} {self.device}"
+
+
+@dataclass(slots=True, eq=False)
+class CallRecord:
+    """One run of a guarded module, or one broken promise about such runs.
+
+    Attributes:
+        seq: number of the record within its guard, from 1, in order of admission.
+        module: the guard's name for the module.
+        kind: ``"call"``; ``"recompute"`` of a call by activation checkpointing; ``"bypass"``, a
+            run that did not come through the proxy; ``"micro_step"``, an unmet budget;
+            ``"context"``, a refused switch of context or micro-step.
+        verdict: ``"allow"`` or ``"refuse"``.
+        reason: for a refusal, the name of the violation's class, else None.
+        context: ``"training"``, ``"inference"`` or None (unset).
+        scope: the sanctioned scope or sanctioned caller that applies, else None.
+        step, micro_step: as given to ``guard.micro_step``; None outside one.
+        thread: name of the calling thread.
+        grad_enabled: whether autograd was recording.
+        duration_ms: wall time of the module's run; None when it did not run or still runs.
+        outcome: ``"returned"``, ``"raised <type>"``, ``"refused"``, or None while it runs.
+    """
+
+    seq: int
+    module: str
+    kind: Kind
+    verdict: Verdict
+    reason: str | None
+    context: Context | None
+    scope: str | None
+    step: int | None
+    micro_step: int | None
+    thread: str
+    grad_enabled: bool
+    duration_ms: float | None = None
+    outcome: str | None = None
+    _stack: tuple[_RawFrame | Frame, ...] = field(default=(), repr=False)
+    _inputs: tuple[object, ...] = field(default=(), repr=False)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The arguments as text, such as ``"float32[2, 31, 64] cpu"`` or ``"mask=NoneType"``."""
+        return tuple(map(_input_text, self._inputs))
+
+    def stack(self) -> list[Frame]:
+        """The frames that led to the call, innermost first, symbolised now."""
+        return [f if isinstance(f, Frame) else _symbolise(*f) for f in self._stack]
+
+    @property
+    def caller(self) -> Frame:
+        """The innermost frame outside the guard and torch."""
+        stack = self.stack()
+        outside = (frame for frame in stack if not frame.file.startswith(_INTERNAL_PATHS))
+        return next(outside, stack[0] if stack else Frame("<unknown>", 0, "<unknown>"))
+
+    def to_log(self) -> dict[str, Any]:
+        """The record as JSON-ready fields, frames under ``stack`` by their OpenTelemetry names."""
+        fields = {name: getattr(self, name) for name in _LOGGED_FIELDS}
+        fields["inputs"] = list(self.inputs)
+        fields["stack"] = [
+            {"code.file.path": f.file, "code.line.number": f.line, "code.function.name": f.function}
+            for f in self.stack()
+        ]
+        return fields
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle text instead of code objects, so that a record survives the trip to a process."""
+        state = {name: getattr(self, name) for name in _LOGGED_FIELDS}
+        return state | {"_stack": tuple(self.stack()), "_inputs": self.inputs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+_LOGGED_FIELDS = tuple(n for n in CallRecord.__slots__ if not n.startswith("_"))
+
+# Frames of these files are never "the caller": the guard itself, torch, wrapt, and the standard
+# library's context managers that stand between a `with` statement and the guard.
+_INTERNAL_PATHS = (
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
+    os.path.dirname(os.path.abspath(wrapt.__file__)) + os.sep,
+    os.path.abspath(contextlib.__file__),
+)
+
+
+def capture_stack(frame: FrameType | None, limit: int) -> tuple[_RawFrame, ...]:
+    """Take up to ``limit`` frames from ``frame`` outwards, without touching any source file."""
+    raw: list[_RawFrame] = []
+    while frame is not None and len(raw) < limit:
+        raw.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(raw)
+
+
+def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
+    """Note shapes, dtypes, devices and types of a call's arguments, keeping none of them."""
+    positional = tuple(map(_describe, args))
+    return positional + tuple((name, _describe(value)) for name, value in kwargs.items())
+
+
+def find_caller(frame: FrameType | None, names: Mapping[str, Any]) -> str | None:
+    """The first of ``names`` (``"module:qualname"``) that is a frame from ``frame`` outwards."""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        name = f"{module}:{qualname(frame)}"
+        if name in names:
+            return name
+        frame = frame.f_back
+    return None
+
+
+def qualname(frame: FrameType) -> str:
+    """The qualified name of the function that a frame runs."""
+    if sys.version_info >= (3, 11):
+        return frame.f_code.co_qualname
+    return derived_qualname(frame)
+
+
+def derived_qualname(frame: FrameType) -> str:
+    """What ``co_qualname`` says, worked out for Python 3.10 from the frame's first argument.
+
+    Names of functions defined inside functions come out without their ``<locals>`` prefix.
+    """
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    for cls in (first if isinstance(first, type) else type(first)).__mro__:
+        member = cls.__dict__.get(code.co_name)
+        function: Any = getattr(member, "__func__", member)
+        if callable(function) and getattr(inspect.unwrap(function), "__code__", None) is code:
+            return f"{cls.__qualname__}.{code.co_name}"
+    return code.co_name
+
+
+@lru_cache(maxsize=16_384)
+def _symbolise(code: CodeType, instruction: int) -> Frame:
+    line = code.co_firstlineno
+    for start, end, number in code.co_lines():
+        if number is not None and start <= instruction < end:
+            line = number
+            break
+    return Frame(
+        os.path.abspath(code.co_filename) if os.path.exists(code.co_filename) else code.co_filename,
+        line,
+        getattr(code, "co_qualname", code.co_name),
+    )
+
+
+def _short_path(path: str) -> str:
+    """Relative to the working directory when it lies below it, so that a terminal can open it."""
+    try:
+        return path.removeprefix(os.getcwd() + os.sep)
+    except FileNotFoundError:  # the working directory is gone
+        return path
+
+
+def _describe(value: Any, depth: int = 2) -> object:
+    if isinstance(value, torch.Tensor):
+        try:
+            return TensorInput(value.shape, value.dtype, value.device)
+        except RuntimeError:  # a strided nested tensor has no shape
+            return type(value).__name__
+    if depth and isinstance(value, (tuple, list)):
+        return [_describe(item, depth - 1) for item in value[:8]]
+    if depth and isinstance(value, dict):
+        items = list(value.items())[:8]
+        return [(str(name), _describe(item, depth - 1)) for name, item in items]
+    return type(value).__name__
+
+
+def _input_text(described: object) -> str:
+    if isinstance(described, TensorInput):
+        return str(described)
+    if isinstance(described, list):
+        return f"({', '.join(map(_input_text, described))})"
+    if isinstance(described, tuple):
+        name, value = described
+        return f"{name}={_input_text(value)}"
+    return str(described)

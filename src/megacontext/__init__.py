@@ -1,0 +1,1 @@
+"""MegaContext: training and inference that keep the LensNet invariant."""
