@@ -1,1 +1,26 @@
-"""MegaContext: training and inference that keep the LensNet invariant."""
+"""MegaContext: a language model over mixed levels of detail, and the LensNet that picks them."""
+
+from megacontext.allocators.training import TrainingWCVariationAllocator
+from megacontext.config import MCConfig
+from megacontext.controller import MCBatchResult, MCController, Variants
+from megacontext.cut import Cut, UnreachableTarget
+from megacontext.gistnet import GistNet
+from megacontext.language_model import LanguageModel
+from megacontext.lensnet import LensNet
+from megacontext.tree import MegaContextTree
+from megacontext.working_context import WorkingContext
+
+__all__ = [
+    "Cut",
+    "GistNet",
+    "LanguageModel",
+    "LensNet",
+    "MCBatchResult",
+    "MCConfig",
+    "MCController",
+    "MegaContextTree",
+    "TrainingWCVariationAllocator",
+    "UnreachableTarget",
+    "Variants",
+    "WorkingContext",
+]

@@ -1,0 +1,5 @@
+"""``python -m megacontext``."""
+
+from megacontext.cli import main
+
+main()

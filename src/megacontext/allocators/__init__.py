@@ -1,0 +1,1 @@
+"""Allocators decide at which level of detail a working context holds each span."""

@@ -1,0 +1,148 @@
+"""The training allocator: random cuts of an exact length, without LensNet.
+
+From the full LOD0 cut it collapses random eligible spans until the target length is met. It works
+on integers alone and has no handle on LensNet: import-linter holds it to that.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megacontext.cut import (
+    Cut,
+    UnreachableTarget,
+    check_block_size,
+    from_token_lods,
+    shortest_length,
+)
+
+
+class TrainingWCVariationAllocator:
+    """Samples training working contexts by random collapse.
+
+    Each draw replaces, with ``lod2_probability`` and when the target permits, a random eligible
+    K²-token span by its LOD2 gist, else a random eligible block by its LOD1 gist, uniformly among
+    the eligible ones; the last ``recent_tokens`` tokens stay at LOD0. Same seed, same cuts.
+
+    Args:
+        block_size: tokens of a LOD1 gist, K, at least 2.
+        max_lod: 1 or 2.
+        lod2_probability: 0 forbids LOD2, 1 uses it whenever it fits.
+        recent_tokens: length of the protected tail.
+        seed: a non-negative int or several.
+
+    Raises:
+        TypeError, ValueError: an argument out of these bounds.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 32,
+        max_lod: int = 2,
+        lod2_probability: float = 0.1,
+        recent_tokens: int = 128,
+        seed: int | Sequence[int] = 0,
+    ) -> None:
+        check_block_size(block_size, max_lod)
+        if not 0.0 <= lod2_probability <= 1.0:
+            raise ValueError(f"lod2_probability must lie in [0, 1], not {lod2_probability}")
+        if recent_tokens < 0:
+            raise ValueError(f"recent_tokens must not be negative, not {recent_tokens}")
+        self.block_size = block_size
+        self.max_lod = max_lod if lod2_probability > 0 else 1
+        self.lod2_probability = lod2_probability
+        self.recent_tokens = recent_tokens
+        self._rng = np.random.default_rng(seed)
+
+    @property
+    def rng_state(self) -> dict[str, Any]:
+        """State of the random generator, for a checkpoint; assign it to continue there."""
+        return dict(self._rng.bit_generator.state)
+
+    @rng_state.setter
+    def rng_state(self, state: dict[str, Any]) -> None:
+        self._rng.bit_generator.state = state
+
+    def sample(self, num_tokens: int, target_length: int) -> Cut:
+        """A random cut of tokens ``[0, num_tokens)`` with exactly ``target_length`` entries.
+
+        Raises:
+            UnreachableTarget: no collapses lead there; the message names the lengths that are
+                next to it.
+        """
+        self._check_reachable(num_tokens, target_length)
+        k = self.block_size
+        collapsible = max(num_tokens - self.recent_tokens, 0)
+        block_lods = np.zeros(collapsible // k, dtype=np.int64)
+        num_spans = collapsible // k**2 if self.max_lod == 2 else 0
+
+        # One unit is the K - 1 entries that a LOD1 collapse saves; a LOD2 collapse saves K + 1
+        # units less one for each of its blocks that is collapsed already.
+        units = (num_tokens - target_length) // (k - 1)
+        span_units = [k + 1] * num_spans
+        wants_lod2 = iter((self._rng.random(units) < self.lod2_probability).tolist())
+
+        # What is no longer eligible never becomes so again: a block inside a LOD2 span is gone,
+        # and each LOD1 draw takes one unit from `units` but at most one from a span's price, so a
+        # span that does not fit will not fit later. Hence walking a random order once, skipping
+        # what is not eligible, draws uniformly among the eligible at every draw.
+        blocks = iter(self._rng.permutation(len(block_lods)).tolist())
+        spans = iter(self._rng.permutation(num_spans).tolist())
+        block, span = next(blocks, None), next(spans, None)
+        while units:
+            while span is not None and span_units[span] > units:
+                span = next(spans, None)
+            while block is not None and block_lods[block] == 2:
+                block = next(blocks, None)
+            if span is not None and (next(wants_lod2) or block is None):
+                block_lods[span * k : (span + 1) * k] = 2
+                units -= span_units[span]
+                span = next(spans, None)
+            elif block is not None:
+                block_lods[block] = 1
+                units -= 1
+                if block // k < num_spans:
+                    span_units[block // k] -= 1
+                block = next(blocks, None)
+        token_lods = np.zeros(num_tokens, dtype=np.int64)
+        token_lods[: len(block_lods) * k] = np.repeat(block_lods, k)
+        return from_token_lods(token_lods, k)
+
+    def reachable_length(self, num_tokens: int, target_length: int) -> int:
+        """The longest length that can be reached and does not exceed ``target_length``.
+
+        Below the shortest reachable length it is that one.
+        """
+        step = self.block_size - 1
+        shortest = self._shortest(num_tokens)
+        if target_length <= shortest:
+            return shortest
+        if target_length >= num_tokens:
+            return num_tokens
+        return target_length - (target_length - num_tokens) % step
+
+    def _check_reachable(self, num_tokens: int, target_length: int) -> None:
+        if num_tokens < 1:
+            raise ValueError(f"a cut needs at least one token, not {num_tokens}")
+        below = self.reachable_length(num_tokens, target_length)
+        if below == target_length:
+            return
+        nearest = {below, min(max(below, below + self.block_size - 1), num_tokens)}
+        if target_length < below:
+            nearest = {below}
+        raise UnreachableTarget(
+            f"a working context of {target_length} entries cannot be made from {num_tokens} "
+            f"tokens with block_size {self.block_size}, LODs up to {self.max_lod} and the last "
+            f"{self.recent_tokens} tokens at LOD0; the nearest reachable "
+            + ("length is " if len(nearest) == 1 else "lengths are ")
+            + " and ".join(map(str, sorted(nearest)))
+        )
+
+    def _shortest(self, num_tokens: int) -> int:
+        return shortest_length(
+            num_tokens,
+            block_size=self.block_size,
+            max_lod=self.max_lod,
+            recent_tokens=self.recent_tokens,
+        )

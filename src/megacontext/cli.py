@@ -1,0 +1,206 @@
+"""The command line: ``megacontext train``."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lensnet_guard import LensNetViolation
+from megacontext.config import MCConfig
+from megacontext.trainer import StepReport, TrainConfig, TrainResult, train
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_MODEL = MCConfig()
+_TRAIN = TrainConfig()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """MegaContext: train a language model and its LensNet under a call contract.
+
+    Example: megacontext train --run-dir runs/first --steps 100
+    """
+
+
+def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command]:
+    return click.option(name, default=default, show_default=True, help=text)
+
+
+@main.command("train", context_settings={"show_default": True})
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the run: config, metrics, guard log, checkpoint, picture.",
+)
+@click.option("--resume", is_flag=True, help="Continue the run in --run-dir with its settings.")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, path_type=Path),
+    multiple=True,
+    show_default="the standard library's sources",
+    help="File or folder to train on, byte by byte; may be repeated.",
+)
+@_option("--steps", _TRAIN.steps, "Optimizer steps.")
+@_option("--batch-size", _TRAIN.batch_size, "Sequences per micro-step.")
+@_option("--accumulation", _TRAIN.accumulation, "Micro-steps per optimizer step.")
+@_option("--learning-rate", _TRAIN.learning_rate, "Peak, of language model and GistNet.")
+@_option("--lens-learning-rate", _TRAIN.lens_learning_rate, "Peak, of LensNet.")
+@_option("--warmup-steps", _TRAIN.warmup_steps, "Of linear warm-up.")
+@_option("--log-interval", _TRAIN.log_interval, "Steps between lines of metrics.")
+@_option("--checkpoint-interval", _TRAIN.checkpoint_interval, "Steps between checkpoints.")
+@_option("--device", _TRAIN.device, "Torch device, such as cpu or cuda.")
+@_option("--seed", _MODEL.seed, "Of weights, data order and cuts.")
+@_option("--d-model", _MODEL.d_model, "Width of all networks.")
+@_option("--num-heads", _MODEL.num_heads, "Attention heads.")
+@_option("--lm-layers", _MODEL.lm_layers, "Depth of the language model.")
+@_option("--lens-layers", _MODEL.lens_layers, "Depth of LensNet.")
+@_option("--block-size", _MODEL.block_size, "Tokens of a LOD1 gist.")
+@_option("--max-lod", _MODEL.max_lod, "Highest level of detail, 1 or 2.")
+@_option("--sequence-tokens", _MODEL.sequence_tokens, "Tokens of a training sequence.")
+@_option("--train-wc-length", _MODEL.train_wc_length, "Entries of every working context.")
+@_option("--recent-tokens", _MODEL.recent_tokens, "Protected tail, always LOD0.")
+@_option("--horizon-tokens", _MODEL.horizon_tokens, "Last tokens, which judge the variants.")
+@_option("--num-variants", _MODEL.num_variants, "Random variants per sequence.")
+@_option("--lod2-probability", _MODEL.lod2_probability, "Of a LOD2 collapse.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def train_command(
+    run_dir: Path,
+    resume: bool,
+    text: tuple[Path, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train on text and end with a verdict from the guard's log.
+
+    Exit codes: 0 the invariant held, 1 it did not, 2 wrong usage, 130 interrupted.
+
+    \b
+    Examples:
+      megacontext train --run-dir runs/first
+      megacontext train --run-dir runs/mine --text notes.txt --text src/ --steps 1000
+      megacontext train --run-dir runs/mine --resume
+    """
+    if resume:
+        _refuse_settings(click.get_current_context())
+    model = {f.name: options[f.name] for f in dataclasses.fields(MCConfig) if f.name in options}
+    settings = {
+        f.name: options[f.name] for f in dataclasses.fields(TrainConfig) if f.name in options
+    }
+    console = Console(stderr=as_json, highlight=False)
+    try:
+        with _Display(console) as display:
+            result = train(
+                run_dir,
+                MCConfig(**model),
+                TrainConfig(text=tuple(str(path.resolve()) for path in text), **settings),
+                resume=resume,
+                report=display,
+            )
+    except (ValueError, TypeError, OSError) as error:
+        raise click.UsageError(str(error)) from error
+    except LensNetViolation as violation:
+        console.print(f"{type(violation).__name__}: {violation}", markup=False, soft_wrap=True)
+        console.print(f"The log is in {run_dir}; the last checkpoint is kept.", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print(
+            f"Interrupted. Continue with: megacontext train --run-dir {run_dir} --resume",
+            markup=False,
+        )
+        sys.exit(130)
+    held = result.verdict.clean and set(result.verdict.calls_per_micro_step) <= {1}
+    if as_json:
+        click.echo(json.dumps(_result_json(result, held)))
+    else:
+        _print_result(console, result)
+    sys.exit(0 if held else 1)
+
+
+def _refuse_settings(ctx: click.Context) -> None:
+    """A resumed run takes every setting from its config.json."""
+    given = [
+        name
+        for name in ctx.params
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        and name not in ("run_dir", "resume", "as_json")
+    ]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(given))
+        raise click.UsageError(
+            f"--resume takes every setting from config.json, so leave out {flags}"
+        )
+
+
+class _Display:
+    """Progress bar in a terminal; a line now and then where there is none."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lines = 0
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=None, figures="")
+
+    def __call__(self, report: StepReport) -> None:
+        figures = _figures(report.metrics)
+        self._progress.update(
+            self._task, completed=report.step, total=report.steps, figures=figures
+        )
+        tenth = report.step * 10 // report.steps
+        if not self._console.is_terminal and tenth > self._lines:
+            self._lines = tenth
+            self._console.print(f"step {report.step}/{report.steps}  {figures}", soft_wrap=True)
+
+    def __enter__(self) -> "_Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    return (
+        f"loss {metrics['lm_loss']:.3f}  lens {metrics['lens_loss']:.3f}  "
+        f"agreement {metrics['preference_agreement']:.2f}  "
+        f"LensNet calls {metrics['lensnet_calls']:g}"
+    )
+
+
+def _print_result(console: Console, result: TrainResult) -> None:
+    bits = math.log(2)
+    for line in (
+        f"held-out loss {result.validation_loss:.3f} nats per byte "
+        f"({result.validation_loss / bits:.2f} bits); unigram entropy "
+        f"{result.unigram_entropy:.3f} ({result.unigram_entropy / bits:.2f} bits)",
+        f"files in {result.run_dir}: config.json metrics.jsonl lensnet.rank0.jsonl "
+        "checkpoint.pt overview.png",
+        str(result.verdict),
+    ):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _result_json(result: TrainResult, held: bool) -> dict[str, Any]:
+    return {
+        "invariant_held": held,
+        "verdict": result.verdict.to_json(),
+        "metrics": result.metrics,
+        "validation_loss": result.validation_loss,
+        "unigram_entropy": result.unigram_entropy,
+        "run_dir": str(result.run_dir),
+    }

@@ -1,0 +1,306 @@
+"""MCController: one micro-step from tokens to losses, with LensNet called once.
+
+Data flows one way: tokens -> tree -> cuts -> one gather -> losses. The controller's LensNet is
+always guarded; the one training call stands in `process_batch`, inside the sanctioned scope.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
+from megacontext import preference
+from megacontext.config import MCConfig
+from megacontext.cut import Cut, focus_view, held_at_lod0, kept_tokens, lod0_tail
+from megacontext.gistnet import GistNet
+from megacontext.language_model import LanguageModel
+from megacontext.lensnet import LensNet
+from megacontext.tree import MegaContextTree
+from megacontext.working_context import NO_LABEL, WorkingContext
+
+PREFERENCE_SCORER = "preference_scorer"
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The working contexts that are compared: per history the LOD0 baseline, then random cuts.
+
+    Attributes:
+        cuts: ``[B][1 + V]``, the baseline first.
+        working_context: all of them, ``[B · (1 + V), W]``.
+    """
+
+    cuts: tuple[tuple[Cut, ...], ...]
+    working_context: WorkingContext
+
+
+@dataclass(frozen=True)
+class MCBatchResult:
+    """What a micro-step produced.
+
+    Attributes:
+        loss: what the trainer calls backward on, ``lm_loss + lens_loss``; scalar.
+        lm_loss: mean NLL of every labelled entry of every variant, nats; scalar.
+        lens_loss: the preference loss; trains LensNet alone; scalar.
+        variants: the working contexts that were compared.
+        metrics: scalars by name, left on the device; nan where undefined (an LOD that no entry
+            has), except ``lensnet_calls``, an int.
+    """
+
+    loss: Tensor
+    lm_loss: Tensor
+    lens_loss: Tensor
+    variants: Variants
+    metrics: dict[str, Tensor | int]
+
+
+class MCController(nn.Module):
+    """Language model, GistNet, guarded LensNet and training allocator in one.
+
+    Args:
+        config: sizes; checked when it was made.
+
+    Attributes:
+        lensnet: the guarded proxy; ``mc.guard`` is its guard.
+    """
+
+    def __init__(self, config: MCConfig) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.language_model = LanguageModel(
+                config.vocab_size, config.d_model, config.lm_layers, config.num_heads
+            )
+            self.gistnet = GistNet(config.d_model)
+            lensnet = LensNet(config.d_model, config.lens_layers, config.num_heads, config.max_lod)
+        policy = CallPolicy(scopes={PREFERENCE_SCORER: 1})
+        self.lensnet: LensNet = guard_module(lensnet, policy=policy, mode="enforce").module
+        self.allocator = config.new_allocator()
+
+    @property
+    def guard(self) -> Guard:
+        """LensNet's guard: contexts, records, counts."""
+        guard = guard_of(self.lensnet)
+        if guard is None:
+            raise RuntimeError(
+                "mc.lensnet is no longer guarded: something replaced it by a raw module. "
+                "Assign a guarded one: mc.lensnet = guard_module(lensnet).module"
+            )
+        return guard
+
+    def context(self, context: str) -> AbstractContextManager[None]:
+        """``with mc.context("training"):`` or ``with mc.context("inference"):``."""
+        return self.guard.context(context)  # type: ignore[arg-type]  # checked there
+
+    # One micro-step ----------------------------------------------------------------------------
+
+    def process_batch(
+        self, tokens: Tensor, step: int = 0, micro_step: int = 0, *, pad_mask: Tensor | None = None
+    ) -> MCBatchResult:
+        """Run one training micro-step up to its losses.
+
+        Opens the micro-step and LensNet's sanctioned scope, and the training context when none is
+        set. LensNet is called once, for the focus views of the whole batch.
+
+        Args:
+            tokens: int64 ``[B, T]``.
+            step, micro_step: for the records: optimizer step, and micro-batch within it.
+            pad_mask: bool ``[B, T]``, True at the pads on the left of shorter sequences.
+
+        Raises:
+            RuntimeError: called in inference context.
+            TypeError, ValueError: tokens that cannot be a batch.
+            LensNetViolation: something else called LensNet.
+        """
+        if self.guard.current_context == "inference":
+            raise RuntimeError(
+                "process_batch trains and cannot run in inference context; "
+                'leave `with mc.context("inference"):` first'
+            )
+        with self._training_context(), self.guard.micro_step(step, micro_step) as ledger:
+            tree = self.build_tree(tokens, pad_mask)
+            variants = self.build_variants(tree)
+            nll = self._token_nll(variants.working_context)
+            views = [self._focus_view(length) for length in tree.lengths]
+            view = tree.working_context([[cut] for cut in views])
+            gists = view.lods > 0
+            pairs = preference.make_pairs(
+                nll=self._horizon_nll(nll, variants, tree),
+                held=self._held(variants, views, tree),
+                gists=gists,
+            )
+            with self.guard.sanctioned(PREFERENCE_SCORER):
+                scores = self.lensnet(
+                    # Detached: the preference loss trains LensNet, not what it looks at.
+                    view.embeddings.detach(),
+                    view.starts,
+                    view.spans,
+                    view.lods,
+                    view.pad_mask,
+                )
+            lens_loss = preference.preference_loss(
+                scores,
+                pairs,
+                temperature=self.config.temperature,
+                advantage_scale=self.config.advantage_scale,
+            )
+            lm_loss = nll.sum() / (variants.working_context.labels != NO_LABEL).sum()
+            calls = sum(ledger.calls.values())
+        metrics: dict[str, Tensor | int] = {
+            "lm_loss": lm_loss.detach(),
+            "lens_loss": lens_loss.detach(),
+            "lensnet_calls": calls,
+            **_lod_losses(nll, variants.working_context),
+            **preference.preference_metrics(scores, pairs, gists),
+        }
+        return MCBatchResult(lm_loss + lens_loss, lm_loss, lens_loss, variants, metrics)
+
+    def build_tree(self, tokens: Tensor, pad_mask: Tensor | None = None) -> MegaContextTree:
+        """Trim each sequence so that the target length is reachable, and build its tree.
+
+        The (N - W) mod (K - 1) oldest tokens go; what is kept counts from position 0.
+
+        Args:
+            tokens: int64 ``[B, T]``.
+            pad_mask: bool ``[B, T]``, True at pads on the left.
+        """
+        lengths = self._check_batch(tokens, pad_mask)
+        kept = [
+            kept_tokens(n, self.config.train_wc_length, self.config.block_size) for n in lengths
+        ]
+        width = max(kept)
+        # Every row starts at its oldest kept token; rows that are shorter repeat their last one.
+        offsets = np.minimum(np.arange(width), np.array(kept)[:, None] - 1)
+        index = torch.from_numpy(tokens.shape[1] - np.array(kept)[:, None] + offsets)
+        tokens = tokens.gather(1, index.to(tokens.device))
+        return MegaContextTree.build(
+            tokens,
+            self.language_model.embed(tokens),
+            self.gistnet,
+            block_size=self.config.block_size,
+            max_lod=self.config.max_lod,
+            lengths=kept,
+        )
+
+    def build_variants(self, tree: MegaContextTree) -> Variants:
+        """One LOD0 baseline and ``num_variants`` random cuts per history, gathered at once."""
+        cuts = tuple(
+            (
+                lod0_tail(length, self.config.train_wc_length, self.config.block_size),
+                *(self._collapse_wc_randomly(length) for _ in range(self.config.num_variants)),
+            )
+            for length in tree.lengths
+        )
+        return Variants(cuts, tree.working_context(cuts))
+
+    def _collapse_wc_randomly(self, num_tokens: int) -> Cut:
+        """A random cut of exactly the training length (all tokens, if there are fewer)."""
+        return self.allocator.sample(num_tokens, min(num_tokens, self.config.train_wc_length))
+
+    # Outside training --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def full_detail_loss(self, tokens: Tensor) -> Tensor:
+        """Mean NLL of the language model on plain LOD0 contexts, nats; scalar. Needs no LensNet.
+
+        Args:
+            tokens: int64 ``[B, T]``.
+        """
+        self._check_batch(tokens, None)
+        starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        logits = self.language_model(
+            self.language_model.embed(tokens), starts, torch.ones_like(starts)
+        )
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    # Pieces of process_batch -------------------------------------------------------------------
+
+    def _training_context(self) -> AbstractContextManager[None]:
+        return self.context("training") if self.guard.current_context is None else nullcontext()
+
+    def _focus_view(self, num_tokens: int) -> Cut:
+        return focus_view(
+            num_tokens,
+            block_size=self.config.block_size,
+            recent_tokens=self.config.recent_tokens,
+            horizon_tokens=self.config.horizon_tokens,
+            window=self.config.focus_window,
+        )
+
+    def _token_nll(self, context: WorkingContext) -> Tensor:
+        """NLL of each entry's label, nats, ``[R, W]``; 0 where there is none."""
+        logits = self.language_model(
+            context.embeddings, context.starts, context.spans, context.pad_mask
+        )
+        flat = F.cross_entropy(
+            logits.flatten(0, 1),
+            context.labels.flatten(),
+            ignore_index=NO_LABEL,
+            reduction="none",
+        )
+        return flat.view_as(context.labels)
+
+    def _horizon_nll(self, nll: Tensor, variants: Variants, tree: MegaContextTree) -> Tensor:
+        """NLL of each variant summed over the tokens of the horizon, nats, ``[B, 1 + V]``."""
+        context, per_history = variants.working_context, 1 + self.config.num_variants
+        first = torch.tensor(tree.lengths) - self.config.horizon_tokens
+        first = first.to(nll.device, non_blocking=True).repeat_interleave(per_history)
+        in_horizon = context.starts + context.spans >= first[:, None]
+        return (nll * in_horizon).sum(-1).view(-1, per_history)
+
+    def _held(self, variants: Variants, views: Sequence[Cut], tree: MegaContextTree) -> Tensor:
+        """Whether each variant holds each view entry's span at LOD0, bool ``[B, 1 + V, E]``."""
+        width = max(map(len, views))
+        held = np.zeros((len(views), 1 + self.config.num_variants, width), dtype=np.bool_)
+        for row, cuts, view, length in zip(held, variants.cuts, views, tree.lengths, strict=True):
+            row[:, width - len(view) :] = held_at_lod0(cuts, view, length)
+        return torch.from_numpy(held).to(tree.levels.device)
+
+    def _check_batch(self, tokens: Tensor, pad_mask: Tensor | None) -> list[int]:
+        """Refuse what cannot be a batch; return the number of tokens of each sequence."""
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+            found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise TypeError(f"tokens must be an int64 tensor, not {found}")
+        if tokens.dim() != 2 or not tokens.shape[0]:
+            raise ValueError(f"tokens must be [B, T] with B ≥ 1, not {list(tokens.shape)}")
+        batch, width = tokens.shape
+        lengths = [width] * batch
+        if pad_mask is not None:
+            if pad_mask.shape != tokens.shape or pad_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"pad_mask must be bool {list(tokens.shape)}, "
+                    f"not {pad_mask.dtype} {list(pad_mask.shape)}"
+                )
+            pads = pad_mask.sum(1)
+            if not torch.equal(pad_mask, torch.arange(width, device=pads.device) < pads[:, None]):
+                raise ValueError("pad_mask must be True on the left of each sequence only")
+            lengths = [width - n for n in pads.tolist()]
+        shortest = min(lengths)
+        if shortest <= self.config.horizon_tokens:
+            raise ValueError(
+                f"sequence {lengths.index(shortest)} has {shortest} tokens; at least "
+                f"{self.config.horizon_tokens + 1} are needed, one more than horizon_tokens"
+            )
+        if tokens.device.type == "cpu":  # on a device this check would wait for it
+            low, high = tokens.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"tokens must lie in [0, {self.config.vocab_size}), "
+                    f"but run from {int(low)} to {int(high)}"
+                )
+        return lengths
+
+
+def _lod_losses(nll: Tensor, context: WorkingContext) -> dict[str, Tensor]:
+    """Mean NLL after entries of each LOD, nats; nan for an LOD that no labelled entry has."""
+    labelled = context.labels != NO_LABEL
+    of_lod = context.lods == torch.arange(3, device=nll.device)[:, None, None]
+    of_lod &= labelled
+    means = (nll.detach() * of_lod).sum((1, 2)) / of_lod.sum((1, 2))
+    return {f"lod_loss/{lod}": mean for lod, mean in enumerate(means)}

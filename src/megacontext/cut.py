@@ -1,0 +1,173 @@
+"""Cuts: which (position, LOD) entries make up a working context. Integers only, no embeddings.
+
+A cut through the tree of a history tiles its tokens in order. An entry at LOD ``l`` covers
+``block_size ** l`` tokens and starts at a multiple of that, so that its embedding is the gist of
+exactly the tokens it stands for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+class UnreachableTarget(ValueError):
+    """A working-context length that no sequence of collapses can produce."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Entries of a working context, oldest first.
+
+    Attributes:
+        positions: first token of each entry, int64 ``[W]``.
+        lods: level of detail of each entry, int64 ``[W]``.
+        block_size: tokens of a LOD1 entry, K.
+    """
+
+    positions: Ints
+    lods: Ints
+    block_size: int
+
+    @property
+    def spans(self) -> Ints:
+        """Tokens that each entry covers, int64 ``[W]``."""
+        spans: Ints = self.block_size**self.lods
+        return spans
+
+    @property
+    def ends(self) -> Ints:
+        """The first token after each entry, int64 ``[W]``."""
+        return self.positions + self.spans
+
+    def token_lods(self, num_tokens: int) -> Ints:
+        """The LOD at which each token is held, int64 ``[num_tokens]``; -1 where it is not."""
+        lods = np.full(num_tokens, -1, dtype=np.int64)
+        if len(self):
+            lods[self.positions[0] : self.ends[-1]] = np.repeat(self.lods, self.spans)
+        return lods
+
+    def check(self, first: int, end: int, recent_tokens: int = 0) -> None:
+        """Check that the cut is legal and covers tokens ``[first, end)`` completely.
+
+        Raises:
+            ValueError: a gap, an overlap, an entry off its grid, or a coarse entry among the last
+                ``recent_tokens`` tokens.
+        """
+        edges = np.concatenate([[first], self.ends])
+        torn = np.flatnonzero(edges != np.append(self.positions, end))
+        if len(torn):
+            at = int(torn[0])
+            raise ValueError(
+                f"the cut does not tile [{first}, {end}): entry {at} should start at {edges[at]}"
+            )
+        skewed = np.flatnonzero(self.positions % self.spans)
+        if len(skewed):
+            at = int(skewed[0])
+            raise ValueError(
+                f"entry {at} (LOD{self.lods[at]}) starts at {self.positions[at]}, "
+                f"which is no multiple of its span {self.spans[at]}"
+            )
+        if ((self.ends > end - recent_tokens) & (self.lods > 0)).any():
+            raise ValueError(f"the last {recent_tokens} tokens are not all held at LOD0")
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Cut):
+            return NotImplemented
+        return (
+            self.block_size == other.block_size
+            and np.array_equal(self.positions, other.positions)
+            and np.array_equal(self.lods, other.lods)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # arrays are mutable
+
+
+def from_token_lods(token_lods: Ints, block_size: int) -> Cut:
+    """The cut that holds token ``i`` at ``token_lods[i]``; whole spans must agree."""
+    tokens = np.arange(len(token_lods), dtype=np.int64)
+    positions = np.flatnonzero(tokens % block_size**token_lods == 0)
+    return Cut(positions, token_lods[positions], block_size)
+
+
+def lod0_tail(num_tokens: int, length: int, block_size: int) -> Cut:
+    """The last ``length`` of ``num_tokens`` tokens (all of them if fewer), each at LOD0."""
+    positions = np.arange(max(num_tokens - length, 0), num_tokens, dtype=np.int64)
+    return Cut(positions, np.zeros_like(positions), block_size)
+
+
+def focus_view(
+    num_tokens: int, *, block_size: int, recent_tokens: int, horizon_tokens: int, window: int
+) -> Cut:
+    """The coarse cut that LensNet scores: the history as gists, the recent tail at LOD0.
+
+    It ends before the horizon, on which variants are judged. History is LOD1; where that exceeds
+    ``window`` entries, its oldest aligned K² spans are LOD2, as few as it takes.
+
+    Raises:
+        UnreachableTarget: even with LOD2 wherever it fits, the view is longer than ``window``.
+    """
+    history = max(num_tokens - recent_tokens, 0)
+    blocks = history // block_size
+    token_lods = np.zeros(max(num_tokens - horizon_tokens, 0), dtype=np.int64)
+    token_lods[: blocks * block_size] = 1
+    length = len(token_lods) - blocks * (block_size - 1)
+    spans = max(-(-(length - window) // (block_size - 1)), 0)
+    if spans > blocks // block_size:
+        shortest = length - blocks // block_size * (block_size - 1)
+        raise UnreachableTarget(
+            f"the focus view of {num_tokens} tokens has at least {shortest} entries and does not "
+            f"fit a focus_window of {window}; widen the window or shorten the sequence"
+        )
+    token_lods[: spans * block_size**2] = 2
+    return from_token_lods(token_lods, block_size)
+
+
+def held_at_lod0(cuts: Sequence[Cut], view: Cut, num_tokens: int) -> NDArray[np.bool_]:
+    """Whether each cut holds all of each view entry's span at LOD0, bool ``[cuts, entries]``."""
+    lod0 = np.zeros((len(cuts), num_tokens + 1), dtype=np.int64)
+    for row, cut in zip(lod0, cuts, strict=True):
+        row[cut.positions[cut.lods == 0] + 1] = 1
+    before = lod0.cumsum(axis=1)
+    held: NDArray[np.bool_] = before[:, view.ends] - before[:, view.positions] == view.spans
+    return held
+
+
+def kept_tokens(num_tokens: int, target_length: int, block_size: int) -> int:
+    """How many of the newest tokens to keep so that ``target_length`` becomes reachable.
+
+    Every collapse shortens a cut by a multiple of K - 1, so (N - W) mod (K - 1) tokens must go.
+    """
+    if num_tokens <= target_length:
+        return num_tokens
+    return num_tokens - (num_tokens - target_length) % (block_size - 1)
+
+
+def shortest_length(num_tokens: int, *, block_size: int, max_lod: int, recent_tokens: int) -> int:
+    """Entries left when everything outside the protected tail is collapsed as far as it goes."""
+    history = max(num_tokens - recent_tokens, 0)
+    blocks = history // block_size
+    spans = blocks // block_size if max_lod == 2 else 0
+    return num_tokens - (blocks + spans) * (block_size - 1)
+
+
+def check_block_size(block_size: Any, max_lod: Any) -> None:
+    """Refuse a tree that cannot be built.
+
+    Raises:
+        TypeError, ValueError: ``block_size`` is no int of at least 2, or ``max_lod`` not 1 or 2.
+    """
+    for name, value in (("block_size", block_size), ("max_lod", max_lod)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name} must be an int, not {value!r}")
+    if block_size < 2:
+        raise ValueError(f"block_size must be at least 2 tokens, not {block_size}")
+    if max_lod not in (1, 2):
+        raise ValueError(f"max_lod must be 1 or 2 (gists, and gists of gists), not {max_lod}")

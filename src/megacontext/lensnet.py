@@ -1,0 +1,53 @@
+"""LensNet: reads a focus view and gives each entry a signed score."""
+
+import torch
+from torch import Tensor, nn
+
+from megacontext.positional import gaussian_rope
+from megacontext.transformer import Block, attention_mask
+
+
+class LensNet(nn.Module):
+    """A small bidirectional transformer over the entries of a view.
+
+    Bidirectional, because the query that makes an old gist worth expanding comes after it.
+
+    Args:
+        d_model: width D.
+        num_layers, num_heads: of the transformer.
+        max_lod: highest level of detail of an entry.
+    """
+
+    def __init__(self, d_model: int, num_layers: int, num_heads: int, max_lod: int) -> None:
+        super().__init__()
+        self.head_dim = d_model // num_heads
+        self.lod_embedding = nn.Embedding(max_lod + 1, d_model)
+        nn.init.normal_(self.lod_embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(d_model, num_heads) for _ in range(num_layers))
+        self.norm = nn.RMSNorm(d_model)
+        self.head = nn.Linear(d_model, 1)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        starts: Tensor,
+        spans: Tensor,
+        lods: Tensor,
+        pad_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Scores in [-1, 1], ``[B, E]``: above 0 "expand me", below 0 "collapse me"; 0 at pads.
+
+        Args:
+            embeddings: of the view's entries, ``[B, E, D]``.
+            starts, spans, lods: of the entries, int64 ``[B, E]``.
+            pad_mask: bool ``[B, E]``, True at pads.
+        """
+        rope = gaussian_rope(starts, spans, self.head_dim)
+        mask = attention_mask(pad_mask, causal=False)
+        x = embeddings + self.lod_embedding(lods)
+        for block in self.blocks:
+            x = block(x, rope, mask, causal=False)
+        scores = torch.tanh(self.head(self.norm(x)).squeeze(-1))
+        return scores if pad_mask is None else scores.masked_fill(pad_mask, 0.0)

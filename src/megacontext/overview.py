@@ -1,0 +1,80 @@
+"""The picture of a run: losses, agreement, LensNet calls per micro-step, and LOD strips."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+from lensnet_guard.postmortem import LogVerdict
+from megacontext.controller import Variants
+from megacontext.run_folder import RunFolder
+
+_LOD_COLOURS = {-1: "#e8e8e8", 0: "#1b6ca8", 1: "#f0a202", 2: "#b3312c"}
+_LOD_NAMES = {-1: "not held", 0: "LOD0 (tokens)", 1: "LOD1 (gist)", 2: "LOD2 (gist of gists)"}
+_STRIPS = 8
+
+
+def draw_overview(
+    folder: RunFolder, verdict: LogVerdict, variants: Variants | None, unigram_entropy: float
+) -> None:
+    """Write ``overview.png``.
+
+    Args:
+        variants: whose LODs to show; None (a resumed run with nothing left to do) leaves them out.
+        unigram_entropy: of the held-out text, nats, drawn as the line to beat.
+    """
+    rows = folder.read_metrics()
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    _lines(axes[0, 0], rows, {"lm_loss": "training, mixed LODs", "validation_loss": "held out"})
+    axes[0, 0].axhline(unigram_entropy, color="0.4", ls="--", lw=1, label="unigram entropy")
+    axes[0, 0].set(title="language model", xlabel="step", ylabel="nats per byte")
+    axes[0, 0].legend()
+    _lines(axes[0, 1], rows, {"lens_loss": "lens loss", "preference_agreement": "agreement"})
+    axes[0, 1].axhline(0.5, color="0.4", ls="--", lw=1, label="chance agreement")
+    axes[0, 1].set(title="preference learning", xlabel="step", ylim=(0, 1.05))
+    axes[0, 1].legend()
+    calls = verdict.calls_per_micro_step
+    axes[1, 0].step(np.arange(len(calls)), calls, where="mid", color="#1b6ca8")
+    axes[1, 0].set(
+        title=f"from the log: {verdict}",
+        xlabel="micro-step",
+        ylabel="LensNet calls",
+        ylim=(0, max([2, *calls]) + 0.2),
+    )
+    axes[1, 0].yaxis.get_major_locator().set_params(integer=True)
+    _lod_strips(axes[1, 1], variants)
+    # Written beside and moved over: a kill leaves the old picture or the new one.
+    temporary = folder.overview.with_name("overview.tmp.png")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(folder.overview)
+
+
+def _lines(axes: Axes, rows: list[dict[str, float | None]], names: dict[str, str]) -> None:
+    for key, label in names.items():
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        axes.plot(*np.array(points, dtype=float).reshape(-1, 2).T, label=label)
+
+
+def _lod_strips(axes: Axes, variants: Variants | None) -> None:
+    axes.set(title="LOD of every token in working contexts of equal length", xlabel="token")
+    if variants is None:
+        axes.text(0.5, 0.5, "no step was run", ha="center", transform=axes.transAxes)
+        return
+    shown = [
+        (f"{'baseline' if v == 0 else f'variant {v}'}", cut)
+        for cuts in variants.cuts
+        for v, cut in enumerate(cuts)
+    ][:_STRIPS]
+    num_tokens = max(int(cut.ends[-1]) for _, cut in shown)
+    strips = np.stack([cut.token_lods(num_tokens) for _, cut in shown])
+    colours = ListedColormap(list(_LOD_COLOURS.values()))
+    axes.imshow(strips, aspect="auto", interpolation="nearest", cmap=colours, vmin=-1, vmax=2)
+    axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+    handles = [Patch(color=_LOD_COLOURS[lod], label=_LOD_NAMES[lod]) for lod in _LOD_NAMES]
+    axes.legend(handles=handles, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))

@@ -1,0 +1,39 @@
+"""Gaussian RoPE: rotary positions for entries that cover more than one token.
+
+An entry that covers tokens [p, p + s) is taken as a position spread over them, with mean
+p + (s - 1) / 2 and the variance of s consecutive integers, (s² - 1) / 12. The expectation of the
+rotation e^{iωx} under a normal x of that mean and variance is e^{iωμ} · e^{-ω²σ²/2}: the usual
+rotation, its fast frequencies damped where the position is vague. For s = 1 it is plain RoPE
+(Su et al. 2021, arXiv:2104.09864).
+"""
+
+import torch
+from torch import Tensor
+
+BASE = 10_000.0
+
+
+def gaussian_rope(starts: Tensor, spans: Tensor, head_dim: int) -> Tensor:
+    """Damped rotations of entries.
+
+    Args:
+        starts, spans: first token and number of tokens of each entry, int64 ``[B, W]``.
+        head_dim: even width of an attention head.
+
+    Returns:
+        cosines and sines, float32 ``[2, B, 1, W, head_dim / 2]``.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=starts.device) / head_dim
+    frequencies = BASE**-exponents
+    mean = starts + (spans - 1) / 2
+    variance = (spans.float() ** 2 - 1) / 12
+    angles = mean[..., None] * frequencies
+    damping = torch.exp(-0.5 * frequencies**2 * variance[..., None])
+    return torch.stack([angles.cos() * damping, angles.sin() * damping])[:, :, None]
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Apply the rotations of `gaussian_rope` to queries or keys ``[B, H, W, head_dim]``."""
+    cos, sin = rope.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

@@ -1,0 +1,108 @@
+"""Preference learning: which gists should the better variant's LensNet have expanded?
+
+Pure functions on tensors, over all pairs of a sequence's variants at once. A pair labels a gist of
+the focus view +1 where only its better variant holds the span at LOD0, -1 where only the worse one
+does, and 0 (masked) elsewhere. The pair's policy score is the mean of label · score; the
+Bradley-Terry model makes a probability of it (Bradley and Terry 1952), and the pair counts by how
+clearly its losses differ.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """All P = V(V-1)/2 pairs of each sequence's variants.
+
+    Attributes:
+        advantages: NLL of the pair's second variant less that of its first, nats, ``[B, P]``.
+        held_difference: +1 where only the first variant holds the entry's span at LOD0, -1 where
+            only the second does, else 0; 0 outside gists; ``[B, P, E]``.
+    """
+
+    advantages: Tensor
+    held_difference: Tensor
+
+
+def make_pairs(nll: Tensor, held: Tensor, gists: Tensor) -> PreferencePairs:
+    """Pair up variants.
+
+    Args:
+        nll: summed over the horizon, nats, ``[B, V]``; taken as constant.
+        held: whether a variant holds an entry's span at LOD0, bool ``[B, V, E]``.
+        gists: which entries of the view are gists, bool ``[B, E]``.
+    """
+    first, second = torch.triu_indices(nll.shape[1], nll.shape[1], offset=1, device=nll.device)
+    nll, held_gists = nll.detach(), (held & gists[:, None]).to(nll.dtype)
+    return PreferencePairs(
+        advantages=nll[:, second] - nll[:, first],
+        held_difference=held_gists[:, first] - held_gists[:, second],
+    )
+
+
+def policy_scores(scores: Tensor, pairs: PreferencePairs) -> tuple[Tensor, Tensor]:
+    """What LensNet's scores say of each pair: positive prefers its first variant.
+
+    Args:
+        scores: LensNet's, in [-1, 1], ``[B, E]``.
+
+    Returns:
+        the mean score of the differing gists, signed by who holds them, ``[B, P]``; and whether
+        there is one, bool ``[B, P]``.
+    """
+    differing = pairs.held_difference.abs().sum(-1)
+    total = torch.einsum("bpe,be->bp", pairs.held_difference, scores)
+    return total / differing.clamp(min=1), differing > 0
+
+
+def preference_loss(
+    scores: Tensor, pairs: PreferencePairs, *, temperature: float, advantage_scale: float
+) -> Tensor:
+    """Weighted Bradley-Terry logistic loss, scalar; 0 when no pair says anything.
+
+    Args:
+        scores: LensNet's, ``[B, E]``.
+        temperature: divides the policy score.
+        advantage_scale: a pair weighs tanh(advantage_scale · |advantage|).
+    """
+    policy, informative = policy_scores(scores, pairs)
+    logits = policy * pairs.advantages.sign() / temperature
+    weights = torch.tanh(advantage_scale * pairs.advantages.abs()) * informative
+    return (F.softplus(-logits) * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
+def preference_metrics(scores: Tensor, pairs: PreferencePairs, gists: Tensor) -> dict[str, Tensor]:
+    """How scores and advantages relate; scalars on the device, nan where undefined.
+
+    ``adv_delta_*`` is the gap between better and worse variant in nats; ``preference_agreement``
+    the share of informative pairs that the scores order as the losses do; ``preference_corr`` the
+    correlation of policy score and advantage over them.
+    """
+    scores = scores.detach()
+    policy, informative = policy_scores(scores, pairs)
+    gap = pairs.advantages.abs()
+    agree = (policy * pairs.advantages > 0) & informative
+    entries = gists.sum(-1).clamp(min=1)
+    mean = (scores * gists).sum(-1) / entries
+    variance = ((scores - mean[:, None]).square() * gists).sum(-1) / entries
+    return {
+        "adv_delta_mean": gap.mean(),
+        "adv_delta_p95": torch.quantile(gap, 0.95),
+        "adv_delta_std": gap.std(correction=0),
+        "preference_agreement": agree.sum() / informative.sum(),
+        "preference_corr": _correlation(policy, pairs.advantages, informative),
+        "policy_score_abs_mean": (scores.abs() * gists).sum() / gists.sum(),
+        "policy_score_std_mean": variance.sqrt().mean(),
+    }
+
+
+def _correlation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Pearson's r over the masked elements, scalar."""
+    count = mask.sum()
+    x = torch.where(mask, x - (x * mask).sum() / count, 0.0)
+    y = torch.where(mask, y - (y * mask).sum() / count, 0.0)
+    return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()

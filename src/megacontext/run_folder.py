@@ -1,0 +1,99 @@
+"""The files of a run, each written so that a kill at any moment loses nothing.
+
+A run folder holds ``config.json``, ``metrics.jsonl`` (a line per logged step), ``checkpoint.pt``
+(the newest), ``lensnet.rank0.jsonl`` (the guard's log) and ``overview.png``.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the folder; nothing is created before `create`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoint = self.path / "checkpoint.pt"
+        self.overview = self.path / "overview.png"
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Make the folder for a new run.
+
+        Raises:
+            FileExistsError: it holds a run already, or something else.
+        """
+        if self.config.exists():
+            raise FileExistsError(
+                f"{self.path} holds a run already: continue it with --resume, "
+                "or choose another --run-dir"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise FileExistsError(f"{self.path} is not an empty folder; choose another --run-dir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_atomically(self.config, json.dumps(config, indent=2).encode() + b"\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration of the run.
+
+        Raises:
+            FileNotFoundError: there is no run.
+        """
+        if not self.config.exists():
+            raise FileNotFoundError(f"{self.path} holds no run to resume: no {self.config.name}")
+        config: dict[str, Any] = json.loads(self.config.read_text())
+        return config
+
+    def append_metrics(self, row: Mapping[str, float | int]) -> None:
+        """Append one line; what is undefined (nan) becomes null."""
+        finite = {k: None if not math.isfinite(v) else v for k, v in row.items()}
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def read_metrics(self) -> list[dict[str, float | None]]:
+        """All complete lines, in order."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the lines of steps that a resumed run will do again."""
+        rows = [row for row in self.read_metrics() if (row["step"] or 0) <= step]
+        _write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in rows).encode())
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint; a kill at any moment leaves the old one or the new one."""
+        temporary = self.checkpoint.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.checkpoint)
+
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
+        """The newest checkpoint; None when the run was killed before its first."""
+        if not self.checkpoint.exists():
+            return None
+        state: dict[str, Any] = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        return state
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

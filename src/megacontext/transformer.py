@@ -1,0 +1,65 @@
+"""The pre-norm transformer block that the language model and LensNet share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megacontext.positional import rotate
+
+
+class Block(nn.Module):
+    """Rotary self-attention and an MLP, each on a normalised residual branch.
+
+    Args:
+        d_model: width D.
+        num_heads: attention heads; D / num_heads must be even.
+    """
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm = nn.RMSNorm(d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.attention_out = nn.Linear(d_model, d_model, bias=False)
+        self.mlp_norm = nn.RMSNorm(d_model)
+        self.mlp = nn.Sequential(
+            nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model)
+        )
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """``[B, W, D]`` to ``[B, W, D]``.
+
+        Args:
+            rope: of `gaussian_rope`.
+            mask: bool ``[B, 1, W, W]``, True where a query may look; None for no padding.
+            causal: look back only; ``mask`` must then be None or causal itself.
+        """
+        batch, width, _ = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, width, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(
+            rotate(query, rope),
+            rotate(key, rope),
+            value,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+        )
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
+def attention_mask(pad_mask: Tensor | None, causal: bool) -> Tensor | None:
+    """Who may look at whom, bool ``[B, 1, W, W]``; None when nothing is padded.
+
+    Pads are seen by nobody but themselves, which keeps their rows finite.
+
+    Args:
+        pad_mask: bool ``[B, W]``, True at pads.
+    """
+    if pad_mask is None:
+        return None
+    width = pad_mask.shape[1]
+    itself = torch.eye(width, dtype=torch.bool, device=pad_mask.device)
+    allowed = ~pad_mask[:, None, :] | itself
+    return (allowed.tril() if causal else allowed)[:, None]

@@ -1,0 +1,27 @@
+"""The working context: what the language model and LensNet read."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+NO_LABEL = -100  # what cross_entropy ignores
+
+
+@dataclass(frozen=True)
+class WorkingContext:
+    """A batch of working contexts as tensors, left-padded where they differ in length.
+
+    Attributes:
+        embeddings: float ``[R, W, D]``.
+        starts, spans, lods: first token, number of tokens and level of detail, int64 ``[R, W]``.
+        labels: the token right after each entry, int64 ``[R, W]``; `NO_LABEL` at pads and where
+            the sequence ends.
+        pad_mask: bool ``[R, W]``, True at pads; None when nothing is padded.
+    """
+
+    embeddings: Tensor
+    starts: Tensor
+    spans: Tensor
+    lods: Tensor
+    labels: Tensor
+    pad_mask: Tensor | None
