@@ -1,9 +1,14 @@
 """Sizes and probabilities of a MegaContext model, checked before anything is built."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from megacontext.allocators.training import TrainingWCVariationAllocator
-from megacontext.cut import UnreachableTarget, focus_view, kept_tokens, shortest_length
+from megacontext.cut import UnreachableTarget, check_int, focus_view, kept_tokens
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class MCConfig:
     max_lod: int = 2
     sequence_tokens: int = 384
     train_wc_length: int = 160
-    recent_tokens: int = 64
+    recent_tokens: int = 32
     horizon_tokens: int = 32
     focus_window: int = 1_024
     num_variants: int = 3
@@ -51,12 +56,7 @@ class MCConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, field.type)):  # type: ignore[arg-type]
-                raise TypeError(f"{field.name} must be {field.type.__name__}, not {value!r}")  # type: ignore[union-attr]
-            if field.name not in ("lod2_probability", "seed") and not value > 0:
-                raise ValueError(f"{field.name} must be positive, not {value}")
+        check_numbers(self, may_be_zero=("lod2_probability", "seed"))
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"d_model {self.d_model} must be a multiple of 2 · num_heads = "
@@ -67,7 +67,7 @@ class MCConfig:
                 f"horizon_tokens {self.horizon_tokens} must not exceed recent_tokens "
                 f"{self.recent_tokens}: variants are compared on tokens that all hold at LOD0"
             )
-        self.new_allocator()  # checks block_size, max_lod, probability and seed
+        self.new_allocator()  # checks block_size, max_lod and probability
         self._check_target()
         focus_view(
             self.sequence_tokens,
@@ -94,21 +94,43 @@ class MCConfig:
                 f"train_wc_length {self.train_wc_length} exceeds sequence_tokens "
                 f"{self.sequence_tokens}; the longest possible is {self.sequence_tokens}"
             )
-        longest = kept_tokens(self.sequence_tokens, self.train_wc_length, self.block_size)
-        lengths = range(self.train_wc_length, longest + 1, self.block_size - 1)
-        shortest = max(
-            shortest_length(
-                length,
-                block_size=self.block_size,
-                max_lod=self.max_lod if self.lod2_probability > 0 else 1,
-                recent_tokens=self.recent_tokens,
-            )
-            for length in lengths
-        )
-        if shortest > self.train_wc_length:
+        if not self._reachable_from_all(self.train_wc_length):
+            longer = range(self.train_wc_length + 1, self.sequence_tokens + 1)
+            nearest = next(length for length in longer if self._reachable_from_all(length))
             raise UnreachableTarget(
                 f"train_wc_length {self.train_wc_length} cannot be reached from every sequence of "
                 f"up to {self.sequence_tokens} tokens with block_size {self.block_size}, LODs up "
-                f"to {self.max_lod} and {self.recent_tokens} recent tokens at LOD0; "
-                f"use at least {shortest}"
+                f"to {self.new_allocator().max_lod} and {self.recent_tokens} recent tokens at "
+                f"LOD0; the nearest length that can is {nearest}"
             )
+
+    def _reachable_from_all(self, target: int) -> bool:
+        longest = kept_tokens(self.sequence_tokens, target, self.block_size)
+        allocator = self.new_allocator()
+        lengths = range(target, longest + 1, self.block_size - 1)
+        return all(allocator.reachable_length(length, target) == target for length in lengths)
+
+
+def check_numbers(config: "DataclassInstance", may_be_zero: Sequence[str]) -> None:
+    """Check the int and float fields of a dataclass.
+
+    Args:
+        may_be_zero: names of fields that need not be positive, only not negative.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int:
+            check_int(field.name, value)
+        elif field.type is float:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{field.name} must be a number, not {value!r}")
+        else:
+            continue
+        if field.name in may_be_zero:
+            if value < 0:
+                raise ValueError(f"{field.name} must not be negative, but is {value}")
+        elif not value > 0:
+            raise ValueError(f"{field.name} must be positive, not {value}")

@@ -164,10 +164,19 @@ def check_block_size(block_size: Any, max_lod: Any) -> None:
     Raises:
         TypeError, ValueError: ``block_size`` is no int of at least 2, or ``max_lod`` not 1 or 2.
     """
-    for name, value in (("block_size", block_size), ("max_lod", max_lod)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} must be an int, not {value!r}")
+    check_int("block_size", block_size)
+    check_int("max_lod", max_lod)
     if block_size < 2:
         raise ValueError(f"block_size must be at least 2 tokens, not {block_size}")
     if max_lod not in (1, 2):
         raise ValueError(f"max_lod must be 1 or 2 (gists, and gists of gists), not {max_lod}")
+
+
+def check_int(name: str, value: Any) -> None:
+    """Refuse what is no integer (True and False are none).
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, not {value!r}")

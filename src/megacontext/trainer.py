@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lensnet_guard import lensnet_guard
 from lensnet_guard.postmortem import LogVerdict, read_verdict
-from megacontext.config import MCConfig
+from megacontext.config import MCConfig, check_numbers
 from megacontext.controller import MCController, Variants
 from megacontext.data import Corpus, load_corpus
 from megacontext.run_folder import RunFolder
@@ -41,7 +41,7 @@ class TrainConfig:
         device: torch device.
 
     Raises:
-        ValueError: a value that cannot train.
+        TypeError, ValueError: a value that cannot train.
     """
 
     text: tuple[str, ...] = ()
@@ -49,23 +49,15 @@ class TrainConfig:
     batch_size: int = 8
     accumulation: int = 2
     learning_rate: float = 3e-3
-    lens_learning_rate: float = 1e-3
+    lens_learning_rate: float = 2e-3
     warmup_steps: int = 20
     clip_norm: float = 1.0
-    log_interval: int = 5
+    log_interval: int = 10
     checkpoint_interval: int = 50
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("text", "device", "warmup_steps"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} must be given")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and value <= 0 and field.name != "warmup_steps":
-                raise ValueError(f"{field.name} must be positive, not {value}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, not {self.warmup_steps}")
+        check_numbers(self, may_be_zero=("warmup_steps",))
 
 
 @dataclass(frozen=True)
@@ -176,6 +168,7 @@ class _Trainer:
         self.folder = folder
         self.device = device
         self.step = 0
+        self.totals: dict[str, Tensor] = {}  # metric -> [sum, count] since the last logged step
         self.mc = MCController(model).to(device)
         lens = list(self.mc.lensnet.parameters())
         of_lens = set(lens)
@@ -198,38 +191,47 @@ class _Trainer:
             self.save()  # so that a run can be resumed from its first moment
         with self.mc.context("training"):
             while self.step < settings.steps:
-                metrics, variants = self._optimizer_step()
+                variants = self._optimizer_step()
                 self.step += 1
                 last = self.step == settings.steps
                 if last or self.step % settings.log_interval == 0:
-                    row = {name: float(value) for name, value in metrics.items()}
-                    row["validation_loss"] = self.validation_loss()
+                    row = self._take_metrics() | {"validation_loss": self.validation_loss()}
                     self.folder.append_metrics({"step": self.step, **row})
                     report(StepReport(self.step, settings.steps, row))
                 if last or self.step % settings.checkpoint_interval == 0:
                     self.save()
         return variants
 
-    def _optimizer_step(self) -> tuple[dict[str, Tensor], Variants]:
-        """One step of ``accumulation`` micro-steps; metrics are their means, on the device."""
+    def _optimizer_step(self) -> Variants:
+        """One step of ``accumulation`` micro-steps; the last one's variants."""
         settings = self.settings
-        totals: dict[str, Tensor] = {}
         for micro_step in range(settings.accumulation):
             tokens = self.corpus.batch(
                 self.data_rng, settings.batch_size, self.mc.config.sequence_tokens
             ).to(self.device)
             result = self.mc.process_batch(tokens, step=self.step, micro_step=micro_step)
             torch.autograd.backward(result.loss / settings.accumulation)
-            for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
-                totals[name] = totals.get(name, 0) + torch.as_tensor(value)
+            self._add_metrics({"loss": result.loss.detach(), **result.metrics})
         for parameters in self.parameters:
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        means = {name: total / settings.accumulation for name, total in totals.items()}
-        return means, result.variants
+        return result.variants
+
+    def _add_metrics(self, metrics: dict[str, Tensor | int]) -> None:
+        """Add up what is defined, on the device."""
+        for name, metric in metrics.items():
+            value = torch.as_tensor(metric, dtype=torch.float32, device=self.device)
+            summand = torch.stack([value.nan_to_num(nan=0.0), (~value.isnan()).float()])
+            self.totals[name] = self.totals.get(name, 0) + summand
+
+    def _take_metrics(self) -> dict[str, float]:
+        """Means over the micro-steps since the last call; nan where never defined."""
+        means = {name: float(total / count) for name, (total, count) in self.totals.items()}
+        self.totals = {}
+        return means
 
     def _rate(self, step: int) -> float:
         """Share of the peak learning rate at a step: linear warm-up, then cosine to a tenth."""
@@ -248,6 +250,7 @@ class _Trainer:
         self.folder.save_checkpoint(
             {
                 "step": self.step,
+                "totals": self.totals,
                 "model": self.mc.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "allocator_rng": self.mc.allocator.rng_state,
@@ -259,6 +262,7 @@ class _Trainer:
         state = self.folder.load_checkpoint(self.device)
         if state is not None:
             self.step = state["step"]
+            self.totals = state["totals"]
             self.mc.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.mc.allocator.rng_state = state["allocator_rng"]

@@ -48,13 +48,13 @@ class MegaContextTree:
             tokens, embeddings: int64 ``[B, N]`` and their embeddings ``[B, N, D]``.
             lengths: tokens of each history; N for all by default.
         """
-        batch, num_tokens = tokens.shape
+        batch, num_tokens, d_model = embeddings.shape
         levels = [embeddings]
         for _ in range(max_lod):
             below = levels[-1]
             blocks = below.shape[1] // block_size
             children = below[:, : blocks * block_size]
-            levels.append(gistnet(children.reshape(batch, blocks, block_size, -1)))
+            levels.append(gistnet(children.reshape(batch, blocks, block_size, d_model)))
         return cls(
             tokens=tokens,
             lengths=tuple(lengths) if lengths is not None else (num_tokens,) * batch,

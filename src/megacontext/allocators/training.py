@@ -13,6 +13,7 @@ from megacontext.cut import (
     Cut,
     UnreachableTarget,
     check_block_size,
+    check_int,
     from_token_lods,
     shortest_length,
 )
@@ -45,10 +46,12 @@ class TrainingWCVariationAllocator:
         seed: int | Sequence[int] = 0,
     ) -> None:
         check_block_size(block_size, max_lod)
-        if not 0.0 <= lod2_probability <= 1.0:
-            raise ValueError(f"lod2_probability must lie in [0, 1], not {lod2_probability}")
+        if not isinstance(lod2_probability, (int, float)) or not 0 <= lod2_probability <= 1:
+            bad = ValueError if isinstance(lod2_probability, (int, float)) else TypeError
+            raise bad(f"lod2_probability must be a number in [0, 1], not {lod2_probability!r}")
+        check_int("recent_tokens", recent_tokens)
         if recent_tokens < 0:
-            raise ValueError(f"recent_tokens must not be negative, not {recent_tokens}")
+            raise ValueError(f"recent_tokens must not be negative, but is {recent_tokens}")
         self.block_size = block_size
         self.max_lod = max_lod if lod2_probability > 0 else 1
         self.lod2_probability = lod2_probability

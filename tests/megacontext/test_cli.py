@@ -1,0 +1,107 @@
+"""The command line, as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import megacontext
+from megacontext import MCController
+from megacontext.cli import main
+
+TEXT = str(Path(megacontext.__file__).parent)
+SMALL = "--steps 3 --batch-size 2 --accumulation 1 --d-model 16 --lm-layers 1 --lens-layers 1"
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def train(run_dir: Path, *more: object) -> tuple[int, str, str]:
+    return run("train", "--run-dir", run_dir, "--text", TEXT, *SMALL.split(), *more)
+
+
+class TestTrain:
+    def test_it_ends_with_the_verdict(self, tmp_path: Path) -> None:
+        """The last line is computed from the log; exit code 0."""
+        code, out, _ = train(tmp_path / "run")
+        assert code == 0
+        assert out.splitlines()[-1] == "3 micro-steps, 3 LensNet calls, 0 violations"
+        assert "unigram entropy" in out
+
+    def test_json_goes_to_stdout_and_nothing_else_does(self, tmp_path: Path) -> None:
+        """A program can read it."""
+        code, out, err = train(tmp_path / "run", "--json")
+        result = json.loads(out)
+        assert code == 0
+        assert result["invariant_held"] is True
+        assert result["verdict"]["calls"] == 3
+        assert "step 3/3" in err
+
+    def test_resume_after_the_end(self, tmp_path: Path) -> None:
+        """Needs nothing but the folder."""
+        train(tmp_path / "run")
+        code, out, _ = run("train", "--run-dir", tmp_path / "run", "--resume")
+        assert code == 0
+        assert out.splitlines()[-1] == "3 micro-steps, 3 LensNet calls, 0 violations"
+
+    def test_a_violation_is_printed_and_exits_with_1(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With its message, and where the log is; no traceback."""
+        build_tree = MCController.build_tree
+
+        def peeking(self: MCController, tokens: object, pad_mask: object = None) -> object:
+            self.lensnet(tokens)
+            return build_tree(self, tokens, pad_mask)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(MCController, "build_tree", peeking)
+        code, out, _ = train(tmp_path / "run")
+        assert code == 1
+        assert "UnsanctionedCall: LensNet was called in training outside its sanctioned" in out
+        assert "The log is in" in out
+        assert "Traceback" not in out
+
+
+class TestWrongUsage:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--train-wc-length", "40"], "train_wc_length 40 cannot be reached"),
+            (["--device", "abacus"], "device 'abacus' cannot be used here"),
+            (["--steps", "0"], "steps must be positive, not 0"),
+            (["--resume", "--steps", "9"], "leave out --steps, --text"),
+        ],
+    )
+    def test_errors_are_one_message_and_exit_with_2(
+        self, tmp_path: Path, options: list[str], message: str
+    ) -> None:
+        """No traceback, no folder."""
+        arguments = [*options, "--text", TEXT]
+        code, _, err = run("train", "--run-dir", tmp_path / "run", *arguments)
+        assert code == 2
+        assert message in " ".join(err.replace("│", " ").split())
+        assert not (tmp_path / "run").exists()
+
+    def test_a_folder_that_holds_a_run(self, tmp_path: Path) -> None:
+        """Is not overwritten."""
+        train(tmp_path / "run")
+        code, _, err = train(tmp_path / "run")
+        assert code == 2
+        assert "holds a run already" in err
+
+
+class TestHelp:
+    def test_every_command_has_an_example(self) -> None:
+        """In its --help."""
+        assert "Example: megacontext train" in run("--help")[1]
+        assert "megacontext train --run-dir runs/mine --resume" in run("train", "--help")[1]
+
+    def test_python_m_megacontext(self) -> None:
+        """The module is the command."""
+        command = [sys.executable, "-m", "megacontext", "--help"]
+        assert "train" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,279 @@
+"""MCController: from tokens to losses. That LensNet is called once is in test_mc_components."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lensnet_guard import CallPolicy, guard_module
+from megacontext import LensNet, MCConfig, MCController
+from megacontext.working_context import NO_LABEL
+
+
+def ragged(tokens: Tensor, lengths: list[int]) -> Tensor:
+    """A pad mask that leaves the last ``lengths`` tokens of each sequence."""
+    width = tokens.shape[1]
+    return torch.arange(width) < width - torch.tensor(lengths)[:, None]
+
+
+class TestBuildTree:
+    def test_the_oldest_tokens_go_until_the_target_is_reachable(self, mc: MCController) -> None:
+        """(N - W) mod (K - 1): of 95 tokens, 47 above the target, 2 go at K = 4."""
+        tokens = torch.arange(64).repeat(2)[:95][None]
+        tree = mc.build_tree(tokens)
+        assert tree.lengths == (93,)
+        assert torch.equal(tree.tokens, tokens[:, 2:])
+
+    def test_shorter_sequences_start_at_their_first_token(self, mc: MCController) -> None:
+        """Whatever stands in the pads is not in the tree of what is kept."""
+        tokens = torch.arange(1, 61).repeat(2, 1)
+        tree = mc.build_tree(tokens, ragged(tokens, [60, 20]))
+        assert tree.lengths == (60, 20)
+        assert tree.tokens[1, :20].tolist() == list(range(41, 61))
+
+
+class TestBuildVariants:
+    def test_a_baseline_and_random_cuts_of_exactly_the_target(
+        self, mc: MCController, tokens: Tensor
+    ) -> None:
+        """Dense: no padding at all; the variants cover every kept token, the baseline the tail."""
+        tree = mc.build_tree(tokens)
+        variants = mc.build_variants(tree)
+        config = mc.config
+        assert variants.working_context.pad_mask is None
+        shape = (len(tokens) * 4, config.train_wc_length, config.d_model)
+        assert variants.working_context.embeddings.shape == shape
+        for baseline, *random_cuts in variants.cuts:
+            baseline.check(96 - 48, 96, recent_tokens=48)
+            assert len(random_cuts) == config.num_variants
+            for cut in random_cuts:
+                cut.check(0, 96, recent_tokens=config.recent_tokens)
+                assert len(cut) == config.train_wc_length
+
+    def test_same_seed_same_variants(self, config: MCConfig, tokens: Tensor) -> None:
+        """And weights: a controller is a function of its configuration."""
+        first, second = MCController(config), MCController(config)
+        assert torch.equal(
+            first.build_variants(first.build_tree(tokens)).working_context.embeddings,
+            second.build_variants(second.build_tree(tokens)).working_context.embeddings,
+        )
+
+    def test_building_a_controller_leaves_the_users_random_state(self, config: MCConfig) -> None:
+        """The seed of the configuration is its own business."""
+        torch.manual_seed(3)
+        expected = torch.rand(1)
+        torch.manual_seed(3)
+        MCController(config)
+        assert torch.rand(1) == expected
+
+
+class TestProcessBatch:
+    def test_the_loss_is_the_sum_of_its_parts(self, mc: MCController, tokens: Tensor) -> None:
+        """And everything in it is a finite scalar."""
+        result = mc.process_batch(tokens)
+        assert torch.equal(result.loss, result.lm_loss + result.lens_loss)
+        assert result.loss.shape == ()
+        assert result.loss.isfinite()
+
+    def test_all_metrics_of_the_design(self, mc: MCController, tokens: Tensor) -> None:
+        """By their known names; no host value but the count of calls."""
+        metrics = mc.process_batch(tokens).metrics
+        assert set(metrics) == {
+            "adv_delta_mean",
+            "adv_delta_p95",
+            "adv_delta_std",
+            "preference_corr",
+            "preference_agreement",
+            "policy_score_abs_mean",
+            "policy_score_std_mean",
+            "lod_loss/0",
+            "lod_loss/1",
+            "lod_loss/2",
+            "lm_loss",
+            "lens_loss",
+            "lensnet_calls",
+        }
+        assert metrics.pop("lensnet_calls") == 1
+        assert all(isinstance(m, Tensor) and not m.requires_grad for m in metrics.values())
+
+    def test_lod_losses_are_the_means_by_the_lod_that_predicts(
+        self, mc: MCController, tokens: Tensor
+    ) -> None:
+        """Weighted by their entries they make the language-model loss."""
+        result = mc.process_batch(tokens)
+        context = result.variants.working_context
+        labelled = context.labels != NO_LABEL
+        total = sum(
+            float(result.metrics[f"lod_loss/{lod}"]) * int(((context.lods == lod) & labelled).sum())
+            for lod in range(3)
+        )
+        assert total / int(labelled.sum()) == pytest.approx(float(result.metrics["lm_loss"]))
+
+    def test_each_loss_trains_its_own_network(self, mc: MCController, tokens: Tensor) -> None:
+        """The preference loss reaches LensNet alone, the other one everything else."""
+        lens = set(mc.lensnet.parameters())
+        others = [p for p in mc.parameters() if p not in lens]
+        mc.process_batch(tokens).lens_loss.backward()
+        assert all(p.grad is not None and p.grad.norm() > 0 for p in _of_blocks(lens))
+        assert all(p.grad is None for p in others)
+        mc.zero_grad()
+        mc.process_batch(tokens).lm_loss.backward()
+        assert all(p.grad is None for p in lens)
+        assert all(p.grad is not None for p in others)
+
+    def test_the_view_never_sees_the_horizon(self, mc: MCController, tokens: Tensor) -> None:
+        """LensNet's input does not depend on the tokens that it is judged by."""
+        seen: list[Tensor] = []
+        mc.lensnet.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        state = mc.allocator.rng_state
+        mc.process_batch(tokens)
+        changed = tokens.clone()
+        changed[:, -mc.config.horizon_tokens :] = 0
+        mc.allocator.rng_state = state
+        mc.process_batch(changed)
+        assert torch.equal(seen[0], seen[1])
+        assert seen[0].shape[1] == 20 + 8  # 80 tokens of history as gists, 8 recent ones
+
+    def test_ragged_batches_score_as_their_sequences_alone(self, mc: MCController) -> None:
+        """A pad, or another sample of the batch, changes no score."""
+        scores: list[Tensor] = []
+        mc.lensnet.register_forward_hook(lambda _, __, out: scores.append(out.detach()))
+        tokens = torch.randint(0, 64, (3, 96))
+        lengths = [96, 60, 30]
+        mc.process_batch(tokens, pad_mask=ragged(tokens, lengths))
+        for row, length in enumerate(lengths):
+            mc.process_batch(tokens[row : row + 1, 96 - length :])
+            alone = scores.pop()
+            together = scores[0][row, -alone.shape[1] :]
+            torch.testing.assert_close(together, alone[0])
+            assert scores[0][row, : -alone.shape[1]].eq(0).all()
+
+    def test_what_stands_in_the_pads_does_not_matter(self, config: MCConfig) -> None:
+        """Losses are those of the tokens alone."""
+        tokens = torch.randint(0, 64, (2, 96))
+        mask = ragged(tokens, [40, 96])
+        garbage = tokens.masked_fill(mask, 63)
+        losses = [MCController(config).process_batch(t, pad_mask=mask) for t in (tokens, garbage)]
+        assert torch.equal(losses[0].loss, losses[1].loss)
+
+    def test_variants_are_compared_on_the_same_tokens(
+        self, mc: MCController, tokens: Tensor
+    ) -> None:
+        """The horizon: its tokens are predicted by every variant, and only they count."""
+        result = mc.process_batch(tokens)
+        context = result.variants.working_context
+        ends = context.starts + context.spans
+        counted = (ends >= 96 - mc.config.horizon_tokens) & (context.labels != NO_LABEL)
+        predicted = ends[counted].view(len(ends), -1)
+        assert predicted.tolist() == [list(range(88, 96))] * len(ends)
+
+    def test_a_language_model_that_knows_the_answer_makes_no_difference_between_variants(
+        self, mc: MCController, tokens: Tensor
+    ) -> None:
+        """With a constant output all advantages are zero up to rounding, and so is the loss."""
+        with torch.no_grad():
+            mc.language_model.norm.weight.zero_()
+        result = mc.process_batch(tokens)
+        assert float(result.metrics["adv_delta_mean"]) < 1e-4
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("tokens", "error", "message"),
+        [
+            ([[1, 2]], TypeError, "tokens must be an int64 tensor, not list"),
+            (torch.zeros(2, 96), TypeError, "tokens must be an int64 tensor, not torch.float32"),
+            (
+                torch.zeros(96, dtype=torch.int64),
+                ValueError,
+                "tokens must be [B, T] with B ≥ 1, not [96]",
+            ),
+            (
+                torch.zeros(0, 96, dtype=torch.int64),
+                ValueError,
+                "tokens must be [B, T] with B ≥ 1, not [0, 96]",
+            ),
+            (
+                torch.zeros(2, 8, dtype=torch.int64),
+                ValueError,
+                "sequence 0 has 8 tokens; at least 9 are needed, one more than horizon_tokens",
+            ),
+            (
+                torch.full((2, 96), 64),
+                ValueError,
+                "tokens must lie in [0, 64), but run from 64 to 64",
+            ),
+            (
+                torch.full((2, 96), -1),
+                ValueError,
+                "tokens must lie in [0, 64), but run from -1 to -1",
+            ),
+        ],
+    )
+    def test_batches_that_are_none(
+        self, mc: MCController, tokens: Tensor, error: type[Exception], message: str
+    ) -> None:
+        """Refused before anything is built, and the controller works on afterwards."""
+        with pytest.raises(error) as raised:
+            mc.process_batch(tokens)
+        assert str(raised.value) == message
+        assert mc.guard.current_context is None
+        assert mc.process_batch(torch.zeros(1, 96, dtype=torch.int64)).loss.isfinite()
+
+    def test_pad_masks_that_are_none(self, mc: MCController, tokens: Tensor) -> None:
+        """Wrong shape or type, or pads that are not on the left."""
+        with pytest.raises(ValueError, match=r"pad_mask must be bool \[3, 96\], not torch.bool"):
+            mc.process_batch(tokens, pad_mask=torch.zeros(3, 95, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"not torch\.int64"):
+            mc.process_batch(tokens, pad_mask=torch.zeros(3, 96, dtype=torch.int64))
+        right = ragged(tokens, [96, 50, 40]).flip(1)
+        with pytest.raises(ValueError, match="pad_mask must be True on the left of each sequence"):
+            mc.process_batch(tokens, pad_mask=right)
+
+    def test_inference_context(self, mc: MCController, tokens: Tensor) -> None:
+        """process_batch trains."""
+        with (
+            mc.context("inference"),
+            pytest.raises(RuntimeError, match="process_batch trains and cannot run in inference"),
+        ):
+            mc.process_batch(tokens)
+
+    def test_a_lost_guard_is_noticed(self, mc: MCController, tokens: Tensor) -> None:
+        """Somebody put a raw LensNet in its place: refused, not trained without a guard."""
+        mc.lensnet = LensNet(32, 1, 2, 2)
+        with pytest.raises(RuntimeError, match=r"mc\.lensnet is no longer guarded"):
+            mc.process_batch(tokens)
+        mc.lensnet = guard_module(mc.lensnet, policy=CallPolicy()).module
+        assert mc.process_batch(tokens).loss.isfinite()
+
+
+class TestPlumbing:
+    def test_state_dict_has_plain_keys_and_loads(self, mc: MCController, tokens: Tensor) -> None:
+        """The guard leaves no trace in a checkpoint."""
+        other = MCController(MCConfig(**{**vars(mc.config), "seed": 5}))
+        other.load_state_dict(mc.state_dict())
+        assert all("wrapped" not in key and "guard" not in key for key in mc.state_dict())
+        assert "lensnet.head.weight" in mc.state_dict()
+        assert torch.equal(other.full_detail_loss(tokens), mc.full_detail_loss(tokens))
+
+    def test_moving_the_controller_keeps_the_guard(self, mc: MCController) -> None:
+        """.to(), .double() and .eval() work in place on the guarded LensNet."""
+        guard = mc.guard
+        assert mc.to("cpu").double().eval().guard is guard
+        assert mc.lensnet.head.weight.dtype == torch.float64
+
+    def test_process_batch_runs_in_double_precision(self, mc: MCController, tokens: Tensor) -> None:
+        """Nothing in the step is tied to float32."""
+        assert mc.double().process_batch(tokens).loss.dtype == torch.float64
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_cuda_gives_the_losses_of_the_cpu(self, config: MCConfig, tokens: Tensor) -> None:
+        """Within the tolerance of other kernels."""
+        on_cpu = MCController(config).process_batch(tokens)
+        on_gpu = MCController(config).cuda().process_batch(tokens.cuda())
+        torch.testing.assert_close(on_gpu.loss.cpu(), on_cpu.loss, atol=1e-3, rtol=1e-3)
+
+
+def _of_blocks(parameters: set[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """All but biases that a zero-mean gradient may leave untouched, and LODs that no entry has."""
+    return [p for p in parameters if p.dim() > 1]

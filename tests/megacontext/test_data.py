@@ -1,0 +1,77 @@
+"""The corpus: real files, held-out files, fixed windows."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megacontext.data import load_corpus
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_bytes(bytes([i]) * 100)
+    return tmp_path
+
+
+class TestLoadCorpus:
+    def test_every_tenth_file_is_held_out(self, folder: Path) -> None:
+        """Whole files, so that no window of the training part is in the other."""
+        corpus = load_corpus([folder], min_bytes=10)
+        assert set(corpus.validation) == {0, 10}
+        assert set(corpus.training) == set(range(20)) - {0, 10}
+        assert corpus.files == 20
+
+    def test_of_a_single_file_the_end_is_held_out(self, tmp_path: Path) -> None:
+        """Its last tenth."""
+        (tmp_path / "one.txt").write_bytes(bytes(range(100)))
+        corpus = load_corpus([tmp_path / "one.txt"], min_bytes=5)
+        assert corpus.validation.tolist() == list(range(90, 100))
+
+    def test_the_standard_library_is_the_default(self) -> None:
+        """Real text that is always there, and megabytes of it."""
+        corpus = load_corpus([], min_bytes=1_000)
+        assert len(corpus.training) > 1_000_000
+        assert b"import" in corpus.validation.tobytes()
+        assert 2.5 < corpus.unigram_entropy() < 4
+
+    def test_the_fingerprint_tells_texts_apart(self, folder: Path) -> None:
+        """Also when a file moves from one part to the other."""
+        before = load_corpus([folder], min_bytes=10)
+        assert load_corpus([folder], min_bytes=10).sha256 == before.sha256
+        (folder / "05.txt").write_bytes(b"changed" * 20)
+        assert load_corpus([folder], min_bytes=10).sha256 != before.sha256
+
+    def test_unreadable_text_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        """A path that does not exist; too little text for one window."""
+        with pytest.raises(FileNotFoundError, match="no such text file or folder: nowhere"):
+            load_corpus([Path("nowhere")], min_bytes=10)
+        with pytest.raises(ValueError) as raised:
+            load_corpus([folder], min_bytes=200)
+        assert str(raised.value) == (
+            "too little text: the validation part of 20 files has 200 bytes, and one sequence "
+            "needs more than 200; give more files or shorten --sequence-tokens"
+        )
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="the training part of 0 files has 0 bytes"):
+            load_corpus([tmp_path / "empty"], min_bytes=10)
+
+
+class TestBatches:
+    def test_windows_are_stretches_of_the_text(self, folder: Path) -> None:
+        """int64 [batch, length], in order."""
+        corpus = load_corpus([folder], min_bytes=10)
+        batch = corpus.batch(np.random.default_rng(0), 5, 30)
+        assert batch.shape == (5, 30)
+        text = corpus.training.tobytes()
+        assert all(bytes(row.tolist()) in text for row in batch)
+
+    def test_validation_windows_are_always_the_same(self, folder: Path) -> None:
+        """So that losses of different steps can be compared."""
+        corpus = load_corpus([folder], min_bytes=10)
+        assert corpus.validation_batch(4, 9).equal(corpus.validation_batch(4, 9))
+
+    def test_unigram_entropy(self, folder: Path) -> None:
+        """Two bytes, equally often: ln 2 nats."""
+        assert load_corpus([folder], min_bytes=10).unigram_entropy() == pytest.approx(np.log(2))

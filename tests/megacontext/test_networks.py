@@ -1,0 +1,111 @@
+"""GistNet, LensNet and the language model: shapes, masks and what they may look at."""
+
+import torch
+from torch import Tensor
+
+from megacontext import GistNet, LanguageModel, LensNet
+
+
+def entries(batch: int, width: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lods = torch.arange(width).flip(0).clamp(max=2).expand(batch, width)
+    spans = 4**lods
+    return {
+        "embeddings": torch.randn(batch, width, 16, generator=generator),
+        "starts": spans.cumsum(1) - spans,
+        "spans": spans,
+        "lods": lods,
+    }
+
+
+def padded(of: dict[str, Tensor], pads: int) -> dict[str, Tensor]:
+    """The same entries behind pads that hold garbage."""
+    batch = of["starts"].shape[0]
+    garbage = {"embeddings": torch.full((batch, pads, 16), 1e3)}
+    for name in ("starts", "spans", "lods"):
+        garbage[name] = torch.ones(batch, pads, dtype=torch.int64)
+    out = {name: torch.cat([garbage[name], of[name]], dim=1) for name in of}
+    pad_mask = torch.zeros(batch, out["starts"].shape[1], dtype=torch.bool)
+    pad_mask[:, :pads] = True
+    return out | {"pad_mask": pad_mask}
+
+
+def lensnet() -> LensNet:
+    torch.manual_seed(0)
+    return LensNet(16, num_layers=2, num_heads=2, max_lod=2)
+
+
+class TestGistNet:
+    def test_shape_and_start_as_the_scaled_sum(self) -> None:
+        """[..., K, D] to [..., D]; before training it keeps the children's variance."""
+        children = torch.randn(2, 3, 4, 16)
+        torch.testing.assert_close(GistNet(16)(children), children.sum(-2) / 2)
+
+    def test_the_order_of_the_children_does_not_matter(self) -> None:
+        """A gist is no concatenation."""
+        gistnet = GistNet(16)
+        torch.nn.init.normal_(gistnet.mlp[2].weight)
+        children = torch.randn(5, 4, 16)
+        torch.testing.assert_close(gistnet(children), gistnet(children.flip(1)))
+
+
+class TestLensNet:
+    def test_scores_are_signed_and_bounded(self) -> None:
+        """[B, E] in [-1, 1]."""
+        scores = lensnet()(**entries(3, 7))
+        assert scores.shape == (3, 7)
+        assert scores.abs().max() <= 1
+        assert scores.min() < 0 < scores.max()
+
+    def test_it_looks_both_ways(self) -> None:
+        """A gist's score depends on the entries after it."""
+        view = entries(1, 7)
+        changed = view | {"embeddings": view["embeddings"].clone()}
+        changed["embeddings"][:, -1] += 1
+        assert (lensnet()(**view)[:, 0] != lensnet()(**changed)[:, 0]).all()
+
+    def test_pads_change_no_score(self) -> None:
+        """And score 0 themselves."""
+        view = entries(2, 7)
+        scores = lensnet()(**padded(view, 5))
+        torch.testing.assert_close(scores[:, 5:], lensnet()(**view))
+        assert scores[:, :5].eq(0).all()
+
+    def test_batch_mates_change_no_score(self) -> None:
+        """DESIGN's mistake: positions were normalised by the maximum over the batch."""
+        short = entries(1, 7)
+        mate = {name: value.clone() for name, value in entries(1, 7, seed=9).items()}
+        mate["starts"] += 1_000_000
+        both = {name: torch.cat([short[name], mate[name]]) for name in short}
+        torch.testing.assert_close(lensnet()(**both)[:1], lensnet()(**short))
+
+
+class TestLanguageModel:
+    def model(self) -> LanguageModel:
+        torch.manual_seed(0)
+        return LanguageModel(vocab_size=11, d_model=16, num_layers=2, num_heads=2)
+
+    def logits(self, of: dict[str, Tensor]) -> Tensor:
+        out: Tensor = self.model()(of["embeddings"], of["starts"], of["spans"], of.get("pad_mask"))
+        return out
+
+    def test_it_looks_back_only(self) -> None:
+        """Changing an entry changes no logits before it."""
+        context = entries(2, 7)
+        changed = context | {"embeddings": context["embeddings"].clone()}
+        changed["embeddings"][:, 4] += 1
+        difference = (self.logits(context) - self.logits(changed)).abs().amax((0, 2))
+        assert difference[:4].eq(0).all()
+        assert (difference[4:] > 0).all()
+
+    def test_pads_change_no_logits(self) -> None:
+        """Left pads are masked; their own rows stay finite."""
+        context = entries(2, 7)
+        logits = self.logits(padded(context, 3))
+        torch.testing.assert_close(logits[:, 3:], self.logits(context))
+        assert logits.isfinite().all()
+
+    def test_the_head_is_tied_to_the_embedding(self) -> None:
+        """No second vocabulary matrix."""
+        shapes = [tuple(p.shape) for p in self.model().parameters()]
+        assert shapes.count((11, 16)) == 1

@@ -1,0 +1,94 @@
+"""The run folder: nothing half-written, nothing overwritten."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from megacontext.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.create({"model": {"d_model": 8}})
+    return folder
+
+
+class TestCreate:
+    def test_the_configuration_is_there_at_once(self, folder: RunFolder) -> None:
+        """And read back as it was."""
+        assert folder.read_config() == {"model": {"d_model": 8}}
+
+    def test_a_run_is_never_overwritten(self, folder: RunFolder, tmp_path: Path) -> None:
+        """Nor is anything else that stands in the folder's place."""
+        with pytest.raises(FileExistsError, match="holds a run already: continue it with --resume"):
+            folder.create({})
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "thesis.tex").touch()
+        with pytest.raises(FileExistsError, match="other is not an empty folder"):
+            RunFolder(tmp_path / "other").create({})
+        (tmp_path / "file").touch()
+        with pytest.raises(FileExistsError, match="file is not an empty folder"):
+            RunFolder(tmp_path / "file").create({})
+
+    def test_no_run_to_resume(self, tmp_path: Path) -> None:
+        """The message names the folder."""
+        with pytest.raises(FileNotFoundError, match=r"nowhere holds no run to resume: no config"):
+            RunFolder(tmp_path / "nowhere").read_config()
+
+
+class TestMetrics:
+    def test_undefined_values_become_null(self, folder: RunFolder) -> None:
+        """JSON has no nan."""
+        folder.append_metrics({"step": 1, "loss": 0.5, "lod_loss/2": float("nan")})
+        assert folder.read_metrics() == [{"step": 1, "loss": 0.5, "lod_loss/2": None}]
+
+    def test_a_torn_last_line_is_no_line(self, folder: RunFolder) -> None:
+        """As a kill may leave it."""
+        folder.append_metrics({"step": 1})
+        with folder.metrics.open("a") as file:
+            file.write('{"step": 2, "lo')
+        assert folder.read_metrics() == [{"step": 1}]
+
+    def test_steps_after_the_checkpoint_are_forgotten(self, folder: RunFolder) -> None:
+        """A resumed run does them again."""
+        for step in (1, 2, 3):
+            folder.append_metrics({"step": step})
+        folder.drop_metrics_after(2)
+        assert [row["step"] for row in folder.read_metrics()] == [1, 2]
+
+
+class TestCheckpoint:
+    def test_it_loads_with_weights_only(self, folder: RunFolder) -> None:
+        """Tensors, numbers and big integers of a random state; no code."""
+        state = {"step": 3, "weights": torch.arange(3.0), "rng": {"state": 2**127 + 1}}
+        folder.save_checkpoint(state)
+        loaded = folder.load_checkpoint(torch.device("cpu"))
+        assert loaded is not None
+        assert torch.equal(loaded["weights"], state["weights"])
+        assert (loaded["step"], loaded["rng"]) == (3, {"state": 2**127 + 1})
+
+    def test_no_checkpoint_yet(self, folder: RunFolder) -> None:
+        """The run was killed before its first."""
+        assert folder.load_checkpoint(torch.device("cpu")) is None
+
+    def test_a_failed_save_keeps_the_old_checkpoint(
+        self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The disk fills up, or the process dies, in the middle of writing."""
+        folder.save_checkpoint({"step": 1})
+
+        def full(fd: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            folder.save_checkpoint({"step": 2})
+        assert folder.load_checkpoint(torch.device("cpu")) == {"step": 1}
+
+    def test_the_configuration_is_plain_json(self, folder: RunFolder) -> None:
+        """For people and other programs."""
+        assert json.loads(folder.config.read_text()) == {"model": {"d_model": 8}}

@@ -1,0 +1,208 @@
+"""The trainer: real runs on real text; resumed runs continue bit by bit; kills lose nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import megacontext
+from lensnet_guard import UnsanctionedCall
+from lensnet_guard.postmortem import read_verdict
+from megacontext import MCConfig, MCController
+from megacontext.run_folder import RunFolder
+from megacontext.trainer import TrainConfig, train
+
+TEXT = (str(Path(megacontext.__file__).parent),)
+
+
+@pytest.fixture
+def settings() -> TrainConfig:
+    return TrainConfig(
+        text=TEXT, steps=6, batch_size=2, log_interval=2, checkpoint_interval=3, warmup_steps=2
+    )
+
+
+@pytest.fixture
+def model(config: MCConfig) -> MCConfig:
+    return MCConfig(**{**vars(config), "vocab_size": 256})
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = RunFolder(run_dir).load_checkpoint(torch.device("cpu"))
+    assert checkpoint is not None
+    state: dict[str, torch.Tensor] = checkpoint["model"]
+    return state
+
+
+class TestRun:
+    def test_the_run_folder_is_complete(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig
+    ) -> None:
+        """Configuration, metrics, log, checkpoint, picture; and nothing else."""
+        result = train(tmp_path / "run", model, settings)
+        assert sorted(path.name for path in result.run_dir.iterdir()) == [
+            "checkpoint.pt",
+            "config.json",
+            "lensnet.rank0.jsonl",
+            "metrics.jsonl",
+            "overview.png",
+        ]
+        assert (result.run_dir / "overview.png").read_bytes().startswith(b"\x89PNG")
+        rows = RunFolder(result.run_dir).read_metrics()
+        assert [row["step"] for row in rows] == [2, 4, 6]
+        assert all(row["lensnet_calls"] == 1 for row in rows)
+
+    def test_the_verdict_is_computed_from_the_log_file(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig
+    ) -> None:
+        """A line that is taken out of the log is missing from the verdict."""
+        result = train(tmp_path / "run", model, settings)
+        assert str(result.verdict) == "12 micro-steps, 12 LensNet calls, 0 violations"
+        assert result.verdict.clean
+        assert result.verdict.calls_per_micro_step == (1,) * 12
+        log = result.run_dir / "lensnet.rank0.jsonl"
+        lines = log.read_text().splitlines(keepends=True)
+        lines.remove(next(line for line in lines if '"call.begin"' in line))
+        log.write_text("".join(lines))
+        assert str(read_verdict(result.run_dir)).startswith("12 micro-steps, 11 LensNet calls")
+
+    def test_it_learns(self, tmp_path: Path, model: MCConfig) -> None:
+        """The loss on held-out text falls well below that of an untrained model."""
+        result = train(tmp_path / "run", model, TrainConfig(text=TEXT, steps=40, log_interval=10))
+        losses = [row["validation_loss"] for row in RunFolder(result.run_dir).read_metrics()]
+        assert None not in losses
+        assert result.validation_loss == losses[-1]
+        assert losses[-1] < losses[0] - 1  # type: ignore[operator]
+
+
+class TestResume:
+    def test_a_resumed_run_continues_bit_by_bit(
+        self,
+        tmp_path: Path,
+        model: MCConfig,
+        settings: TrainConfig,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Cut off after step 4 with the checkpoint of step 3: same weights, same metrics."""
+        whole = train(tmp_path / "whole", model, settings)
+        process_batch = MCController.process_batch
+        calls = iter(range(100))
+
+        def dies(self: MCController, *args: object, **kwargs: object) -> object:
+            if next(calls) == 9:
+                raise KeyboardInterrupt
+            return process_batch(self, *args, **kwargs)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MCController, "process_batch", dies)
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path / "cut", model, settings)
+        assert [row["step"] for row in RunFolder(tmp_path / "cut").read_metrics()] == [2, 4]
+        resumed = train(tmp_path / "cut", resume=True)
+        first, second = weights(whole.run_dir), weights(resumed.run_dir)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        metrics = [(d / "metrics.jsonl").read_text() for d in (whole.run_dir, resumed.run_dir)]
+        assert metrics[0] == metrics[1]
+
+    def test_a_killed_run_resumes(self, tmp_path: Path) -> None:
+        """SIGKILL in the middle: the log is readable, the checkpoint whole, the end the same."""
+        options = "--steps 40 --batch-size 2 --accumulation 1 --d-model 16 --lm-layers 1"
+        command = [sys.executable, "-m", "megacontext", "train", "--text", *TEXT, *options.split()]
+        command += ["--checkpoint-interval", "5", "--log-interval", "5", "--run-dir"]
+        victim = subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.DEVNULL)
+        folder = RunFolder(tmp_path / "cut")
+        while len(folder.read_metrics()) < 2 and victim.poll() is None:
+            time.sleep(0.02)
+        os.kill(victim.pid, signal.SIGKILL)
+        assert victim.wait() == -signal.SIGKILL
+        at_death = read_verdict(folder.path)
+        assert at_death.calls == at_death.micro_steps >= 10
+        assert at_death.violations == 0
+        resumed = train(folder.path, resume=True)
+        assert resumed.verdict.violations == 0
+        assert set(resumed.verdict.calls_per_micro_step) == {1}
+        subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+        first, second = weights(folder.path), weights(tmp_path / "whole")
+        assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+    def test_a_finished_run_has_nothing_left_to_do(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig
+    ) -> None:
+        """Resuming it gives the same result again."""
+        first = train(tmp_path / "run", model, settings)
+        again = train(tmp_path / "run", resume=True)
+        assert again.metrics == first.metrics
+        assert again.verdict.micro_steps == first.verdict.micro_steps
+
+    def test_changed_text_is_refused(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig
+    ) -> None:
+        """The same run on other data would be another run."""
+        train(tmp_path / "run", model, settings)
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        config["corpus"]["sha256"] = "0" * 64
+        (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"the text has changed since .* was begun"):
+            train(tmp_path / "run", resume=True)
+
+
+class TestRefusals:
+    def test_bad_settings_leave_no_folder(self, tmp_path: Path, model: MCConfig) -> None:
+        """Everything is checked before the first file is written."""
+        for settings, message in (
+            (TrainConfig(text=("nowhere",)), "no such text file"),
+            (TrainConfig(text=TEXT, device="abacus"), "device 'abacus' cannot be used here"),
+        ):
+            with pytest.raises((ValueError, OSError), match=message):
+                train(tmp_path / "run", model, settings)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"steps": 0}, "steps must be positive, not 0"),
+            ({"learning_rate": -1.0}, "learning_rate must be positive, not -1.0"),
+            ({"warmup_steps": -1}, "warmup_steps must not be negative, but is -1"),
+            ({"batch_size": 2.5}, "batch_size must be an int, not 2.5"),
+        ],
+    )
+    def test_settings_that_cannot_train(self, values: dict[str, object], message: str) -> None:
+        """By name and value."""
+        with pytest.raises((ValueError, TypeError)) as raised:
+            TrainConfig(**values)  # type: ignore[arg-type]
+        assert str(raised.value) == message
+
+    def test_a_violation_ends_the_run_and_is_in_its_log(
+        self,
+        tmp_path: Path,
+        model: MCConfig,
+        settings: TrainConfig,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The step is not finished, and the checkpoint before it is kept."""
+        process_batch = MCController.process_batch
+
+        def with_a_peek(
+            self: MCController, tokens: torch.Tensor, step: int, micro_step: int
+        ) -> object:
+            result = process_batch(self, tokens, step=step, micro_step=micro_step)
+            if step == 4:
+                wc = result.variants.working_context
+                self.lensnet(wc.embeddings, wc.starts, wc.spans, wc.lods)
+            return result
+
+        monkeypatch.setattr(MCController, "process_batch", with_a_peek)
+        with pytest.raises(UnsanctionedCall):
+            train(tmp_path / "run", model, settings)
+        verdict = read_verdict(tmp_path / "run")
+        assert str(verdict) == "9 micro-steps, 9 LensNet calls, 1 violations"
+        checkpoint = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"))
+        assert checkpoint is not None
+        assert checkpoint["step"] == 3
