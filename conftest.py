@@ -1,4 +1,4 @@
-"""Settings for every test: one torch thread per worker, and Hypothesis without wall-clock limits."""
+"""Settings for every test: one torch thread a worker, and Hypothesis without deadlines."""
 
 import torch
 from hypothesis import settings

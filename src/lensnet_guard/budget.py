@@ -39,7 +39,8 @@ class MicroStep:
     @property
     def calls(self) -> dict[str, int]:
         """Calls made so far, by scope; due scopes without a call are listed with 0."""
-        return {**dict.fromkeys(self.due, 0), **{s: len(c) for s, c in self._spent.items()}}
+        spent = self._spent.copy()  # in one go: another thread may be spending
+        return {**dict.fromkeys(self.due, 0), **{s: len(calls) for s, calls in spent.items()}}
 
     def unmet(self) -> dict[str, tuple[int, int]]:
         """``{scope: (made, due)}`` of every budget that was not spent in full."""
@@ -55,10 +56,18 @@ class MicroStep:
         """Tell of swallowed violations on an unrelated exception that is on its way out."""
         if not self.violations or not hasattr(error, "add_note"):  # Python 3.10 has no notes
             return
-        seen: BaseException | None = error
-        while seen is not None:
-            if seen in self.violations:
-                return
-            seen = seen.__cause__ or seen.__context__
         headline = str(self.violations[0]).partition("\n")[0]
-        error.add_note(f"Before this, a LensNetViolation was swallowed: {headline}")
+        note = f"Before this, a LensNetViolation was swallowed: {headline}"
+        told = note in getattr(error, "__notes__", ())  # by a block inside this one
+        if not told and not any(shown in self.violations for shown in _traceback_of(error)):
+            error.add_note(note)
+
+
+def _traceback_of(error: BaseException) -> list[BaseException]:
+    """The error and every other that its traceback shows; causes may go in a circle."""
+    shown: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in shown:
+        shown.append(link)
+        link = link.__cause__ if link.__suppress_context__ else link.__context__
+    return shown

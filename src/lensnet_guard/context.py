@@ -52,9 +52,9 @@ class OpenBlocks:
                 return self._move_to(position.frames)
         return position
 
-    def push(self, frame: Frame) -> None:
-        """Open a block."""
-        self._move_to((*self._position.get().frames, frame))
+    def push(self, frame: Frame) -> Position:
+        """Open a block; the position is that inside it."""
+        return self._move_to((*self._position.get().frames, frame))
 
     def remove(self, frame: Frame) -> None:
         """Close a block, in whatever order and from whatever thread."""

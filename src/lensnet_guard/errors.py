@@ -4,10 +4,12 @@ A violation carries all its evidence: the record of the refused call, the earlie
 the budget, and a message that says what happened, where, and what to do. It survives pickling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lensnet_guard.policy import CallPolicy
     from lensnet_guard.record import CallRecord
 
 
@@ -30,7 +32,7 @@ class LensNetViolation(Exception):
         self.earlier = tuple(earlier)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.args[0], self.record, self.earlier)
+        return type(self), (self.args[0], self.record, self.earlier), self.__dict__
 
 
 class UnsanctionedCall(LensNetViolation):
@@ -99,20 +101,19 @@ class ContextSwitchRefused(LensNetViolation):
 
 def build_violation(
     record: "CallRecord",
+    policy: "CallPolicy",
     *,
-    detail: str = "",
-    budgets: Sequence[str] = (),
+    made: Mapping[str, int] = MappingProxyType({}),
     earlier: Sequence["CallRecord"] = (),
-    sanction: str = "",
+    detail: str = "",
 ) -> LensNetViolation:
     """The exception for a refused record, its message composed; tests pin the text line by line.
 
     Args:
         record: its ``reason`` names the class.
-        detail: what else the headline should say.
-        budgets: one line per budget of the policy.
+        made: calls of the micro-step so far, by scope.
         earlier: the calls that spent the budget.
-        sanction: the code that sanctions a call, for the remedy.
+        detail: what else the headline should say.
     """
     violation: type[LensNetViolation] = globals()[str(record.reason)]
     lines = [f"{violation.headline.format(module=record.module)}{detail}."]
@@ -125,10 +126,18 @@ def build_violation(
         where += f", step {record.step}, micro-step {record.micro_step}"
     lines.append(_row("context", f"{where} (thread {record.thread})"))
     lines.append(_row("scope", record.scope or "none open"))
-    lines.extend(_row("budget", budget) for budget in budgets)
+    for scope, budget in policy.budgets.items():
+        lines.append(_row("budget", f"{scope}: {made.get(scope, 0)} of {budget} spent"))
     lines.extend(_row("spent by", f"call {call.seq} at {call.caller}") for call in earlier)
-    lines.append(_row("what to do", violation.remedy.format(sanction=sanction)))
+    lines.append(_row("what to do", violation.remedy.format(sanction=_sanction(policy))))
     return violation("\n".join(lines), record, earlier)
+
+
+def _sanction(policy: "CallPolicy") -> str:
+    """The code that makes a training call legal."""
+    if policy.scopes:
+        return " or ".join(f'`with guard.sanctioned("{scope}"):`' for scope in policy.scopes)
+    return f"`with guard.micro_step(step):` around {' or '.join(policy.sanctioned_callers)}"
 
 
 def _row(title: str, text: object) -> str:

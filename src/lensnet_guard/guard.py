@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import operator
 import os
 import sys
 import threading
@@ -100,7 +101,8 @@ class Guard:
         here = self._require_context("a micro-step was opened")
         if here.micro_step is not None:
             self._violate("ContextSwitchRefused", here, ": another micro-step was asked for")
-        ledger = MicroStep(step, micro_step, self._budgets if here.context == "training" else {})
+        numbers = operator.index(step), operator.index(micro_step)  # a record holds no tensor
+        ledger = MicroStep(*numbers, self._budgets if here.context == "training" else {})
         with self._block(Frame(micro_step=ledger), ledger, settles=True):
             yield ledger
 
@@ -181,9 +183,9 @@ class Guard:
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        frame: FrameType,
+        frame: FrameType | None,
     ) -> Any:
-        """Admit, log and run one call; the proxy passes the frame of its caller."""
+        """Admit, log and run one call; ``frame`` is that of the proxy's caller, if it has one."""
         record = self._admit(args, kwargs, frame)
         if self._log is not None:
             self._log.write("call.begin", **record.to_log())
@@ -206,7 +208,9 @@ class Guard:
                 self._log.write("call.end", module=self.name, **end)
         return result
 
-    def _admit(self, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> CallRecord:
+    def _admit(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None
+    ) -> CallRecord:
         """Decide on a call, book it and record it; raise when it is refused."""
         here = self._open.position()
         ledger, scope = here.micro_step, here.scope
@@ -241,7 +245,7 @@ class Guard:
         reason: str | None,
         here: Position,
         scope: str | None,
-        frame: FrameType,
+        frame: FrameType | None,
         inputs: tuple[object, ...],
     ) -> CallRecord:
         ledger = here.micro_step
@@ -269,7 +273,7 @@ class Guard:
         kind: Kind,
         reason: str,
         here: Position,
-        frame: FrameType,
+        frame: FrameType | None,
         scope: str | None,
         inputs: tuple[object, ...] = (),
         detail: str = "",
@@ -284,19 +288,13 @@ class Guard:
                 self._calls.append(record)
             made = ledger.calls if ledger else {}
             earlier = tuple(ledger.spent(scope)) if ledger and scope else ()
-        violation = build_violation(
-            record,
-            detail=detail,
-            budgets=[f"{s}: {made.get(s, 0)} of {n} spent" for s, n in self._budgets.items()],
-            earlier=earlier,
-            sanction=self._how_to_sanction(),
-        )
+        violation = build_violation(record, self.policy, made=made, earlier=earlier, detail=detail)
+        if ledger is not None:
+            ledger.violations.append(violation)
         if self._log is not None:
             self._log.write("violation", **record.to_log(), message=str(violation))
         if self.mode == "observe":
             return record
-        if ledger is not None:
-            ledger.violations.append(violation)
         raise violation
 
     def _violate(self, reason: str, here: Position, detail: str) -> None:
@@ -311,12 +309,6 @@ class Guard:
             self._violate("NoContext", here, f": {what}")
         return here
 
-    def _how_to_sanction(self) -> str:
-        if self.policy.scopes:
-            return " or ".join(f'`with guard.sanctioned("{s}"):`' for s in self.policy.scopes)
-        callers = " or ".join(self.policy.sanctioned_callers)
-        return f"`with guard.micro_step(step):` around {callers}"
-
     # Blocks ------------------------------------------------------------------------------------
 
     @contextmanager
@@ -329,17 +321,18 @@ class Guard:
             ledger: the micro-step that the block works in.
             settles: whether that micro-step ends with the block.
         """
-        self._open.push(frame)
+        inside = self._open.push(frame)  # kept, for the block may end in another thread
+        enforced = ledger if self.mode == "enforce" else None
         try:
             yield
-            if ledger is not None:
-                ledger.raise_swallowed()
+            if enforced is not None:
+                enforced.raise_swallowed()
             if ledger is not None and settles and (unmet := ledger.unmet()):
                 made = ", ".join(f"{s} made {n} of {due} calls" for s, (n, due) in unmet.items())
-                self._violate("BudgetUnmet", self._open.position(), f": {made}")
+                self._violate("BudgetUnmet", inside, f": {made}")
         except BaseException as error:
-            if ledger is not None:
-                ledger.note_swallowed(error)
+            if enforced is not None:
+                enforced.note_swallowed(error)
             raise
         finally:
             self._open.remove(frame)
@@ -347,7 +340,7 @@ class Guard:
                 self._log.write(
                     "micro_step.end",
                     module=self.name,
-                    context=self._open.position().context,
+                    context=inside.context,
                     step=ledger.step,
                     micro_step=ledger.micro_step,
                     calls=ledger.calls,
@@ -359,7 +352,8 @@ class Guard:
     def _guard_copy(self, module: nn.Module) -> GuardedModule:
         """Guard a copy of the module: same contract, but its own identity, counts and context."""
         copied = Guard(module, self.policy, self.mode, f"{self.name} (copy)")
-        copied._log = self._log
+        if self._log is not None:
+            copied._write_to(self._log)
         guarded: GuardedModule = copied.module
         return guarded
 
@@ -382,21 +376,23 @@ class Guard:
             TypeError: ``folder`` is not a path.
             ValueError: the guard logs already.
         """
-        if self._log is not None:
+        if self._log is not None and not self._log.closed:
             raise ValueError(f"{self.name} already logs to {self._log.folder}")
         policy = {
             "scopes": dict(self.policy.scopes),
             "sanctioned_callers": dict(self.policy.sanctioned_callers),
         }
-        self._log = RunLog(folder, {"module": self.name, "mode": self.mode, "policy": policy})
+        self._write_to(RunLog(folder, {"module": self.name, "mode": self.mode, "policy": policy}))
 
     def end_log(self) -> None:
         """Write ``run.end`` and close the log, if there is one."""
         if self._log is not None:
-            log, self._log = self._log, None
-            verdict = "violations" if self.violation_count else "clean"
-            counts = {"calls": self.count(), "violations": self.violation_count}
-            log.close(module=self.name, verdict=verdict, **counts)
+            self._log.close()
+            self._log = None
+
+    def _write_to(self, log: RunLog) -> None:
+        self._log = log
+        log.add_writer(self)
 
 
 def _rebuild_module(module: nn.Module, policy: CallPolicy, mode: Mode, name: str) -> Any:

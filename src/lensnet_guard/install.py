@@ -2,9 +2,8 @@
 
 import os
 import warnings
-import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, get_args
 
 from torch import nn
@@ -13,7 +12,7 @@ from lensnet_guard.guard import Guard, Mode
 from lensnet_guard.policy import CallPolicy
 from lensnet_guard.proxy import guard_of
 
-_ABSENT = object()
+_MISSING = object()
 
 
 def guard_module(
@@ -51,8 +50,6 @@ def guard_module(
     )
     if log is not None and guard.mode != "off":
         guard.start_log(log)
-        # A guard that nobody ends by hand still closes its log when the interpreter exits.
-        weakref.finalize(guard.module, guard.end_log)
     return guard
 
 
@@ -84,9 +81,11 @@ def lensnet_guard(
     """
     name, module = _find_module(owner_or_module, attribute)
     guard = guard_of(module)
-    installed = guard is None
+    installed: AbstractContextManager[None] = nullcontext()
     if guard is None:
         guard = guard_module(module, policy=policy, mode=mode)
+        if name is not None and guard.mode != "off":
+            installed = _installed(owner_or_module, name, module, guard.module)
     elif policy not in (None, guard.policy) or mode not in (None, guard.mode):
         raise ValueError(
             f"{guard.name} is guarded already, in mode {guard.mode!r} with {guard.policy}; "
@@ -96,7 +95,7 @@ def lensnet_guard(
     if log is not None and guard.mode != "off":
         guard.start_log(log)
     try:
-        with _installed(owner_or_module, name, guard) if installed and name else _nothing():
+        with installed:
             yield guard
     finally:
         if log is not None:
@@ -114,48 +113,38 @@ def lensnet_guard(
 
 def _find_module(owner_or_module: Any, attribute: str) -> tuple[str | None, Any]:
     """``(attribute, module)``, or ``(None, module)`` when the module itself was given."""
-    module = getattr(owner_or_module, attribute, None)
+    module = getattr(owner_or_module, attribute, _MISSING)
     if isinstance(module, nn.Module):
         return attribute, module
-    if isinstance(owner_or_module, nn.Module) and attribute == "lensnet":
+    # A model whose lensnet is None has not built it yet; it is no bare module.
+    if isinstance(owner_or_module, nn.Module) and attribute == "lensnet" and module is _MISSING:
         return None, owner_or_module
     raise TypeError(
         f"lensnet_guard needs an nn.Module, or an owner whose attribute {attribute!r} is one; "
         f"{type(owner_or_module).__name__}.{attribute} is "
-        + (f"a {type(module).__name__}" if module is not None else "missing")
+        + ("missing" if module is _MISSING else f"a {type(module).__name__}")
     )
 
 
 @contextmanager
-def _installed(owner: Any, attribute: str, guard: Guard) -> Iterator[None]:
+def _installed(owner: Any, attribute: str, raw: nn.Module, proxy: nn.Module) -> Iterator[None]:
     """The proxy in the owner's place; afterwards the owner exactly as it was."""
-    own = vars(owner).get(attribute, _ABSENT) if hasattr(owner, "__dict__") else _ABSENT
-    inherited = own is _ABSENT and not _is_submodule(owner, attribute)
-    raw = getattr(owner, attribute)
-    setattr(owner, attribute, guard.module)
+    own = attribute in getattr(owner, "__dict__", ())
+    setattr(owner, attribute, proxy)
     try:
         yield
     finally:
-        if getattr(owner, attribute, None) is not guard.module:
+        if getattr(owner, attribute, None) is not proxy:
             warnings.warn(
                 f"lensnet_guard: {type(owner).__name__}.{attribute} was replaced inside the block, "
                 "so calls of the new object were not guarded; it is left in place",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-        elif inherited and hasattr(owner, "__dict__"):
-            delattr(owner, attribute)
+        elif not own and attribute in getattr(owner, "__dict__", ()):
+            delattr(owner, attribute)  # it hid one that the owner inherits from its class
         else:
             setattr(owner, attribute, raw)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _is_submodule(owner: Any, attribute: str) -> bool:
-    return isinstance(owner, nn.Module) and attribute in owner._modules
 
 
 def _resolve_mode(mode: Mode | None) -> Mode:

@@ -16,6 +16,8 @@ import socket
 import sys
 import threading
 import warnings
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +43,8 @@ class RunLog:
 
     Args:
         folder: created when missing.
-        header: fields of the ``run.begin`` line, besides host, process, rank and versions.
+        header: fields of the ``run.begin`` line, besides host, process, rank and versions; its
+            ``module`` stands in ``run.end`` too.
 
     Raises:
         TypeError: ``folder`` is not a path.
@@ -52,12 +55,13 @@ class RunLog:
             raise TypeError(f"log must be a folder's path, not {folder!r}")
         self.folder = Path(folder)
         self.path: Path | None = None
-        self.lost_lines = 0
         self._header = header
         self._fd: int | None = None
         self._torn = False
         self._warned = False
-        self._lock = threading.Lock()
+        self.closed = False
+        self._writers = 0
+        self._lock = threading.RLock()  # a finalizer may call the module while a line is written
         # A private logger: the user's structlog configuration is neither read nor changed.
         self._logger = structlog.wrap_logger(
             _LineSink(self._write_line),
@@ -72,31 +76,61 @@ class RunLog:
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line; never raises for the file's sake."""
+        if self.closed:
+            return
         if self._pid != os.getpid():  # a fork shares the parent's file: leave that alone
-            self._lock = threading.Lock()
+            self._lock = threading.RLock()
             if self._fd is not None:
                 os.close(self._fd)
             self._open()
+        with self._lock:
+            self._tally[event, fields.get("verdict")] += 1
         self._logger.info(event, **fields)
 
-    def close(self, **summary: Any) -> None:
+    def add_writer(self, writer: object) -> None:
+        """Keep the log open until this writer is gone too, or until the interpreter exits."""
+        self._writers += 1
+        weakref.finalize(writer, self._remove_writer)
+
+    def _remove_writer(self) -> None:
+        self._writers -= 1
+        if not self._writers:
+            self.close()
+
+    def close(self) -> None:
         """Write ``run.end`` and close the file; say how many lines were lost, if any."""
-        if self._fd is not None and self._pid == os.getpid():
-            self.write("run.end", lost_lines=self.lost_lines, **summary)
-            os.close(self._fd)
-            self._fd = None
-        if self.lost_lines:
+        if self.closed:
+            return
+        mine = self._pid == os.getpid()
+        if mine and self._fd is not None:
+            violations = self._tally["violation", "refuse"]
+            self.write(
+                "run.end",
+                module=self._header["module"],
+                verdict="violations" if violations else "clean",
+                calls=self._tally["call.begin", "allow"],
+                violations=violations,
+                lost_lines=self.lost_lines,
+            )
+        if not mine:
+            self._lock = threading.RLock()  # a fork copies the lock as another thread held it
+        with self._lock:  # so that no other thread writes to a number that is a new file by then
+            fd, self._fd, self.closed = self._fd, None, True
+        if fd is not None:
+            os.close(fd)
+        if mine and self.lost_lines:
             warnings.warn(
                 f"lensnet_guard: {self.lost_lines} log lines could not be written to "
                 f"{self.path or self.folder}; enforcement was not affected",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            self.lost_lines = 0
 
     def _open(self) -> None:
         self._pid = os.getpid()
         self._fd = None
+        self.lost_lines = 0
+        self._tally: Counter[tuple[str, str | None]] = Counter()  # by event and verdict
         rank = os.environ.get("RANK", "0")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

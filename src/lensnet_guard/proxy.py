@@ -33,11 +33,11 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
         self._self_guard = guard
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._self_guard._run(self.__wrapped__, args, kwargs, sys._getframe(1))
+        return self._self_guard._run(self.__wrapped__, args, kwargs, sys._getframe().f_back)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module without its hooks, as ``nn.Module.forward`` does; guarded all the same."""
-        return self._self_guard._run(self.__wrapped__.forward, args, kwargs, sys._getframe(1))
+        return self._self_guard._run(self.__wrapped__.forward, args, kwargs, sys._getframe().f_back)
 
     def __copy__(self) -> "GuardedModule":
         return self._self_guard._guard_copy(copy.copy(self.__wrapped__))

@@ -212,8 +212,13 @@ def _describe(value: Any, depth: int = 2) -> object:
         return [_describe(item, depth - 1) for item in value[:8]]
     if depth and isinstance(value, dict):
         items = list(value.items())[:8]
-        return [(str(name), _describe(item, depth - 1)) for name, item in items]
+        return [(_describe_key(key), _describe(item, depth - 1)) for key, item in items]
     return type(value).__name__
+
+
+def _describe_key(key: object) -> str:
+    """A key as text; a tensor used as one would show its values."""
+    return str(key) if isinstance(key, (str, int)) else type(key).__name__
 
 
 def _input_text(described: object) -> str:

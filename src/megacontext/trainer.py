@@ -45,7 +45,7 @@ class TrainConfig:
     """
 
     text: tuple[str, ...] = ()
-    steps: int = 200
+    steps: int = 120
     batch_size: int = 8
     accumulation: int = 2
     learning_rate: float = 3e-3

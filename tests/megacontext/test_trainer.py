@@ -202,7 +202,7 @@ class TestRefusals:
         with pytest.raises(UnsanctionedCall):
             train(tmp_path / "run", model, settings)
         verdict = read_verdict(tmp_path / "run")
-        assert str(verdict) == "9 micro-steps, 9 LensNet calls, 1 violations"
+        assert str(verdict) == "9 micro-steps, 9 LensNet calls, 1 violation"
         checkpoint = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"))
         assert checkpoint is not None
         assert checkpoint["step"] == 3

@@ -40,17 +40,20 @@ class LogVerdict:
         return not (self.violations or self.unreadable_lines or self.lost_lines)
 
     def __str__(self) -> str:
-        text = (
-            f"{self.micro_steps} micro-steps, {self.calls} {self.module} calls, "
-            f"{self.violations} violations"
+        text = ", ".join(
+            (
+                _count(self.micro_steps, "micro-step"),
+                _count(self.calls, f"{self.module} call"),
+                _count(self.violations, "violation"),
+            )
         )
         extras = {
-            "inference calls": self.inference_calls,
-            "calls in micro-steps that never ended": self.cut_off_calls,
-            "unreadable lines": self.unreadable_lines,
-            "lines lost": self.lost_lines,
+            "inference call": self.inference_calls,
+            "cut-off call": self.cut_off_calls,
+            "unreadable line": self.unreadable_lines,
+            "lost line": self.lost_lines,
         }
-        return text + "".join(f"; {n} {what}" for what, n in extras.items() if n)
+        return text + "".join(f"; {_count(n, what)}" for what, n in extras.items() if n)
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as a JSON-ready object, without the list of calls per micro-step."""
@@ -104,6 +107,10 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
         unreadable_lines=unreadable,
         lost_lines=lost,
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
