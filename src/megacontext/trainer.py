@@ -45,9 +45,9 @@ class TrainConfig:
     """
 
     text: tuple[str, ...] = ()
-    steps: int = 120
+    steps: int = 240
     batch_size: int = 8
-    accumulation: int = 2
+    accumulation: int = 1
     learning_rate: float = 3e-3
     lens_learning_rate: float = 2e-3
     warmup_steps: int = 20

@@ -24,7 +24,13 @@ TEXT = (str(Path(megacontext.__file__).parent),)
 @pytest.fixture
 def settings() -> TrainConfig:
     return TrainConfig(
-        text=TEXT, steps=6, batch_size=2, log_interval=2, checkpoint_interval=3, warmup_steps=2
+        text=TEXT,
+        steps=6,
+        batch_size=2,
+        accumulation=2,
+        log_interval=2,
+        checkpoint_interval=3,
+        warmup_steps=2,
     )
 
 
