@@ -1,4 +1,4 @@
-"""README and docs say what is so: their code runs, their messages are real, their lists complete."""
+"""README and docs say what is so: code runs, messages are real, lists are complete."""
 
 import re
 import subprocess
