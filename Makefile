@@ -1,13 +1,12 @@
 # Each target works alone on a machine with Python and make; .venv is made when it is missing.
 PYTHON ?= python3
-RUN ?= runs/demo
 BIN := .venv/bin
 
 .PHONY: demo test check format clean
 
 demo: .venv/installed  ## train LensNet on real text under the guard and show that the invariant held
-	rm -rf $(RUN)
-	$(BIN)/megacontext train --run-dir $(RUN)
+	rm -rf runs/demo
+	$(BIN)/megacontext train --run-dir runs/demo
 
 test: .venv/installed  ## every test, in parallel
 	$(BIN)/pytest -n auto
