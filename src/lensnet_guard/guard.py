@@ -191,9 +191,9 @@ class Guard:
             self._log.write("call.begin", **record.to_log())
         thread = threading.get_ident()
         outermost = thread not in self._running
-        self._running.add(thread)
         start = time.perf_counter()
         try:
+            self._running.add(thread)
             result = run(*args, **kwargs)
             record.outcome = "returned"
         except BaseException as error:

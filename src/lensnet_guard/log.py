@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import torch
+
+from lensnet_guard._version import __version__
 
 try:
     import fcntl
@@ -31,7 +34,6 @@ except ImportError:  # Windows: two processes of one rank must then use two fold
     fcntl = None  # type: ignore[assignment]
 
 SCHEMA_VERSION = 1
-_LOGGED_VERSIONS = ("lensnet-guard", "torch", "wrapt", "structlog")
 
 
 class RunLog:
@@ -149,7 +151,10 @@ class RunLog:
             "rank": rank,
             "versions": {
                 "python": platform.python_version(),
-                **{package: version(package) for package in _LOGGED_VERSIONS},
+                "lensnet-guard": __version__,
+                "torch": str(torch.__version__),
+                "wrapt": version("wrapt"),
+                "structlog": version("structlog"),
             },
         }
         self._logger.info("run.begin", schema_version=SCHEMA_VERSION, **self._header, **process)

@@ -138,6 +138,11 @@ def capture_stack(frame: FrameType | None, limit: int) -> tuple[_RawFrame, ...]:
     while frame is not None and len(raw) < limit:
         raw.append((frame.f_code, frame.f_lasti))
         frame = frame.f_back
+    if raw and raw[0][0].co_filename.startswith(_INTERNAL_PATHS):
+        # Called by torch code, such as a deep container: go on to the caller outside it.
+        while frame is not None and raw[-1][0].co_filename.startswith(_INTERNAL_PATHS):
+            raw.append((frame.f_code, frame.f_lasti))
+            frame = frame.f_back
     return tuple(raw)
 
 

@@ -106,17 +106,19 @@ def train_command(
             )
     except (ValueError, TypeError, OSError) as error:
         raise click.UsageError(str(error)) from error
+    except FloatingPointError as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(1)
     except LensNetViolation as violation:
         console.print(f"{type(violation).__name__}: {violation}", markup=False, soft_wrap=True)
         console.print(f"The log is in {run_dir}; the last checkpoint is kept.", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print(
-            f"Interrupted. Continue with: megacontext train --run-dir {run_dir} --resume",
-            markup=False,
-        )
+        again = f"megacontext train --run-dir {run_dir} --resume"
+        begun = (run_dir / "config.json").exists()
+        console.print(f"Interrupted.{f' Continue with: {again}' if begun else ''}", markup=False)
         sys.exit(130)
-    held = result.verdict.clean and set(result.verdict.calls_per_micro_step) <= {1}
+    held = result.verdict.clean and set(result.verdict.calls_per_micro_step) == {1}
     if as_json:
         click.echo(json.dumps(_result_json(result, held)))
     else:
@@ -178,6 +180,7 @@ def _figures(metrics: dict[str, float]) -> str:
     return (
         f"loss {metrics['lm_loss']:.3f}  lens {metrics['lens_loss']:.3f}  "
         f"agreement {metrics['preference_agreement']:.2f}  "
+        f"spread {metrics['policy_score_std_mean']:.2f}  "
         f"LensNet calls {metrics['lensnet_calls']:g}"
     )
 

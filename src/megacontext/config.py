@@ -1,8 +1,11 @@
 """Sizes and probabilities of a MegaContext model, checked before anything is built."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from megacontext.allocators.training import TrainingWCVariationAllocator
 from megacontext.cut import UnreachableTarget, check_int, focus_view, kept_tokens
@@ -46,7 +49,7 @@ class MCConfig:
     max_lod: int = 2
     sequence_tokens: int = 384
     train_wc_length: int = 160
-    recent_tokens: int = 32
+    recent_tokens: int = 64
     horizon_tokens: int = 32
     focus_window: int = 1_024
     num_variants: int = 3
@@ -62,11 +65,18 @@ class MCConfig:
                 f"d_model {self.d_model} must be a multiple of 2 · num_heads = "
                 f"{2 * self.num_heads}: rotary positions turn pairs of features"
             )
-        if self.horizon_tokens > self.recent_tokens:
+        if self.horizon_tokens >= self.recent_tokens:
             raise ValueError(
-                f"horizon_tokens {self.horizon_tokens} must not exceed recent_tokens "
-                f"{self.recent_tokens}: variants are compared on tokens that all hold at LOD0"
+                f"horizon_tokens {self.horizon_tokens} must be fewer than recent_tokens "
+                f"{self.recent_tokens}: LensNet needs recent tokens before the horizon to look at"
             )
+        if self.horizon_tokens >= self.sequence_tokens:
+            raise ValueError(
+                f"horizon_tokens {self.horizon_tokens} must be fewer than sequence_tokens "
+                f"{self.sequence_tokens}"
+            )
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, not {self.seed}")
         self.new_allocator()  # checks block_size, max_lod and probability
         self._check_target()
         focus_view(
@@ -74,6 +84,7 @@ class MCConfig:
             block_size=self.block_size,
             recent_tokens=self.recent_tokens,
             horizon_tokens=self.horizon_tokens,
+            max_lod=self.max_lod,
             window=self.focus_window,
         )
 
@@ -94,21 +105,23 @@ class MCConfig:
                 f"train_wc_length {self.train_wc_length} exceeds sequence_tokens "
                 f"{self.sequence_tokens}; the longest possible is {self.sequence_tokens}"
             )
-        if not self._reachable_from_all(self.train_wc_length):
+        lengths = range(1, self.sequence_tokens + 1)
+        allocator = self.new_allocator()
+        shortest = np.array([allocator.reachable_length(length, 0) for length in lengths])
+
+        def reachable_from_all(target: int) -> bool:
+            longest = kept_tokens(self.sequence_tokens, target, self.block_size)
+            return bool((shortest[target - 1 : longest : self.block_size - 1] <= target).all())
+
+        if not reachable_from_all(self.train_wc_length):
             longer = range(self.train_wc_length + 1, self.sequence_tokens + 1)
-            nearest = next(length for length in longer if self._reachable_from_all(length))
+            nearest = next(length for length in longer if reachable_from_all(length))
             raise UnreachableTarget(
                 f"train_wc_length {self.train_wc_length} cannot be reached from every sequence of "
                 f"up to {self.sequence_tokens} tokens with block_size {self.block_size}, LODs up "
-                f"to {self.new_allocator().max_lod} and {self.recent_tokens} recent tokens at "
-                f"LOD0; the nearest length that can is {nearest}"
+                f"to {allocator.max_lod} and {self.recent_tokens} recent tokens at LOD0; "
+                f"the nearest length that can is {nearest}"
             )
-
-    def _reachable_from_all(self, target: int) -> bool:
-        longest = kept_tokens(self.sequence_tokens, target, self.block_size)
-        allocator = self.new_allocator()
-        lengths = range(target, longest + 1, self.block_size - 1)
-        return all(allocator.reachable_length(length, target) == target for length in lengths)
 
 
 def check_numbers(config: "DataclassInstance", may_be_zero: Sequence[str]) -> None:
@@ -132,5 +145,5 @@ def check_numbers(config: "DataclassInstance", may_be_zero: Sequence[str]) -> No
         if field.name in may_be_zero:
             if value < 0:
                 raise ValueError(f"{field.name} must not be negative, but is {value}")
-        elif not value > 0:
+        elif not 0 < value < math.inf:
             raise ValueError(f"{field.name} must be positive, not {value}")

@@ -73,7 +73,7 @@ class MCController(nn.Module):
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # not the generators of devices
             self.language_model = LanguageModel(
                 config.vocab_size, config.d_model, config.lm_layers, config.num_heads
             )
@@ -230,6 +230,7 @@ class MCController(nn.Module):
             block_size=self.config.block_size,
             recent_tokens=self.config.recent_tokens,
             horizon_tokens=self.config.horizon_tokens,
+            max_lod=self.config.max_lod,
             window=self.config.focus_window,
         )
 
@@ -281,6 +282,11 @@ class MCController(nn.Module):
             if not torch.equal(pad_mask, torch.arange(width, device=pads.device) < pads[:, None]):
                 raise ValueError("pad_mask must be True on the left of each sequence only")
             lengths = [width - n for n in pads.tolist()]
+        if width > self.config.sequence_tokens:
+            raise ValueError(
+                f"the batch is {width} tokens long, longer than sequence_tokens "
+                f"{self.config.sequence_tokens}"
+            )
         shortest = min(lengths)
         if shortest <= self.config.horizon_tokens:
             raise ValueError(

@@ -104,15 +104,22 @@ def lod0_tail(num_tokens: int, length: int, block_size: int) -> Cut:
 
 
 def focus_view(
-    num_tokens: int, *, block_size: int, recent_tokens: int, horizon_tokens: int, window: int
+    num_tokens: int,
+    *,
+    block_size: int,
+    max_lod: int,
+    recent_tokens: int,
+    horizon_tokens: int,
+    window: int,
 ) -> Cut:
     """The coarse cut that LensNet scores: the history as gists, the recent tail at LOD0.
 
     It ends before the horizon, on which variants are judged. History is LOD1; where that exceeds
-    ``window`` entries, its oldest aligned K² spans are LOD2, as few as it takes.
+    ``window`` entries and ``max_lod`` is 2, its oldest aligned K² spans are LOD2, as few as
+    it takes.
 
     Raises:
-        UnreachableTarget: even with LOD2 wherever it fits, the view is longer than ``window``.
+        UnreachableTarget: as coarse as it can be, the view is longer than ``window``.
     """
     history = max(num_tokens - recent_tokens, 0)
     blocks = history // block_size
@@ -120,8 +127,9 @@ def focus_view(
     token_lods[: blocks * block_size] = 1
     length = len(token_lods) - blocks * (block_size - 1)
     spans = max(-(-(length - window) // (block_size - 1)), 0)
-    if spans > blocks // block_size:
-        shortest = length - blocks // block_size * (block_size - 1)
+    most = blocks // block_size if max_lod == 2 else 0
+    if spans > most:
+        shortest = length - most * (block_size - 1)
         raise UnreachableTarget(
             f"the focus view of {num_tokens} tokens has at least {shortest} entries and does not "
             f"fit a focus_window of {window}; widen the window or shorten the sequence"

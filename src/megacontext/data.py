@@ -17,7 +17,7 @@ _HELD_OUT_ONE_IN = 10
 
 @dataclass(frozen=True)
 class Corpus:
-    """Byte-level text, whole files held out for validation.
+    """Byte-level text, a tenth of it held out for validation.
 
     Attributes:
         training, validation: uint8 ``[bytes]``.
@@ -46,10 +46,11 @@ class Corpus:
 
 
 def load_corpus(paths: Sequence[Path], min_bytes: int) -> Corpus:
-    """Read text files; every tenth is held out.
+    """Read text files; every tenth is held out (of fewer than ten, the last tenth of each).
 
     Args:
-        paths: files, or folders whose files are all read; none for the standard library.
+        paths: files, or folders whose files are read but for hidden ones and Python's caches; none
+            for the standard library.
         min_bytes: length of one window: both parts must be longer.
 
     Raises:
@@ -58,13 +59,14 @@ def load_corpus(paths: Sequence[Path], min_bytes: int) -> Corpus:
     """
     files = _files(paths) if paths else _standard_library()
     texts = [np.frombuffer(file.read_bytes(), dtype=np.uint8) for file in files]
-    if len(texts) > 1:
-        training = [text for i, text in enumerate(texts) if i % _HELD_OUT_ONE_IN]
-        validation = texts[::_HELD_OUT_ONE_IN]
-    else:  # of a single file, the end
-        split = len(texts[0]) - len(texts[0]) // _HELD_OUT_ONE_IN if texts else 0
-        training = [text[:split] for text in texts]
-        validation = [text[split:] for text in texts]
+    if len(texts) >= _HELD_OUT_ONE_IN:
+        held_out = range(_HELD_OUT_ONE_IN - 1, len(texts), _HELD_OUT_ONE_IN)
+        training = [text for i, text in enumerate(texts) if i not in held_out]
+        validation = [texts[i] for i in held_out]
+    else:  # of a few files, the end of each
+        splits = [len(text) - len(text) // _HELD_OUT_ONE_IN for text in texts]
+        training = [text[:split] for text, split in zip(texts, splits, strict=True)]
+        validation = [text[split:] for text, split in zip(texts, splits, strict=True)]
     parts = [np.concatenate([np.empty(0, np.uint8), *part]) for part in (training, validation)]
     for name, part in zip(("training", "validation"), parts, strict=True):
         if len(part) <= min_bytes:
@@ -90,12 +92,18 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.is_file())
+            inside = sorted(p for p in path.rglob("*") if p.is_file())
+            files += [p for p in inside if not _is_litter(p.relative_to(path))]
         elif path.is_file():
             files.append(path)
         else:
             raise FileNotFoundError(f"no such text file or folder: {path}")
-    return files
+    return list(dict.fromkeys(file.resolve() for file in files))
+
+
+def _is_litter(path: Path) -> bool:
+    """Hidden files and Python's caches: they are no text, and change by themselves."""
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def _windows(

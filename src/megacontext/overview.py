@@ -1,13 +1,9 @@
 """The picture of a run: losses, agreement, LensNet calls per micro-step, and LOD strips."""
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lensnet_guard.postmortem import LogVerdict
@@ -29,12 +25,21 @@ def draw_overview(
         unigram_entropy: of the held-out text, nats, drawn as the line to beat.
     """
     rows = folder.read_metrics()
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
     _lines(axes[0, 0], rows, {"lm_loss": "training, mixed LODs", "validation_loss": "held out"})
     axes[0, 0].axhline(unigram_entropy, color="0.4", ls="--", lw=1, label="unigram entropy")
     axes[0, 0].set(title="language model", xlabel="step", ylabel="nats per byte")
     axes[0, 0].legend()
-    _lines(axes[0, 1], rows, {"lens_loss": "lens loss", "preference_agreement": "agreement"})
+    _lines(
+        axes[0, 1],
+        rows,
+        {
+            "lens_loss": "lens loss",
+            "preference_agreement": "agreement",
+            "policy_score_std_mean": "spread of scores",
+        },
+    )
     axes[0, 1].axhline(0.5, color="0.4", ls="--", lw=1, label="chance agreement")
     axes[0, 1].set(title="preference learning", xlabel="step", ylim=(0, 1.05))
     axes[0, 1].legend()
@@ -51,7 +56,6 @@ def draw_overview(
     # Written beside and moved over: a kill leaves the old picture or the new one.
     temporary = folder.overview.with_name("overview.tmp.png")
     figure.savefig(temporary, dpi=110)
-    plt.close(figure)
     temporary.replace(folder.overview)
 
 

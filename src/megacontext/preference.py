@@ -91,7 +91,7 @@ def preference_metrics(scores: Tensor, pairs: PreferencePairs, gists: Tensor) ->
     variance = ((scores - mean[:, None]).square() * gists).sum(-1) / entries
     return {
         "adv_delta_mean": gap.mean(),
-        "adv_delta_p95": torch.quantile(gap, 0.95),
+        "adv_delta_p95": torch.quantile(gap.float(), 0.95),
         "adv_delta_std": gap.std(correction=0),
         "preference_agreement": agree.sum() / informative.sum(),
         "preference_corr": _correlation(policy, pairs.advantages, informative),

@@ -7,11 +7,18 @@ A run folder holds ``config.json``, ``metrics.jsonl`` (a line per logged step), 
 import json
 import math
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None  # type: ignore[assignment]
 
 
 class RunFolder:
@@ -52,8 +59,34 @@ class RunFolder:
         """
         if not self.config.exists():
             raise FileNotFoundError(f"{self.path} holds no run to resume: no {self.config.name}")
-        config: dict[str, Any] = json.loads(self.config.read_text())
+        try:
+            config: dict[str, Any] = json.loads(self.config.read_text())
+            for part in ("model", "train", "corpus"):
+                dict(config[part])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.config} is damaged ({error}), so the run cannot be resumed; "
+                "put the original back, or start a new run"
+            ) from error
         return config
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder at the same time.
+
+        Raises:
+            BlockingIOError: one does already.
+        """
+        with self.config.open() as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise BlockingIOError(
+                        f"another process is training in {self.path}; wait for it, or choose "
+                        "another --run-dir"
+                    ) from None
+            yield
 
     def append_metrics(self, row: Mapping[str, float | int]) -> None:
         """Append one line; what is undefined (nan) becomes null."""
@@ -83,10 +116,23 @@ class RunFolder:
         temporary.replace(self.checkpoint)
 
     def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest checkpoint; None when the run was killed before its first."""
+        """The newest checkpoint; None when the run was killed before its first.
+
+        Raises:
+            ValueError: it cannot be read, or it is gone although the run has metrics.
+        """
         if not self.checkpoint.exists():
+            if self.read_metrics():
+                raise ValueError(f"{self.checkpoint} is missing, so the run cannot be resumed")
             return None
-        state: dict[str, Any] = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(
+                self.checkpoint, map_location=device, weights_only=True
+            )
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{self.checkpoint} is damaged, so the run cannot be resumed; start a new one"
+            ) from error
         return state
 
 

@@ -49,7 +49,7 @@ class TrainConfig:
     batch_size: int = 8
     accumulation: int = 1
     learning_rate: float = 3e-3
-    lens_learning_rate: float = 2e-3
+    lens_learning_rate: float = 3e-4
     warmup_steps: int = 20
     clip_norm: float = 1.0
     log_interval: int = 10
@@ -115,6 +115,11 @@ def train(
     model, settings = model or MCConfig(), settings or TrainConfig()
     device = _device(settings.device)
     corpus = load_corpus([Path(path) for path in settings.text], model.sequence_tokens)
+    if model.vocab_size < 256:
+        raise ValueError(
+            f"text is bytes, so vocab_size must be at least 256, not {model.vocab_size}"
+        )
+    trainer = _Trainer(model, settings, corpus, folder, device)
     if not resume:
         folder.create(
             {
@@ -133,11 +138,11 @@ def train(
             f"the text has changed since {folder.path} was begun (its sha256 differs), "
             "so the run cannot be continued; start a new one"
         )
-    trainer = _Trainer(model, settings, corpus, folder, device)
-    if resume:
-        trainer.restore()
-    with lensnet_guard(trainer.mc, log=folder.path):
-        variants = trainer.run(report)
+    with folder.locked():
+        if resume:
+            trainer.restore()
+        with lensnet_guard(trainer.mc, log=folder.path):
+            variants = trainer.run(report)
     verdict = read_verdict(folder.path)
     result = TrainResult(
         verdict=verdict,
@@ -194,11 +199,14 @@ class _Trainer:
                 variants = self._optimizer_step()
                 self.step += 1
                 last = self.step == settings.steps
+                checkpoint = last or self.step % settings.checkpoint_interval == 0
+                if checkpoint or self.step % settings.log_interval == 0:
+                    self._check_finite()
                 if last or self.step % settings.log_interval == 0:
                     row = self._take_metrics() | {"validation_loss": self.validation_loss()}
                     self.folder.append_metrics({"step": self.step, **row})
                     report(StepReport(self.step, settings.steps, row))
-                if last or self.step % settings.checkpoint_interval == 0:
+                if checkpoint:
                     self.save()
         return variants
 
@@ -220,11 +228,20 @@ class _Trainer:
         self.optimizer.zero_grad()
         return result.variants
 
+    def _check_finite(self) -> None:
+        """Stop before a checkpoint of a model that has diverged replaces a good one."""
+        if self.totals and not bool(self.totals["loss"].isfinite().all()):
+            raise FloatingPointError(
+                f"the loss is no longer finite at step {self.step}; the last checkpoint in "
+                f"{self.folder.path} is kept: lower the learning rate"
+            )
+
     def _add_metrics(self, metrics: dict[str, Tensor | int]) -> None:
         """Add up what is defined, on the device."""
         for name, metric in metrics.items():
             value = torch.as_tensor(metric, dtype=torch.float32, device=self.device)
-            summand = torch.stack([value.nan_to_num(nan=0.0), (~value.isnan()).float()])
+            undefined = value.isnan() & (name not in ("loss", "lm_loss", "lens_loss"))
+            summand = torch.stack([value.masked_fill(undefined, 0.0), (~undefined).float()])
             self.totals[name] = self.totals.get(name, 0) + summand
 
     def _take_metrics(self) -> dict[str, float]:

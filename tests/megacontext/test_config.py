@@ -26,10 +26,10 @@ class TestRefusals:
                 "rotary positions turn pairs of features",
             ),
             (
-                {"horizon_tokens": 33},
+                {"horizon_tokens": 64},
                 ValueError,
-                "horizon_tokens 33 must not exceed recent_tokens 32: "
-                "variants are compared on tokens that all hold at LOD0",
+                "horizon_tokens 64 must be fewer than recent_tokens 64: "
+                "LensNet needs recent tokens before the horizon to look at",
             ),
             (
                 {"lod2_probability": 2.0},
@@ -52,23 +52,23 @@ class TestRefusals:
             MCConfig(train_wc_length=40)
         assert str(raised.value) == (
             "train_wc_length 40 cannot be reached from every sequence of up to 384 tokens with "
-            "block_size 8, LODs up to 2 and 32 recent tokens at LOD0; "
-            "the nearest length that can is 44"
+            "block_size 8, LODs up to 2 and 64 recent tokens at LOD0; "
+            "the nearest length that can is 76"
         )
 
     def test_the_length_that_the_message_names_works(self) -> None:
         """And one less does not."""
-        assert MCConfig(train_wc_length=44).train_wc_length == 44
+        assert MCConfig(train_wc_length=76).train_wc_length == 76
         with pytest.raises(UnreachableTarget):
-            MCConfig(train_wc_length=43)
+            MCConfig(train_wc_length=75)
 
     def test_every_sequence_length_reaches_an_accepted_target(self) -> None:
         """What construction accepts never fails in a step, for shorter sequences either."""
-        config = MCConfig(train_wc_length=44)
+        config = MCConfig(train_wc_length=76)
         allocator = config.new_allocator()
-        for length in range(44, config.sequence_tokens + 1):
-            kept = kept_tokens(length, 44, config.block_size)
-            assert len(allocator.sample(kept, 44)) == 44
+        for length in range(76, config.sequence_tokens + 1):
+            kept = kept_tokens(length, 76, config.block_size)
+            assert len(allocator.sample(kept, 76)) == 76
 
     def test_a_target_above_the_sequence(self) -> None:
         """Nothing is ever expanded beyond its tokens."""

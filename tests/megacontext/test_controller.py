@@ -198,6 +198,11 @@ class TestBadInput:
                 "sequence 0 has 8 tokens; at least 9 are needed, one more than horizon_tokens",
             ),
             (
+                torch.zeros(2, 97, dtype=torch.int64),
+                ValueError,
+                "the batch is 97 tokens long, longer than sequence_tokens 96",
+            ),
+            (
                 torch.full((2, 96), 64),
                 ValueError,
                 "tokens must lie in [0, 64), but run from 64 to 64",
@@ -260,6 +265,12 @@ class TestPlumbing:
         guard = mc.guard
         assert mc.to("cpu").double().eval().guard is guard
         assert mc.lensnet.head.weight.dtype == torch.float64
+
+    def test_bfloat16_could_not_compute_its_quantile(
+        self, mc: MCController, tokens: Tensor
+    ) -> None:
+        """A model in half precision takes the same step."""
+        assert mc.to(torch.bfloat16).process_batch(tokens).loss.isfinite()
 
     def test_process_batch_runs_in_double_precision(self, mc: MCController, tokens: Tensor) -> None:
         """Nothing in the step is tied to float32."""

@@ -80,9 +80,14 @@ class TestKeptTokens:
 
 
 class TestFocusView:
-    def view(self, num_tokens: int, window: int = 1_000) -> Cut:
+    def view(self, num_tokens: int, window: int = 1_000, max_lod: int = 2) -> Cut:
         return focus_view(
-            num_tokens, block_size=4, recent_tokens=8, horizon_tokens=3, window=window
+            num_tokens,
+            block_size=4,
+            max_lod=max_lod,
+            recent_tokens=8,
+            horizon_tokens=3,
+            window=window,
         )
 
     def test_history_as_gists_then_the_tail_up_to_the_horizon(self) -> None:
@@ -106,6 +111,11 @@ class TestFocusView:
             "focus_window of 10; widen the window or shorten the sequence"
         )
 
+    def test_a_view_of_a_tree_without_lod2_was_given_lod2_entries(self) -> None:
+        """With max_lod 1 a short window is refused; LOD2 gists would come from nowhere."""
+        with pytest.raises(UnreachableTarget, match="at least 23 entries"):
+            self.view(80, window=22, max_lod=1)
+
     @given(
         tokens=st.integers(1, 2_000),
         block_size=st.integers(2, 16),
@@ -122,6 +132,7 @@ class TestFocusView:
             block_size=block_size,
             recent_tokens=recent,
             horizon_tokens=horizon,
+            max_lod=2,
             window=5_000,
         )
         view.check(0, tokens - horizon, recent_tokens=recent - horizon)

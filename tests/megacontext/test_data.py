@@ -19,8 +19,8 @@ class TestLoadCorpus:
     def test_every_tenth_file_is_held_out(self, folder: Path) -> None:
         """Whole files, so that no window of the training part is in the other."""
         corpus = load_corpus([folder], min_bytes=10)
-        assert set(corpus.validation) == {0, 10}
-        assert set(corpus.training) == set(range(20)) - {0, 10}
+        assert set(corpus.validation) == {9, 19}
+        assert set(corpus.training) == set(range(20)) - {9, 19}
         assert corpus.files == 20
 
     def test_of_a_single_file_the_end_is_held_out(self, tmp_path: Path) -> None:
@@ -28,6 +28,21 @@ class TestLoadCorpus:
         (tmp_path / "one.txt").write_bytes(bytes(range(100)))
         corpus = load_corpus([tmp_path / "one.txt"], min_bytes=5)
         assert corpus.validation.tolist() == list(range(90, 100))
+
+    def test_the_first_of_two_texts_was_held_out_whole(self, folder: Path) -> None:
+        """Of a few files the end of each is held out; a file given twice is read once."""
+        texts = [folder / "03.txt", folder / "04.txt", folder / "03.txt"]
+        corpus = load_corpus(texts, min_bytes=5)
+        assert corpus.training.tolist() == [3] * 90 + [4] * 90
+        assert corpus.validation.tolist() == [3] * 10 + [4] * 10
+
+    def test_python_caches_in_a_folder_changed_the_text(self, folder: Path) -> None:
+        """Hidden files and caches are no text, and come and go by themselves."""
+        before = load_corpus([folder], min_bytes=10)
+        for litter in ("__pycache__", ".git"):
+            (folder / litter).mkdir()
+            (folder / litter / "0").write_bytes(b"litter" * 99)
+        assert load_corpus([folder], min_bytes=10).sha256 == before.sha256
 
     def test_the_standard_library_is_the_default(self) -> None:
         """Real text that is always there, and megabytes of it."""

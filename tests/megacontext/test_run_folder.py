@@ -9,18 +9,20 @@ import torch
 
 from megacontext.run_folder import RunFolder
 
+CONFIG = {"model": {"d_model": 8}, "train": {}, "corpus": {}}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
-    folder.create({"model": {"d_model": 8}})
+    folder.create(CONFIG)
     return folder
 
 
 class TestCreate:
     def test_the_configuration_is_there_at_once(self, folder: RunFolder) -> None:
         """And read back as it was."""
-        assert folder.read_config() == {"model": {"d_model": 8}}
+        assert folder.read_config() == CONFIG
 
     def test_a_run_is_never_overwritten(self, folder: RunFolder, tmp_path: Path) -> None:
         """Nor is anything else that stands in the folder's place."""
@@ -33,6 +35,24 @@ class TestCreate:
         (tmp_path / "file").touch()
         with pytest.raises(FileExistsError, match="file is not an empty folder"):
             RunFolder(tmp_path / "file").create({})
+
+    @pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": null}'])
+    def test_a_damaged_configuration_is_named(self, folder: RunFolder, content: str) -> None:
+        """Whatever an editor did to it."""
+        folder.config.write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            folder.read_config()
+
+    def test_two_processes_cannot_train_in_one_folder(self, folder: RunFolder) -> None:
+        """Two resumed runs would write the same checkpoint."""
+        with (
+            folder.locked(),
+            pytest.raises(BlockingIOError, match="another process is training"),
+            folder.locked(),
+        ):
+            pass
+        with folder.locked():
+            assert folder.config.exists()
 
     def test_no_run_to_resume(self, tmp_path: Path) -> None:
         """The message names the folder."""
@@ -71,6 +91,19 @@ class TestCheckpoint:
         assert torch.equal(loaded["weights"], state["weights"])
         assert (loaded["step"], loaded["rng"]) == (3, {"state": 2**127 + 1})
 
+    @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04truncated"])
+    def test_a_damaged_checkpoint_is_named(self, folder: RunFolder, content: bytes) -> None:
+        """Instead of a traceback from inside the unpickler."""
+        folder.checkpoint.write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
+            folder.load_checkpoint(torch.device("cpu"))
+
+    def test_a_lost_checkpoint_is_no_fresh_start(self, folder: RunFolder) -> None:
+        """A run with metrics is not silently begun again."""
+        folder.append_metrics({"step": 1})
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is missing"):
+            folder.load_checkpoint(torch.device("cpu"))
+
     def test_no_checkpoint_yet(self, folder: RunFolder) -> None:
         """The run was killed before its first."""
         assert folder.load_checkpoint(torch.device("cpu")) is None
@@ -91,4 +124,4 @@ class TestCheckpoint:
 
     def test_the_configuration_is_plain_json(self, folder: RunFolder) -> None:
         """For people and other programs."""
-        assert json.loads(folder.config.read_text()) == {"model": {"d_model": 8}}
+        assert json.loads(folder.config.read_text()) == CONFIG

@@ -131,12 +131,15 @@ class TestResume:
         at_death = read_verdict(folder.path)
         assert at_death.calls == at_death.micro_steps >= 10
         assert at_death.violations == 0
-        resumed = train(folder.path, resume=True)
-        assert resumed.verdict.violations == 0
-        assert set(resumed.verdict.calls_per_micro_step) == {1}
+        assert not at_death.ended
+        resume = [sys.executable, "-m", "megacontext", "train", "--run-dir", str(folder.path)]
+        subprocess.run([*resume, "--resume"], check=True, stdout=subprocess.DEVNULL)
+        at_end = read_verdict(folder.path)
+        assert at_end.clean
+        assert set(at_end.calls_per_micro_step) == {1}
         subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
         first, second = weights(folder.path), weights(tmp_path / "whole")
-        assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_a_finished_run_has_nothing_left_to_do(
         self, tmp_path: Path, model: MCConfig, settings: TrainConfig
@@ -157,6 +160,20 @@ class TestResume:
         (tmp_path / "run" / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"the text has changed since .* was begun"):
             train(tmp_path / "run", resume=True)
+
+
+class TestDivergence:
+    def test_a_diverged_run_replaced_its_checkpoint(
+        self, tmp_path: Path, model: MCConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It stops, says so, and keeps the last checkpoint of a finite model."""
+        monkeypatch.setattr(
+            MCController, "full_detail_loss", lambda self, tokens: torch.tensor(0.0)
+        )
+        settings = TrainConfig(text=TEXT, steps=9, batch_size=2, learning_rate=1e30, warmup_steps=0)
+        with pytest.raises(FloatingPointError, match="no longer finite at step 9"):
+            train(tmp_path / "run", model, settings)
+        assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
 
 
 class TestRefusals:

@@ -22,6 +22,8 @@ class LogVerdict:
         calls_per_micro_step: calls of each training micro-step, in log order.
         unreadable_lines: lines that are no JSON object, such as the last one of a killed process.
         lost_lines: lines that a run reported as not written.
+        ended: whether every log file ends with ``run.end``; a killed process leaves none, nor does
+            one whose disk was full.
     """
 
     module: str
@@ -33,11 +35,12 @@ class LogVerdict:
     calls_per_micro_step: tuple[int, ...]
     unreadable_lines: int
     lost_lines: int
+    ended: bool
 
     @property
     def clean(self) -> bool:
-        """No violation, and every line that was written can be read."""
-        return not (self.violations or self.unreadable_lines or self.lost_lines)
+        """No violation, no line lost, and the log goes on to the end of the run."""
+        return self.ended and not (self.violations or self.lost_lines)
 
     def __str__(self) -> str:
         text = ", ".join(
@@ -53,7 +56,8 @@ class LogVerdict:
             "unreadable line": self.unreadable_lines,
             "lost line": self.lost_lines,
         }
-        return text + "".join(f"; {_count(n, what)}" for what, n in extras.items() if n)
+        text += "".join(f"; {_count(n, what)}" for what, n in extras.items() if n)
+        return text if self.ended else f"{text}; the log stops before the end of the run"
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as a JSON-ready object, without the list of calls per micro-step."""
@@ -74,10 +78,13 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
     module = "LensNet"
     per_micro_step: list[int] = []
     calls = inference_calls = violations = cut_off = unreadable = lost = 0
+    ended = True
     for path in paths:
+        last_event = None
         open_calls = 0  # calls since the last micro-step ended
         for line in _objects(path):
             event = line.get("event")
+            last_event = event or last_event
             if event is None:
                 unreadable += 1
             elif event == "run.begin":
@@ -91,11 +98,12 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
             elif event == "violation":
                 violations += 1
             elif event == "micro_step.end" and line.get("context") == "training":
-                per_micro_step.append(open_calls)
+                per_micro_step.append(sum(line.get("calls", {}).values()))
                 calls, open_calls = calls + open_calls, 0
             elif event == "run.end":
                 lost += int(line.get("lost_lines", 0))
         cut_off += open_calls
+        ended = ended and last_event == "run.end"
     return LogVerdict(
         module=module,
         micro_steps=len(per_micro_step),
@@ -106,6 +114,7 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
         calls_per_micro_step=tuple(per_micro_step),
         unreadable_lines=unreadable,
         lost_lines=lost,
+        ended=ended,
     )
 
 

@@ -74,6 +74,8 @@ class TrainingWCVariationAllocator:
             UnreachableTarget: no collapses lead there; the message names the lengths that are
                 next to it.
         """
+        check_int("num_tokens", num_tokens)
+        check_int("target_length", target_length)
         self._check_reachable(num_tokens, target_length)
         k = self.block_size
         collapsible = max(num_tokens - self.recent_tokens, 0)
