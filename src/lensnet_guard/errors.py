@@ -86,7 +86,10 @@ class BypassedGuard(LensNetViolation):
     """A run of the module that did not come through the proxy."""
 
     headline = "{module} was run behind its guard's back"
-    remedy = "Call guard.module, not a reference to the module behind it."
+    remedy = (
+        "Call guard.module, not the module behind it or a part of it. A part that another model "
+        "runs too is named in CallPolicy(shared_submodules=...)."
+    )
 
 
 class ContextSwitchRefused(LensNetViolation):

@@ -2,43 +2,32 @@
 
 import copy
 import functools
-import itertools
 import operator
 import os
 import sys
-import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.context import get_spawning_popen
 from types import FrameType
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
-import torch
 from torch import nn
 
+from lensnet_guard._torch_internals import eager_only, stops_recomputing
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Frame, OpenBlocks, Position
 from lensnet_guard.errors import build_violation
-from lensnet_guard.log import RunLog
+from lensnet_guard.history import History
 from lensnet_guard.policy import CallPolicy, Situation, decide
-from lensnet_guard.proxy import GuardedModule, guard_of
-from lensnet_guard.record import (
-    CallRecord,
-    Context,
-    Kind,
-    capture_stack,
-    describe_inputs,
-    find_caller,
-)
+from lensnet_guard.proxy import EAGER, GuardedModule, guard_of
+from lensnet_guard.recompute import Recomputes, recomputing
+from lensnet_guard.record import CallRecord, Context, Kind, describe_inputs, find_caller
+from lensnet_guard.tripwire import Inside, Tripwire, describe_part, strip
 
 Mode = Literal["enforce", "observe", "off"]
 P = ParamSpec("P")
 R = TypeVar("R")
-
-RING_RECORDS = 4_096  # the newest records that guard.calls and guard.violations hold
-CALL_FRAMES = 16  # frames kept of an allowed call: enough to see the caller, cheap to take
-VIOLATION_FRAMES = 64
 
 
 class Guard:
@@ -50,25 +39,30 @@ class Guard:
         policy: who may call in training and how often per micro-step.
         mode: ``"enforce"`` raises on violations, ``"observe"`` only records and logs them, with
             ``"off"`` nothing is installed.
-        violation_count: violations so far, also those that the ring no longer holds.
     """
 
-    def __init__(self, module: nn.Module, policy: CallPolicy, mode: Mode, name: str) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        policy: CallPolicy,
+        mode: Mode,
+        name: str,
+        inside: Inside | None = None,
+    ) -> None:
         self.name = name
         self.policy = policy
         self.mode = mode
         self.module: Any = module if mode == "off" else GuardedModule(module, self)
-        self.violation_count = 0
+        self._raw = module
         self._budgets = policy.budgets
         self._open = OpenBlocks()
-        self._log: RunLog | None = None
-        # Re-entrant: a garbage collection inside the locked region may run code that calls again.
-        self._lock = threading.RLock()
-        self._sequence = itertools.count(1)
-        self._calls: deque[CallRecord] = deque(maxlen=RING_RECORDS)
-        self._violations: deque[CallRecord] = deque(maxlen=RING_RECORDS)
-        self._counts: Counter[tuple[Context | None, str | None]] = Counter()
-        self._running: set[int] = set()  # threads inside the module
+        self._history = History(name)
+        self._recomputes = Recomputes()
+        self._inside = inside or Inside()
+        self._tripwire: Tripwire | None = None
+        if mode != "off":
+            shared = policy.shared_submodules
+            self._tripwire = Tripwire(module, self, self._inside, self._run_behind, shared)
 
     # What the user opens -----------------------------------------------------------------------
 
@@ -152,12 +146,17 @@ class Guard:
     @property
     def calls(self) -> tuple[CallRecord, ...]:
         """The newest records of calls, allowed and refused, oldest first."""
-        return tuple(self._calls)
+        return tuple(self._history.calls)
 
     @property
     def violations(self) -> tuple[CallRecord, ...]:
         """The newest records of violations, oldest first."""
-        return tuple(self._violations)
+        return tuple(self._history.violations)
+
+    @property
+    def violation_count(self) -> int:
+        """Violations so far, also those that the ring no longer holds."""
+        return self._history.violation_count
 
     @property
     def current_context(self) -> Context | None:
@@ -166,9 +165,7 @@ class Guard:
 
     def count(self, context: Context | None = None, scope: str | None = None) -> int:
         """Allowed calls so far, of one context or scope if given; recomputes are not counted."""
-        with self._lock:
-            counts = list(self._counts.items())
-        return sum(n for (c, s), n in counts if context in (None, c) and scope in (None, s))
+        return self._history.count(context, scope)
 
     def __repr__(self) -> str:
         return (
@@ -185,28 +182,8 @@ class Guard:
         kwargs: dict[str, Any],
         frame: FrameType | None,
     ) -> Any:
-        """Admit, log and run one call; ``frame`` is that of the proxy's caller, if it has one."""
-        record = self._admit(args, kwargs, frame)
-        if self._log is not None:
-            self._log.write("call.begin", **record.to_log())
-        thread = threading.get_ident()
-        outermost = thread not in self._running
-        start = time.perf_counter()
-        try:
-            self._running.add(thread)
-            result = run(*args, **kwargs)
-            record.outcome = "returned"
-        except BaseException as error:
-            record.outcome = f"raised {type(error).__name__}"
-            raise
-        finally:
-            record.duration_ms = (time.perf_counter() - start) * 1e3
-            if outermost:
-                self._running.discard(thread)
-            if self._log is not None:
-                end = {name: getattr(record, name) for name in ("seq", "outcome", "duration_ms")}
-                self._log.write("call.end", module=self.name, **end)
-        return result
+        """Admit and run one call; ``frame`` is that of the proxy's caller, if it has one."""
+        return self._execute(self._admit(args, kwargs, frame), run, args, kwargs)
 
     def _admit(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None
@@ -217,61 +194,85 @@ class Guard:
         if scope is None and here.context == "training" and self.policy.sanctioned_callers:
             scope = find_caller(frame, self.policy.sanctioned_callers)
         inputs = describe_inputs(args, kwargs)
-        with self._lock:  # from reading the budget to spending it
+        with self._history.lock:  # from reading the budget to spending it
+            original = self._recomputes.original(frame)
+            if original is not None:
+                return self._history.add_recompute(original, frame, inputs)
             spent = len(ledger.spent(scope)) if ledger and scope else 0
             reason = decide(
                 Situation(
                     context=here.context,
                     sanctioned=ledger is not None and scope is not None,
                     budget_left=self._budgets[scope] - spent if scope else 0,
-                    reentrant=threading.get_ident() in self._running,
+                    reentrant=self._inside.here,
                 )
             )
             if reason is None:
-                record = self._record("call", None, here, scope, frame, inputs)
-                self._calls.append(record)
-                self._counts[here.context, scope] += 1
+                record = self._history.add_call(here, scope, frame, inputs)
                 if ledger and scope:
                     ledger.spend(scope, record)
+                self._recomputes.remember(record, frame)
                 return record
         detail = ""
         if reason == "UnsanctionedCall" and scope is not None:
             detail = ": its sanctioned caller runs outside any micro-step, where no budget counts"
         return self._refuse("call", reason, here, frame, scope, inputs, detail)
 
-    def _record(
+    @eager_only(EAGER)
+    def _run_behind(
         self,
-        kind: Kind,
-        reason: str | None,
-        here: Position,
-        scope: str | None,
-        frame: FrameType | None,
-        inputs: tuple[object, ...],
-    ) -> CallRecord:
-        ledger = here.micro_step
-        return CallRecord(
-            seq=next(self._sequence),
-            module=self.name,
-            kind=kind,
-            verdict="allow" if reason is None else "refuse",
-            reason=reason,
-            context=here.context,
-            scope=scope,
-            step=ledger.step if ledger else None,
-            micro_step=ledger.micro_step if ledger else None,
-            thread=threading.current_thread().name,
-            grad_enabled=torch.is_grad_enabled(),
-            outcome=None if reason is None else "refused",
-            _stack=capture_stack(frame, CALL_FRAMES if reason is None else VIOLATION_FRAMES),
-            _inputs=inputs,
-        )
+        part: nn.Module,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Refuse a run of the module, or of a part or copy of it, that nobody admitted."""
+        frame = sys._getframe().f_back
+        inside = self._inside
+        if recomputing(frame):  # of a checkpoint within the module's own forward
+            inside.here = True
+            try:
+                return run(*args, **kwargs)
+            finally:
+                inside.here = False
+        here = self._open.position()
+        reason = decide(Situation(here.context, False, 0, bypass=True))
+        inputs, detail = describe_inputs(args, kwargs), describe_part(self._raw, part)
+        record = self._refuse("bypass", reason, here, frame, here.scope, inputs, detail)
+        return self._execute(record, run, args, kwargs)
+
+    def _execute(
+        self,
+        record: CallRecord,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the module, logging before and after."""
+        inside = self._inside
+        already_inside = inside.here
+        self._history.log_begin(record)
+        start = time.perf_counter()
+        try:
+            inside.here = True
+            result = run(*args, **kwargs)
+            record.outcome = "returned"
+        except BaseException as error:
+            stopped = stops_recomputing(error)
+            record.outcome = "stopped early" if stopped else f"raised {type(error).__name__}"
+            raise
+        finally:
+            inside.here = already_inside
+            record.duration_ms = (time.perf_counter() - start) * 1e3
+            self._history.log_end(record)
+        return result
 
     # Violations --------------------------------------------------------------------------------
 
     def _refuse(
         self,
         kind: Kind,
-        reason: str,
+        reason: str | None,
         here: Position,
         frame: FrameType | None,
         scope: str | None,
@@ -280,19 +281,14 @@ class Guard:
     ) -> CallRecord:
         """Record and log a violation, then raise it; in observe mode return its record."""
         ledger = here.micro_step
-        with self._lock:
-            record = self._record(kind, reason, here, scope, frame, inputs)
-            self.violation_count += 1
-            self._violations.append(record)
-            if kind == "call":
-                self._calls.append(record)
+        with self._history.lock:
+            record = self._history.add_violation(kind, reason, here, scope, frame, inputs)
             made = ledger.calls if ledger else {}
             earlier = tuple(ledger.spent(scope)) if ledger and scope else ()
         violation = build_violation(record, self.policy, made=made, earlier=earlier, detail=detail)
         if ledger is not None:
             ledger.violations.append(violation)
-        if self._log is not None:
-            self._log.write("violation", **record.to_log(), message=str(violation))
+        self._history.log_violation(record, str(violation))
         if self.mode == "observe":
             return record
         raise violation
@@ -336,29 +332,29 @@ class Guard:
             raise
         finally:
             self._open.remove(frame)
-            if ledger is not None and settles and self._log is not None:
-                self._log.write(
-                    "micro_step.end",
-                    module=self.name,
-                    context=inside.context,
-                    step=ledger.step,
-                    micro_step=ledger.micro_step,
-                    calls=ledger.calls,
-                    violations=len(ledger.violations),
-                )
+            if ledger is not None and settles:
+                self._history.log_micro_step(ledger, inside.context)
 
-    # Copies, pickles, logs ---------------------------------------------------------------------
+    # Copies, pickles, logs, the end -------------------------------------------------------------
 
-    def _guard_copy(self, module: nn.Module) -> GuardedModule:
-        """Guard a copy of the module: same contract, but its own identity, counts and context."""
-        copied = Guard(module, self.policy, self.mode, f"{self.name} (copy)")
-        if self._log is not None:
-            copied._write_to(self._log)
+    def _guard_copy(self, module: nn.Module, *, shallow: bool) -> GuardedModule:
+        """Guard a copy of the module: same contract, but its own identity, counts and context.
+
+        A shallow copy runs the submodules of its original: who is inside one is inside the other.
+        """
+        strip(module, shallow)
+        inside = self._inside if shallow else None
+        copied = Guard(module, self.policy, self.mode, f"{self.name} (copy)", inside)
+        if self._history.log is not None:
+            copied._history.write_to(self._history.log)
         guarded: GuardedModule = copied.module
         return guarded
 
     def _reduce_module(self, module: nn.Module) -> tuple[Any, ...]:
-        return _rebuild_module, (module, self.policy, self.mode, self.name)
+        log = self._history.log
+        # A worker process logs beside its parent; a file on disk says nothing of logs.
+        folder = log.folder if log is not None and get_spawning_popen() is not None else None
+        return _rebuild_module, (module, self.policy, self.mode, self.name, folder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
         module = copy.deepcopy(self.module, memo)  # by memo, the same copy as an owner's
@@ -376,25 +372,31 @@ class Guard:
             TypeError: ``folder`` is not a path.
             ValueError: the guard logs already.
         """
-        if self._log is not None and not self._log.closed:
-            raise ValueError(f"{self.name} already logs to {self._log.folder}")
-        policy = {
-            "scopes": dict(self.policy.scopes),
-            "sanctioned_callers": dict(self.policy.sanctioned_callers),
-        }
-        self._write_to(RunLog(folder, {"module": self.name, "mode": self.mode, "policy": policy}))
+        self._history.start_log(folder, {"mode": self.mode, "policy": self.policy.to_json()})
 
     def end_log(self) -> None:
         """Write ``run.end`` and close the log, if there is one."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        self._history.end_log()
 
-    def _write_to(self, log: RunLog) -> None:
-        self._log = log
-        log.add_writer(self)
+    def uninstall(self) -> None:
+        """Give the raw module back as it was: same classes, same forwards; end the log.
+
+        A proxy that somebody still holds goes on checking its own calls.
+        """
+        if self._tripwire is not None:
+            self._tripwire.disarm()
+        self.end_log()
 
 
-def _rebuild_module(module: nn.Module, policy: CallPolicy, mode: Mode, name: str) -> Any:
+def _rebuild_module(
+    module: nn.Module,
+    policy: CallPolicy,
+    mode: Mode,
+    name: str,
+    folder: str | os.PathLike[str] | None,
+) -> Any:
     """Unpickle a guarded module."""
-    return Guard(module, policy, mode, name).module
+    guard = Guard(module, policy, mode, name)
+    if folder is not None:
+        guard.start_log(folder)
+    return guard.module

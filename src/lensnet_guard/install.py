@@ -10,7 +10,7 @@ from torch import nn
 
 from lensnet_guard.guard import Guard, Mode
 from lensnet_guard.policy import CallPolicy
-from lensnet_guard.proxy import guard_of
+from lensnet_guard.proxy import guard_of, is_proxy
 
 _MISSING = object()
 
@@ -49,7 +49,11 @@ def guard_module(
         module, policy or CallPolicy(), _resolve_mode(mode), name or type(module).__name__
     )
     if log is not None and guard.mode != "off":
-        guard.start_log(log)
+        try:
+            guard.start_log(log)
+        except BaseException:
+            guard.uninstall()
+            raise
     return guard
 
 
@@ -81,24 +85,29 @@ def lensnet_guard(
     """
     name, module = _find_module(owner_or_module, attribute)
     guard = guard_of(module)
-    installed: AbstractContextManager[None] = nullcontext()
+    own = guard is None
     if guard is None:
         guard = guard_module(module, policy=policy, mode=mode)
-        if name is not None and guard.mode != "off":
-            installed = _installed(owner_or_module, name, module, guard.module)
     elif policy not in (None, guard.policy) or mode not in (None, guard.mode):
         raise ValueError(
             f"{guard.name} is guarded already, in mode {guard.mode!r} with {guard.policy}; "
             "lensnet_guard cannot change that, leave policy and mode out"
         )
+    installed: AbstractContextManager[None] = nullcontext()
+    if name is not None and guard.mode != "off" and not is_proxy(module):
+        installed = _installed(owner_or_module, name, module, guard.module)
     before = guard.violation_count
-    if log is not None and guard.mode != "off":
-        guard.start_log(log)
+    logging = False
     try:
+        if log is not None and guard.mode != "off":
+            guard.start_log(log)
+            logging = True
         with installed:
             yield guard
     finally:
-        if log is not None:
+        if own:
+            guard.uninstall()
+        elif logging:
             guard.end_log()
     if guard.violation_count > before:
         last = guard.violations[-1]

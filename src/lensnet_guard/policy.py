@@ -6,7 +6,7 @@ Nothing here touches torch, threads or clocks; the whole table of `decide` is te
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Reason = Literal[
     "UnsanctionedCall", "BudgetExceeded", "NoContext", "ReentrantCall", "BypassedGuard"
@@ -25,6 +25,8 @@ class CallPolicy:
         sanctioned_callers: ``"module:qualname"`` of a function -> calls per micro-step, for code
             that cannot be edited to open a scope. It applies when any frame of the call's stack
             runs that function and no scope is open.
+        shared_submodules: names of submodules that other models run too (tied embeddings, a shared
+            backbone), such as ``("backbone",)``; alone, they may be run by anyone.
 
     Raises:
         TypeError, ValueError: a name or a budget that cannot be one.
@@ -32,8 +34,13 @@ class CallPolicy:
 
     scopes: Mapping[str, int] = field(default_factory=lambda: _ONE_PREFERENCE_SCORER)
     sanctioned_callers: Mapping[str, int] = field(default_factory=dict)
+    shared_submodules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        names = self.shared_submodules
+        if not isinstance(names, (tuple, list)) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"shared_submodules must be names of submodules, not {names!r}")
+        object.__setattr__(self, "shared_submodules", tuple(names))
         if self.scopes is _ONE_PREFERENCE_SCORER and self.sanctioned_callers:
             object.__setattr__(self, "scopes", {})
         for kind in ("scopes", "sanctioned_callers"):
@@ -60,12 +67,20 @@ class CallPolicy:
         """Calls per micro-step of every scope and every sanctioned caller."""
         return {**self.scopes, **self.sanctioned_callers}
 
+    def to_json(self) -> dict[str, Any]:
+        """The policy as JSON-ready fields, for the log."""
+        return {
+            "scopes": dict(self.scopes),
+            "sanctioned_callers": dict(self.sanctioned_callers),
+            "shared_submodules": list(self.shared_submodules),
+        }
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self.scopes), dict(self.sanctioned_callers))
+        budgets = dict(self.scopes), dict(self.sanctioned_callers)
+        return type(self), (*budgets, self.shared_submodules)
 
 
-@dataclass(frozen=True)
-class Situation:
+class Situation(NamedTuple):
     """Everything that a verdict on one call depends on."""
 
     context: Literal["training", "inference"] | None

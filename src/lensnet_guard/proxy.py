@@ -2,15 +2,18 @@
 
 Everything but a call passes straight through to the raw module (parameters, ``state_dict`` keys,
 hooks, ``named_modules``). What would hand out the raw module, and so drop the guard silently, is
-overridden here: fluent methods, copies and pickles.
+overridden here: fluent methods, copies and pickles. Runs of the raw module are `tripwire`'s.
 """
 
 import copy
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import wrapt
 from torch import nn
+
+from lensnet_guard._torch_internals import eager_only
+from lensnet_guard.tripwire import guard_behind
 
 if TYPE_CHECKING:
     from lensnet_guard.guard import Guard
@@ -19,6 +22,14 @@ if TYPE_CHECKING:
 FLUENT_METHODS = (
     *("apply", "bfloat16", "cpu", "cuda", "double", "eval", "float", "half", "ipu", "mtia"),
     *("requires_grad_", "share_memory", "to", "to_empty", "train", "type", "xpu"),
+)
+
+
+# What torch prints where a guarded module stands in the way of a full graph.
+EAGER = (
+    "a module guarded by lensnet_guard is called in Python, so that every call is counted. Compile "
+    "the module itself before it is guarded (module.compile(); guard_module(module)) and leave "
+    "fullgraph=True out around its callers: they run with one graph break"
 )
 
 
@@ -32,18 +43,21 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
         super().__init__(module)
         self._self_guard = guard
 
+    @eager_only(EAGER)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._self_guard._run(self.__wrapped__, args, kwargs, sys._getframe().f_back)
 
+    @eager_only(EAGER)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module without its hooks, as ``nn.Module.forward`` does; guarded all the same."""
         return self._self_guard._run(self.__wrapped__.forward, args, kwargs, sys._getframe().f_back)
 
     def __copy__(self) -> "GuardedModule":
-        return self._self_guard._guard_copy(copy.copy(self.__wrapped__))
+        return self._self_guard._guard_copy(copy.copy(self.__wrapped__), shallow=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GuardedModule":
-        return self._self_guard._guard_copy(copy.deepcopy(self.__wrapped__, memo))
+        module = copy.deepcopy(self.__wrapped__, memo)
+        return self._self_guard._guard_copy(module, shallow=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._self_guard._reduce_module(self.__wrapped__)
@@ -71,9 +85,13 @@ for _name in FLUENT_METHODS:
         setattr(GuardedModule, _name, _fluent(_name))
 
 
-def guard_of(module: object) -> "Guard | None":
-    """The guard behind a guarded module, or None for anything else."""
+def is_proxy(module: object) -> bool:
+    """Whether this is a guarded module itself, and not the raw one behind it."""
     # type(), because isinstance() would believe the class that the proxy pretends to have
-    if issubclass(type(module), GuardedModule):
-        return module._self_guard  # type: ignore[attr-defined, no-any-return]
-    return None
+    return issubclass(type(module), GuardedModule)
+
+
+def guard_of(module: object) -> "Guard | None":
+    """The guard of a guarded module, or of a raw module behind a proxy; None for anything else."""
+    guard = module._self_guard if is_proxy(module) else guard_behind(module)  # type: ignore[attr-defined]
+    return cast("Guard | None", guard)

@@ -65,7 +65,9 @@ class CallRecord:
         thread: name of the calling thread.
         grad_enabled: whether autograd was recording.
         duration_ms: wall time of the module's run; None when it did not run or still runs.
-        outcome: ``"returned"``, ``"raised <type>"``, ``"refused"``, or None while it runs.
+        outcome: ``"returned"``, ``"raised <type>"``, ``"refused"``, ``"stopped early"`` (a
+            recompute that had all that backward needs), or None while it runs.
+        recompute_of: ``seq`` of the call that a recompute runs again, else None.
     """
 
     seq: int
@@ -81,6 +83,7 @@ class CallRecord:
     grad_enabled: bool
     duration_ms: float | None = None
     outcome: str | None = None
+    recompute_of: int | None = None
     _stack: tuple[_RawFrame | Frame, ...] = field(default=(), repr=False)
     _inputs: tuple[object, ...] = field(default=(), repr=False)
 

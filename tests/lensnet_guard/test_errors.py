@@ -324,7 +324,8 @@ class TestMessages:
             "  context      training (thread MainThread)",
             "  scope        none open",
             "  budget       preference_scorer: 0 of 1 spent",
-            "  what to do   Call guard.module, not a reference to the module behind it.",
+            "  what to do   Call guard.module, not the module behind it or a part of it. A part "
+            "that another model runs too is named in CallPolicy(shared_submodules=...).",
         ]
 
     def test_name_of_the_guard_stands_in_the_message(self, x):

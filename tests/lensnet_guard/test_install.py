@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lensnet_guard import (
+    BypassedGuard,
     CallPolicy,
     LensNetViolation,
     NoContext,
@@ -158,7 +159,7 @@ class TestInstallation:
                 model(X)
             with guard.context("inference"):
                 model(X)
-            guard.violation_count = 0
+            guard._history.violation_count = 0
         assert guard.calls[-1].caller.function.endswith("forward")
 
     def test_other_attribute(self):
@@ -184,7 +185,10 @@ class TestInstallation:
             assert guard.module.__wrapped__ is module
             with guard.context("inference"):
                 guard.module(X)
-            module(X)
+            with pytest.raises(BypassedGuard), guard.context("inference"):
+                module(X)
+            guard._history.violation_count = 0
+        module(X)
         assert guard.count() == 1
 
     def test_one_after_the_other(self):
@@ -325,7 +329,7 @@ class TestAlreadyGuarded:
         with pytest.raises(ValueError, match=r"^Linear already logs to .*a$"):
             lensnet_guard(owner, log=tmp_path / "b").__enter__()
         assert not (tmp_path / "b").exists()
-        assert not guard_of(owner.lensnet)._log.closed
+        assert not guard_of(owner.lensnet)._history.log.closed
 
     def test_the_proxy_itself(self, owner):
         """The guarded module can be given instead of its owner."""

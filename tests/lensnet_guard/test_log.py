@@ -23,7 +23,7 @@ SCOPE = "preference_scorer"
 FILE = "lensnet.rank0.jsonl"
 RECORD_FIELDS = [
     *("seq", "module", "kind", "verdict", "reason", "context", "scope", "step", "micro_step"),
-    *("thread", "grad_enabled", "duration_ms", "outcome", "inputs", "stack"),
+    *("thread", "grad_enabled", "duration_ms", "outcome", "recompute_of", "inputs", "stack"),
 ]
 
 
@@ -74,7 +74,11 @@ class TestEvents:
         assert line["event"] == "run.begin"
         assert line["schema_version"] == 1
         assert (line["module"], line["mode"]) == ("critic", "enforce")
-        assert line["policy"] == {"scopes": {SCOPE: 1}, "sanctioned_callers": {}}
+        assert line["policy"] == {
+            "scopes": {SCOPE: 1},
+            "sanctioned_callers": {},
+            "shared_submodules": [],
+        }
         assert line["host.name"] == socket.gethostname()
         assert line["process.pid"] == os.getpid()
         assert line["process.command_args"] == ["train.py", "--lr", "é\udc80"]
@@ -254,7 +258,7 @@ class TestWrittenThrough:
     def test_a_new_run_appends(self, scorer, tmp_path):
         """A second run in the same folder goes on in the same file, without an empty line."""
         for _ in range(2):
-            guard_module(scorer, log=tmp_path).end_log()
+            guard_module(scorer, log=tmp_path).uninstall()
         assert events(read(tmp_path / FILE)) == ["run.begin", "run.end"] * 2
 
     def test_exit_without_an_end(self, run_python, tmp_path):
@@ -341,7 +345,7 @@ class TestFiles:
             writing, done = threading.Event(), threading.Event()
 
             def write():
-                with guard._log._lock:
+                with guard._history.log._lock:
                     writing.set()
                     done.wait()
 
@@ -570,8 +574,8 @@ class TestLogThatCannotBeWritten:
     def test_violation_was_forgotten_when_its_warning_was_an_error(self, make_scorer, x, tmp_path):
         """With warnings as errors, a failing log hides no violation from its micro-step."""
         guard = guard_module(make_scorer(), log=tmp_path)
-        os.close(guard._log._fd)
-        guard._log._fd = os.open(os.devnull, os.O_RDONLY)
+        os.close(guard._history.log._fd)
+        guard._history.log._fd = os.open(os.devnull, os.O_RDONLY)
         with guard.context("training"), pytest.raises(BudgetExceeded):
             with guard.sanctioned(SCOPE) as ledger:
                 ledger.spend(SCOPE, None)
@@ -579,7 +583,7 @@ class TestLogThatCannotBeWritten:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     guard.module(x)
-                guard._log._warned = False
+                guard._history.log._warned = False
                 with pytest.raises(RuntimeWarning, match="Bad file descriptor"):
                     guard.module(x)
         with pytest.warns(RuntimeWarning, match="could not be written"):

@@ -42,8 +42,7 @@ TABLE = [
 class TestDecide:
     def test_every_field_is_enumerated(self):
         """A field added to Situation must be added to this table too."""
-        fields = [field.name for field in dataclasses.fields(Situation)]
-        assert fields == [
+        assert list(Situation._fields) == [
             *("context", "sanctioned", "budget_left", "reentrant", "recompute", "bypass")
         ]
 
@@ -67,7 +66,7 @@ class TestDecide:
 
     def test_situation_is_frozen(self):
         """Nothing can change what a verdict was based on."""
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        with pytest.raises(AttributeError):
             Situation("training", True, 1).budget_left = 2
 
 
@@ -122,7 +121,7 @@ class TestCallPolicy:
     def test_is_immutable(self):
         """Neither attributes nor budgets can be changed after the check."""
         policy = CallPolicy()
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        with pytest.raises(AttributeError):
             policy.scopes = {"free": 99}
         with pytest.raises(TypeError):
             policy.scopes["preference_scorer"] = 99

@@ -19,7 +19,7 @@ from torch import nn
 
 from lensnet_guard import guard_module
 from lensnet_guard import record as record_module
-from lensnet_guard.guard import CALL_FRAMES, RING_RECORDS, VIOLATION_FRAMES
+from lensnet_guard.history import CALL_FRAMES, RING_RECORDS, VIOLATION_FRAMES
 from lensnet_guard.record import (
     CallRecord,
     Frame,
@@ -407,7 +407,8 @@ class TestToLog:
         fields = json.loads(json.dumps(record.to_log()))
         assert list(fields) == [
             *("seq", "module", "kind", "verdict", "reason", "context", "scope", "step"),
-            *("micro_step", "thread", "grad_enabled", "duration_ms", "outcome", "inputs", "stack"),
+            *("micro_step", "thread", "grad_enabled", "duration_ms", "outcome", "recompute_of"),
+            *("inputs", "stack"),
         ]
         assert fields["stack"][0] == {
             "code.file.path": HERE,

@@ -1,0 +1,122 @@
+"""The one file that touches private torch API.
+
+Each function says which torch it was read from and degrades to "unknown" (None or False) where
+torch has changed; tests/lensnet_guard/test_torch_internals.py fails then, so that it is noticed.
+"""
+
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.autograd.graph
+import torch.utils.checkpoint as checkpointing
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _code(get: Callable[[], Any]) -> CodeType | None:
+    """The code object of a private function, None when this torch has none by that name."""
+    try:
+        code = get().__code__
+    except AttributeError:
+        return None
+    return code if isinstance(code, CodeType) else None
+
+
+def _nested(function: Callable[[], Any], name: str) -> CodeType | None:
+    """The code object of a function defined inside another."""
+    outer = _code(function)
+    inner = (c for c in (outer.co_consts if outer else ()) if isinstance(c, CodeType))
+    return next((code for code in inner if code.co_name == name), None)
+
+
+# torch 2.13, torch/utils/checkpoint.py and torch/autograd/graph.py.
+_REENTRANT_FORWARD = _code(lambda: checkpointing.CheckpointFunction.forward)
+_REENTRANT_BACKWARD = _code(lambda: checkpointing.CheckpointFunction.backward)
+_CHECKPOINT = _code(lambda: getattr(checkpointing.checkpoint, "__wrapped__"))  # noqa: B009
+_UNPACK = _nested(lambda: checkpointing._checkpoint_hook.__init__, "unpack_hook")
+_ENGINE = _code(lambda: torch.autograd.graph._engine_run_backward)
+_STOP_RECOMPUTING = getattr(checkpointing, "_StopRecomputationError", None)
+
+
+def backward_pass() -> int | None:
+    """A number for the running backward pass of this thread; None outside one."""
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    number = current() if current is not None else -1
+    return number if number != -1 else None
+
+
+def may_be_in_checkpoint() -> bool:
+    """Whether a checkpoint's forward may be running: a quick look before `open_checkpoint`."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    # Reentrant checkpoints run under no_grad, the other kind under saved-tensor hooks.
+    return not torch.is_grad_enabled() or hooks is None or hooks(True) is not None
+
+
+def open_checkpoint(frame: FrameType | None) -> object | None:
+    """The innermost activation checkpoint whose forward runs from ``frame`` outwards, if any.
+
+    The object is torch's own for that checkpoint; `recomputed_checkpoint` finds the same one again.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if code is _REENTRANT_FORWARD:
+            return frame.f_locals.get("ctx")
+        if code is _CHECKPOINT:
+            generator = frame.f_locals.get("gen")
+            suspended = getattr(generator, "gi_frame", None)
+            return suspended.f_locals.get("new_frame") if suspended is not None else None
+        frame = frame.f_back
+    return None
+
+
+def recomputed_checkpoint(frame: FrameType | None) -> object | None:
+    """The activation checkpoint that is being recomputed from ``frame`` outwards, if any.
+
+    The innermost frame of torch's decides: a hook that runs inside backward is no recompute, even
+    when that backward was started by a (reentrant) checkpoint's.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if code is _ENGINE:
+            return None
+        if code is _UNPACK:
+            return frame.f_locals.get("frame")
+        if code is _REENTRANT_BACKWARD:
+            return frame.f_locals.get("ctx")
+        frame = frame.f_back
+    return None
+
+
+def stops_recomputing(error: BaseException) -> bool:
+    """Whether an exception only says that a checkpoint has recomputed all that it needs."""
+    return _STOP_RECOMPUTING is not None and isinstance(error, _STOP_RECOMPUTING)
+
+
+def eager_only(reason: str) -> Callable[[_Function], _Function]:
+    """Keep a function, and all that it calls, out of torch.compile's graphs.
+
+    As ``torch.compiler.disable`` does, but without its wrapper's cost on every eager call and
+    without importing torch._dynamo (read from torch 2.13, torch/_dynamo/eval_frame.py).
+
+    Args:
+        reason: what torch prints where the function stands in the way of a full graph.
+    """
+
+    def mark(function: _Function) -> _Function:
+        try:
+            frames = torch._C._dynamo.eval_frame
+            skip = frames._FrameAction.SKIP
+            frames.set_code_exec_strategy(
+                function.__code__,
+                frames._FrameExecStrategy(skip, skip),
+            )
+        except (AttributeError, TypeError):
+            disable: Any = torch.compiler.disable
+            return disable(function, reason=reason)  # type: ignore[no-any-return]
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return function
+
+    return mark

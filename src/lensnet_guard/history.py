@@ -1,0 +1,192 @@
+"""What a guard remembers: numbered records, counts, violations, and the log that they go to."""
+
+import itertools
+import os
+import threading
+import weakref
+from collections import Counter, deque
+from types import FrameType
+from typing import Any
+
+import torch
+
+from lensnet_guard.budget import MicroStep
+from lensnet_guard.context import Position
+from lensnet_guard.log import RunLog
+from lensnet_guard.record import CallRecord, Context, Kind, capture_stack
+
+RING_RECORDS = 4_096  # the newest records that guard.calls and guard.violations hold
+CALL_FRAMES = 16  # frames kept of an allowed call: enough to see the caller, cheap to take
+VIOLATION_FRAMES = 64
+
+
+class History:
+    """The records of one guard, numbered in one sequence over all threads.
+
+    Attributes:
+        module: the guard's name for the module.
+        lock: held from reading a budget to spending it. Re-entrant: a garbage collection inside
+            the locked region may run code that calls again.
+        calls: the newest records of calls, allowed and refused.
+        violations: the newest records of violations.
+        violation_count: violations so far, also those that the ring no longer holds.
+        log: where every record goes too, if anywhere.
+    """
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.lock = threading.RLock()
+        self.calls: deque[CallRecord] = deque(maxlen=RING_RECORDS)
+        self.violations: deque[CallRecord] = deque(maxlen=RING_RECORDS)
+        self.violation_count = 0
+        self.log: RunLog | None = None
+        self._counts: Counter[tuple[Context | None, str | None]] = Counter()
+        self._sequence = itertools.count(1)
+        _alive.add(self)
+
+    def count(self, context: Context | None, scope: str | None) -> int:
+        """Allowed calls so far, of one context or scope if given; recomputes are not counted."""
+        with self.lock:
+            counts = list(self._counts.items())
+        return sum(n for (c, s), n in counts if context in (None, c) and scope in (None, s))
+
+    def add_call(
+        self,
+        here: Position,
+        scope: str | None,
+        frame: FrameType | None,
+        inputs: tuple[object, ...],
+    ) -> CallRecord:
+        """Record and count an allowed call that is made at ``here`` from ``frame``."""
+        ledger = here.micro_step
+        steps = (ledger.step, ledger.micro_step) if ledger else (None, None)
+        stack = capture_stack(frame, CALL_FRAMES)
+        record = self._record("call", None, here.context, scope, *steps, stack, inputs)
+        self.calls.append(record)
+        self._counts[here.context, scope] += 1
+        return record
+
+    def add_recompute(
+        self, original: CallRecord, frame: FrameType | None, inputs: tuple[object, ...]
+    ) -> CallRecord:
+        """Record another run of ``original``, which belongs where that call was made."""
+        where = (original.context, original.scope, original.step, original.micro_step)
+        stack = capture_stack(frame, CALL_FRAMES)
+        record = self._record("recompute", None, *where, stack, inputs)
+        record.recompute_of = original.seq
+        self.calls.append(record)
+        return record
+
+    def add_violation(
+        self,
+        kind: Kind,
+        reason: str | None,
+        here: Position,
+        scope: str | None,
+        frame: FrameType | None,
+        inputs: tuple[object, ...],
+    ) -> CallRecord:
+        """Record a violation, and among the calls too when it was one."""
+        ledger = here.micro_step
+        steps = (ledger.step, ledger.micro_step) if ledger else (None, None)
+        stack = capture_stack(frame, VIOLATION_FRAMES)
+        record = self._record(kind, reason, here.context, scope, *steps, stack, inputs)
+        self.violation_count += 1
+        self.violations.append(record)
+        if kind in ("call", "bypass"):
+            self.calls.append(record)
+        return record
+
+    def _record(
+        self,
+        kind: Kind,
+        reason: str | None,
+        context: Context | None,
+        scope: str | None,
+        step: int | None,
+        micro_step: int | None,
+        stack: Any,
+        inputs: tuple[object, ...],
+    ) -> CallRecord:
+        return CallRecord(
+            seq=next(self._sequence),
+            module=self.module,
+            kind=kind,
+            verdict="allow" if reason is None else "refuse",
+            reason=reason,
+            context=context,
+            scope=scope,
+            step=step,
+            micro_step=micro_step,
+            thread=threading.current_thread().name,
+            grad_enabled=torch.is_grad_enabled(),
+            outcome=None if reason is None else "refused",
+            _stack=stack,
+            _inputs=inputs,
+        )
+
+    # The log -----------------------------------------------------------------------------------
+
+    def start_log(self, folder: str | os.PathLike[str], header: dict[str, Any]) -> None:
+        """Log to a folder from now on.
+
+        Raises:
+            TypeError: ``folder`` is not a path.
+            ValueError: there is a log already.
+        """
+        if self.log is not None and not self.log.closed:
+            raise ValueError(f"{self.module} already logs to {self.log.folder}")
+        self.write_to(RunLog(folder, {"module": self.module, **header}))
+
+    def write_to(self, log: RunLog) -> None:
+        """Write to a log that others write to as well."""
+        self.log = log
+        log.add_writer(self)
+
+    def end_log(self) -> None:
+        """Write ``run.end`` and close the log, if there is one."""
+        if self.log is not None:
+            self.log.close()
+            self.log = None
+
+    def log_begin(self, record: CallRecord) -> None:
+        """Write an allowed call down before it runs."""
+        if self.log is not None:
+            self.log.write("call.begin", **record.to_log())
+
+    def log_end(self, record: CallRecord) -> None:
+        """Write down how a call ended."""
+        if self.log is not None:
+            end = {name: getattr(record, name) for name in ("seq", "outcome", "duration_ms")}
+            self.log.write("call.end", module=self.module, **end)
+
+    def log_violation(self, record: CallRecord, message: str) -> None:
+        """Write a violation down before it is raised."""
+        if self.log is not None:
+            self.log.write("violation", **record.to_log(), message=message)
+
+    def log_micro_step(self, ledger: MicroStep, context: Context | None) -> None:
+        """Write down what a micro-step came to."""
+        if self.log is not None:
+            self.log.write(
+                "micro_step.end",
+                module=self.module,
+                context=context,
+                step=ledger.step,
+                micro_step=ledger.micro_step,
+                calls=ledger.calls,
+                violations=len(ledger.violations),
+            )
+
+
+_alive: weakref.WeakSet[History] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """A fork copies a lock as another thread held it, and that thread is not in the child."""
+    for history in _alive:
+        history.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
