@@ -39,19 +39,21 @@ _UNPACK = _nested(lambda: checkpointing._checkpoint_hook.__init__, "unpack_hook"
 _ENGINE = _code(lambda: torch.autograd.graph._engine_run_backward)
 _STOP_RECOMPUTING = getattr(checkpointing, "_StopRecomputationError", None)
 
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
+_grad_enabled = torch.is_grad_enabled
+
 
 def backward_pass() -> int | None:
     """A number for the running backward pass of this thread; None outside one."""
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    number = current() if current is not None else -1
-    return number if number != -1 else None
+    number: int = _graph_task()
+    return None if number == -1 else number
 
 
 def may_be_in_checkpoint() -> bool:
     """Whether a checkpoint's forward may be running: a quick look before `open_checkpoint`."""
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     # Reentrant checkpoints run under no_grad, the other kind under saved-tensor hooks.
-    return not torch.is_grad_enabled() or hooks is None or hooks(True) is not None
+    return not _grad_enabled() or _saved_tensor_hooks(True) is not None
 
 
 def open_checkpoint(frame: FrameType | None) -> object | None:

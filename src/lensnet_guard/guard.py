@@ -201,10 +201,10 @@ class Guard:
             spent = len(ledger.spent(scope)) if ledger and scope else 0
             reason = decide(
                 Situation(
-                    context=here.context,
-                    sanctioned=ledger is not None and scope is not None,
-                    budget_left=self._budgets[scope] - spent if scope else 0,
-                    reentrant=self._inside.here,
+                    here.context,
+                    ledger is not None and scope is not None,
+                    self._budgets[scope] - spent if scope else 0,
+                    self._inside.here,
                 )
             )
             if reason is None:
@@ -251,7 +251,9 @@ class Guard:
         """Run the module, logging before and after."""
         inside = self._inside
         already_inside = inside.here
-        self._history.log_begin(record)
+        log = self._history.log
+        if log is not None:
+            log.write("call.begin", **record.to_log())
         start = time.perf_counter()
         try:
             inside.here = True
@@ -264,7 +266,9 @@ class Guard:
         finally:
             inside.here = already_inside
             record.duration_ms = (time.perf_counter() - start) * 1e3
-            self._history.log_end(record)
+            if log is not None:
+                end = {name: getattr(record, name) for name in ("seq", "outcome", "duration_ms")}
+                log.write("call.end", module=self.name, **end)
         return result
 
     # Violations --------------------------------------------------------------------------------

@@ -13,11 +13,22 @@ import torch
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Position
 from lensnet_guard.log import RunLog
-from lensnet_guard.record import CallRecord, Context, Kind, capture_stack
+from lensnet_guard.record import CallRecord, Context, Kind, Stack, capture_stack
 
 RING_RECORDS = 4_096  # the newest records that guard.calls and guard.violations hold
 CALL_FRAMES = 16  # frames kept of an allowed call: enough to see the caller, cheap to take
 VIOLATION_FRAMES = 64
+
+
+# context, scope, step, micro_step
+_Where = tuple[Context | None, str | None, int | None, int | None]
+
+
+def _where(here: Position, scope: str | None) -> _Where:
+    ledger = here.micro_step
+    if ledger is None:
+        return here.context, scope, None, None
+    return here.context, scope, ledger.step, ledger.micro_step
 
 
 class History:
@@ -58,12 +69,10 @@ class History:
         inputs: tuple[object, ...],
     ) -> CallRecord:
         """Record and count an allowed call that is made at ``here`` from ``frame``."""
-        ledger = here.micro_step
-        steps = (ledger.step, ledger.micro_step) if ledger else (None, None)
-        stack = capture_stack(frame, CALL_FRAMES)
-        record = self._record("call", None, here.context, scope, *steps, stack, inputs)
+        where = _where(here, scope)
+        record = self._record("call", None, where, capture_stack(frame, CALL_FRAMES), inputs)
         self.calls.append(record)
-        self._counts[here.context, scope] += 1
+        self._counts[where[:2]] += 1
         return record
 
     def add_recompute(
@@ -71,8 +80,7 @@ class History:
     ) -> CallRecord:
         """Record another run of ``original``, which belongs where that call was made."""
         where = (original.context, original.scope, original.step, original.micro_step)
-        stack = capture_stack(frame, CALL_FRAMES)
-        record = self._record("recompute", None, *where, stack, inputs)
+        record = self._record("recompute", None, where, capture_stack(frame, CALL_FRAMES), inputs)
         record.recompute_of = original.seq
         self.calls.append(record)
         return record
@@ -87,10 +95,8 @@ class History:
         inputs: tuple[object, ...],
     ) -> CallRecord:
         """Record a violation, and among the calls too when it was one."""
-        ledger = here.micro_step
-        steps = (ledger.step, ledger.micro_step) if ledger else (None, None)
         stack = capture_stack(frame, VIOLATION_FRAMES)
-        record = self._record(kind, reason, here.context, scope, *steps, stack, inputs)
+        record = self._record(kind, reason, _where(here, scope), stack, inputs)
         self.violation_count += 1
         self.violations.append(record)
         if kind in ("call", "bypass"):
@@ -101,28 +107,24 @@ class History:
         self,
         kind: Kind,
         reason: str | None,
-        context: Context | None,
-        scope: str | None,
-        step: int | None,
-        micro_step: int | None,
-        stack: Any,
+        where: _Where,
+        stack: Stack,
         inputs: tuple[object, ...],
     ) -> CallRecord:
-        return CallRecord(
-            seq=next(self._sequence),
-            module=self.module,
-            kind=kind,
-            verdict="allow" if reason is None else "refuse",
-            reason=reason,
-            context=context,
-            scope=scope,
-            step=step,
-            micro_step=micro_step,
-            thread=threading.current_thread().name,
-            grad_enabled=torch.is_grad_enabled(),
-            outcome=None if reason is None else "refused",
-            _stack=stack,
-            _inputs=inputs,
+        return CallRecord(  # by position: names would cost a third more
+            next(self._sequence),
+            self.module,
+            kind,
+            "allow" if reason is None else "refuse",
+            reason,
+            *where,
+            threading.current_thread().name,
+            torch.is_grad_enabled(),
+            None,
+            None if reason is None else "refused",
+            None,
+            stack,
+            inputs,
         )
 
     # The log -----------------------------------------------------------------------------------
@@ -148,17 +150,6 @@ class History:
         if self.log is not None:
             self.log.close()
             self.log = None
-
-    def log_begin(self, record: CallRecord) -> None:
-        """Write an allowed call down before it runs."""
-        if self.log is not None:
-            self.log.write("call.begin", **record.to_log())
-
-    def log_end(self, record: CallRecord) -> None:
-        """Write down how a call ended."""
-        if self.log is not None:
-            end = {name: getattr(record, name) for name in ("seq", "outcome", "duration_ms")}
-            self.log.write("call.end", module=self.module, **end)
 
     def log_violation(self, record: CallRecord, message: str) -> None:
         """Write a violation down before it is raised."""

@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import orjson
 import structlog
 import torch
 
@@ -87,7 +88,7 @@ class RunLog:
             self._open()
         with self._lock:
             self._tally[event, fields.get("verdict")] += 1
-        self._logger.info(event, **fields)
+            self._logger.info(event, **fields)
 
     def add_writer(self, writer: object) -> None:
         """Keep the log open until this writer is gone too, or until the interpreter exits."""
@@ -159,22 +160,20 @@ class RunLog:
         }
         self._logger.info("run.begin", schema_version=SCHEMA_VERSION, **self._header, **process)
 
-    def _write_line(self, line: str) -> None:
-        data = line.encode("utf-8", "backslashreplace") + b"\n"
-        with self._lock:
-            if self._fd is None:
-                self.lost_lines += 1
-                return
-            try:
-                if self._torn:  # finish the half line that an earlier failure left behind
-                    data = b"\n" + data
-                written = os.write(self._fd, data)
-                self._torn = written != len(data)
-                if self._torn:
-                    raise OSError("the line was written in part only")
-            except OSError as error:
-                self.lost_lines += 1
-                self._warn(error)
+    def _write_line(self, line: bytes) -> None:
+        if self._fd is None:
+            self.lost_lines += 1
+            return
+        try:
+            if self._torn:  # finish the half line that an earlier failure left behind
+                line = b"\n" + line
+            written = os.write(self._fd, line)
+            self._torn = written != len(line)
+            if self._torn:
+                raise OSError("the line was written in part only")
+        except OSError as error:
+            self.lost_lines += 1
+            self._warn(error)
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
@@ -220,5 +219,9 @@ def _ends_torn(fd: int) -> bool:
     return size > 0 and os.pread(fd, 1, size - 1) != b"\n"
 
 
-def _to_json(fields: dict[str, Any], **_: Any) -> str:
-    return json.dumps(fields, default=str, ensure_ascii=False, separators=(",", ":"))
+def _to_json(fields: dict[str, Any], **_: Any) -> bytes:
+    try:
+        return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # a lone surrogate in a file name, or a number above 64 bits
+        line = json.dumps(fields, default=str, ensure_ascii=False, separators=(",", ":"))
+        return line.encode("utf-8", "backslashreplace") + b"\n"

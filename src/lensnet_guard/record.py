@@ -7,11 +7,11 @@ No record ever holds a tensor, a tensor's values, or a frame: nothing is kept al
 
 import contextlib
 import inspect
+import operator
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from types import CodeType, FrameType
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ Kind = Literal["call", "recompute", "bypass", "micro_step", "context"]
 Verdict = Literal["allow", "refuse"]
 
 _RawFrame = tuple[CodeType, int]
+Stack = tuple[_RawFrame, ...]
 
 
 class Frame(NamedTuple):
@@ -34,17 +35,6 @@ class Frame(NamedTuple):
 
     def __str__(self) -> str:
         return f"{_short_path(self.file)}:{self.line} in {self.function}"
-
-
-class TensorInput(NamedTuple):
-    """What is known of a tensor argument; never its values."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)} {self.device}"
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +84,7 @@ class CallRecord:
 
     def stack(self) -> list[Frame]:
         """The frames that led to the call, innermost first, symbolised now."""
-        return [f if isinstance(f, Frame) else _symbolise(*f) for f in self._stack]
+        return [f if isinstance(f, Frame) else _symbol(*f).frame for f in self._stack]
 
     @property
     def caller(self) -> Frame:
@@ -105,11 +95,10 @@ class CallRecord:
 
     def to_log(self) -> dict[str, Any]:
         """The record as JSON-ready fields, frames under ``stack`` by their OpenTelemetry names."""
-        fields = {name: getattr(self, name) for name in _LOGGED_FIELDS}
+        fields = dict(zip(_LOGGED_FIELDS, _get_logged(self), strict=True))
         fields["inputs"] = list(self.inputs)
         fields["stack"] = [
-            {"code.file.path": f.file, "code.line.number": f.line, "code.function.name": f.function}
-            for f in self.stack()
+            _frame_fields(f) if isinstance(f, Frame) else _symbol(*f).fields for f in self._stack
         ]
         return fields
 
@@ -124,6 +113,7 @@ class CallRecord:
 
 
 _LOGGED_FIELDS = tuple(n for n in CallRecord.__slots__ if not n.startswith("_"))
+_get_logged = operator.attrgetter(*_LOGGED_FIELDS)
 
 # Frames of these files are never "the caller": the guard itself, torch, wrapt, and the standard
 # library's context managers that stand between a `with` statement and the guard.
@@ -135,7 +125,7 @@ _INTERNAL_PATHS = (
 )
 
 
-def capture_stack(frame: FrameType | None, limit: int) -> tuple[_RawFrame, ...]:
+def capture_stack(frame: FrameType | None, limit: int) -> Stack:
     """Take up to ``limit`` frames from ``frame`` outwards, without touching any source file."""
     raw: list[_RawFrame] = []
     while frame is not None and len(raw) < limit:
@@ -151,8 +141,10 @@ def capture_stack(frame: FrameType | None, limit: int) -> tuple[_RawFrame, ...]:
 
 def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
     """Note shapes, dtypes, devices and types of a call's arguments, keeping none of them."""
-    positional = tuple(map(_describe, args))
-    return positional + tuple((name, _describe(value)) for name, value in kwargs.items())
+    described: tuple[object, ...] = tuple(map(_describe, args))
+    if kwargs:
+        described += tuple(_Named(name, _describe(value)) for name, value in kwargs.items())
+    return described
 
 
 def find_caller(frame: FrameType | None, names: Mapping[str, Any]) -> str | None:
@@ -188,7 +180,29 @@ def derived_qualname(frame: FrameType) -> str:
     return code.co_name
 
 
-@lru_cache(maxsize=16_384)
+class _Symbol(NamedTuple):
+    """A raw frame made readable; it keeps the code alive whose ``id`` it is filed under."""
+
+    code: CodeType
+    frame: Frame
+    fields: dict[str, Any]
+
+
+_MAX_SYMBOLS = 16_384
+_symbols: dict[tuple[int, int], _Symbol] = {}
+
+
+def _symbol(code: CodeType, instruction: int) -> _Symbol:
+    key = id(code), instruction  # not the code: its hash goes through all its constants
+    symbol = _symbols.get(key)
+    if symbol is None:
+        if len(_symbols) >= _MAX_SYMBOLS:
+            _symbols.clear()
+        frame = _symbolise(code, instruction)
+        symbol = _symbols[key] = _Symbol(code, frame, _frame_fields(frame))
+    return symbol
+
+
 def _symbolise(code: CodeType, instruction: int) -> Frame:
     line = code.co_firstlineno
     for start, end, number in code.co_lines():
@@ -202,6 +216,14 @@ def _symbolise(code: CodeType, instruction: int) -> Frame:
     )
 
 
+def _frame_fields(frame: Frame) -> dict[str, Any]:
+    return {
+        "code.file.path": frame.file,
+        "code.line.number": frame.line,
+        "code.function.name": frame.function,
+    }
+
+
 def _short_path(path: str) -> str:
     """Relative to the working directory when it lies below it, so that a terminal can open it."""
     try:
@@ -210,17 +232,24 @@ def _short_path(path: str) -> str:
         return path
 
 
+class _Named(NamedTuple):
+    """An argument given by name, or an item of a dict; a bare tuple describes a tensor."""
+
+    name: str
+    described: object
+
+
 def _describe(value: Any, depth: int = 2) -> object:
     if isinstance(value, torch.Tensor):
         try:
-            return TensorInput(value.shape, value.dtype, value.device)
+            return value.shape, value.dtype, value.device
         except RuntimeError:  # a strided nested tensor has no shape
             return type(value).__name__
     if depth and isinstance(value, (tuple, list)):
         return [_describe(item, depth - 1) for item in value[:8]]
     if depth and isinstance(value, dict):
         items = list(value.items())[:8]
-        return [(_describe_key(key), _describe(item, depth - 1)) for key, item in items]
+        return [_Named(_describe_key(key), _describe(item, depth - 1)) for key, item in items]
     return type(value).__name__
 
 
@@ -230,11 +259,11 @@ def _describe_key(key: object) -> str:
 
 
 def _input_text(described: object) -> str:
-    if isinstance(described, TensorInput):
-        return str(described)
+    if isinstance(described, _Named):
+        return f"{described.name}={_input_text(described.described)}"
+    if isinstance(described, tuple):
+        shape, dtype, device = described
+        return f"{str(dtype).removeprefix('torch.')}{list(shape)} {device}"
     if isinstance(described, list):
         return f"({', '.join(map(_input_text, described))})"
-    if isinstance(described, tuple):
-        name, value = described
-        return f"{name}={_input_text(value)}"
     return str(described)
