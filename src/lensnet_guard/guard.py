@@ -14,7 +14,12 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 from torch import nn
 
-from lensnet_guard._torch_internals import eager_only, stops_recomputing
+from lensnet_guard._torch_internals import (
+    backward_pass,
+    eager_only,
+    may_be_in_checkpoint,
+    stops_recomputing,
+)
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Frame, OpenBlocks, Position
 from lensnet_guard.errors import build_violation
@@ -195,7 +200,7 @@ class Guard:
             scope = find_caller(frame, self.policy.sanctioned_callers)
         inputs = describe_inputs(args, kwargs)
         with self._history.lock:  # from reading the budget to spending it
-            original = self._recomputes.original(frame)
+            original = self._recomputes.original(frame) if backward_pass() is not None else None
             if original is not None:
                 return self._history.add_recompute(original, frame, inputs)
             spent = len(ledger.spent(scope)) if ledger and scope else 0
@@ -211,7 +216,8 @@ class Guard:
                 record = self._history.add_call(here, scope, frame, inputs)
                 if ledger and scope:
                     ledger.spend(scope, record)
-                self._recomputes.remember(record, frame)
+                if may_be_in_checkpoint():
+                    self._recomputes.remember(record, frame)
                 return record
         detail = ""
         if reason == "UnsanctionedCall" and scope is not None:
@@ -267,8 +273,13 @@ class Guard:
             inside.here = already_inside
             record.duration_ms = (time.perf_counter() - start) * 1e3
             if log is not None:
-                end = {name: getattr(record, name) for name in ("seq", "outcome", "duration_ms")}
-                log.write("call.end", module=self.name, **end)
+                log.write(
+                    "call.end",
+                    module=self.name,
+                    seq=record.seq,
+                    outcome=record.outcome,
+                    duration_ms=record.duration_ms,
+                )
         return result
 
     # Violations --------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ import platform
 import socket
 import sys
 import threading
+import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,7 @@ class RunLog:
         # A private logger: the user's structlog configuration is neither read nor changed.
         self._logger = structlog.wrap_logger(
             _LineSink(self._write_line),
-            processors=[
-                structlog.processors.TimeStamper(fmt=None, key="timestamp"),
-                structlog.processors.JSONRenderer(serializer=_to_json),
-            ],
+            processors=[_render],
             wrapper_class=structlog.BoundLogger,
             context_class=dict,
         ).bind()
@@ -219,7 +217,9 @@ def _ends_torn(fd: int) -> bool:
     return size > 0 and os.pread(fd, 1, size - 1) != b"\n"
 
 
-def _to_json(fields: dict[str, Any], **_: Any) -> bytes:
+def _render(_: Any, __: str, fields: MutableMapping[str, Any]) -> bytes:
+    """The one processor: structlog's own two for this would cost a quarter of a line's time."""
+    fields["timestamp"] = time.time()
     try:
         return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # a lone surrogate in a file name, or a number above 64 bits

@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 
 from lensnet_guard._torch_internals import (
     backward_pass,
-    may_be_in_checkpoint,
     open_checkpoint,
     recomputed_checkpoint,
 )
@@ -28,10 +27,9 @@ class Recomputes:
 
     def remember(self, record: CallRecord, frame: FrameType | None) -> None:
         """Note an allowed call that is made from ``frame``."""
-        if may_be_in_checkpoint():
-            checkpoint = open_checkpoint(frame)
-            if checkpoint is not None:
-                self._calls.setdefault(checkpoint, []).append(record)
+        checkpoint = open_checkpoint(frame)
+        if checkpoint is not None:
+            self._calls.setdefault(checkpoint, []).append(record)
 
     def original(self, frame: FrameType | None) -> CallRecord | None:
         """The call that is being recomputed from ``frame``; None when this is no recompute.

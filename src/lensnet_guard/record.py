@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import repeat
 from types import CodeType, FrameType
 from typing import Any, Literal, NamedTuple
 
@@ -84,7 +86,7 @@ class CallRecord:
 
     def stack(self) -> list[Frame]:
         """The frames that led to the call, innermost first, symbolised now."""
-        return [f if isinstance(f, Frame) else _symbol(*f).frame for f in self._stack]
+        return [_symbol(*f).frame if len(f) == 2 else f for f in self._stack]
 
     @property
     def caller(self) -> Frame:
@@ -98,7 +100,7 @@ class CallRecord:
         fields = dict(zip(_LOGGED_FIELDS, _get_logged(self), strict=True))
         fields["inputs"] = list(self.inputs)
         fields["stack"] = [
-            _frame_fields(f) if isinstance(f, Frame) else _symbol(*f).fields for f in self._stack
+            _symbol(*f).fields if len(f) == 2 else _frame_fields(f) for f in self._stack
         ]
         return fields
 
@@ -128,7 +130,9 @@ _INTERNAL_PATHS = (
 def capture_stack(frame: FrameType | None, limit: int) -> Stack:
     """Take up to ``limit`` frames from ``frame`` outwards, without touching any source file."""
     raw: list[_RawFrame] = []
-    while frame is not None and len(raw) < limit:
+    for _ in repeat(None, limit):
+        if frame is None:
+            break
         raw.append((frame.f_code, frame.f_lasti))
         frame = frame.f_back
     if raw and raw[0][0].co_filename.startswith(_INTERNAL_PATHS):
@@ -188,19 +192,21 @@ class _Symbol(NamedTuple):
     fields: dict[str, Any]
 
 
-_MAX_SYMBOLS = 16_384
-_symbols: dict[tuple[int, int], _Symbol] = {}
+# By the code's id (its hash would go through all its constants), then by instruction.
+_symbols: dict[int, dict[int, _Symbol]] = {}
+_MAX_CODES = 4_096
 
 
 def _symbol(code: CodeType, instruction: int) -> _Symbol:
-    key = id(code), instruction  # not the code: its hash goes through all its constants
-    symbol = _symbols.get(key)
-    if symbol is None:
-        if len(_symbols) >= _MAX_SYMBOLS:
+    try:
+        return _symbols[id(code)][instruction]
+    except KeyError:
+        if len(_symbols) >= _MAX_CODES:
             _symbols.clear()
         frame = _symbolise(code, instruction)
-        symbol = _symbols[key] = _Symbol(code, frame, _frame_fields(frame))
-    return symbol
+        symbol = _Symbol(code, frame, _frame_fields(frame))
+        _symbols.setdefault(id(code), {})[instruction] = symbol
+        return symbol
 
 
 def _symbolise(code: CodeType, instruction: int) -> Frame:
@@ -258,12 +264,16 @@ def _describe_key(key: object) -> str:
     return str(key) if isinstance(key, (str, int)) else type(key).__name__
 
 
+@lru_cache(maxsize=1_024)
+def _tensor_text(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)} {device}"
+
+
 def _input_text(described: object) -> str:
     if isinstance(described, _Named):
         return f"{described.name}={_input_text(described.described)}"
     if isinstance(described, tuple):
-        shape, dtype, device = described
-        return f"{str(dtype).removeprefix('torch.')}{list(shape)} {device}"
+        return _tensor_text(*described)
     if isinstance(described, list):
         return f"({', '.join(map(_input_text, described))})"
     return str(described)
