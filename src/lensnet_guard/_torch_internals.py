@@ -4,7 +4,7 @@ Each function says which torch it was read from and degrades to "unknown" (None 
 torch has changed; tests/lensnet_guard/test_torch_internals.py fails then, so that it is noticed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
@@ -51,26 +51,30 @@ def backward_pass() -> int | None:
 
 
 def may_be_in_checkpoint() -> bool:
-    """Whether a checkpoint's forward may be running: a quick look before `open_checkpoint`."""
+    """Whether a checkpoint's forward may be running: a quick look before `open_checkpoints`."""
     # Reentrant checkpoints run under no_grad, the other kind under saved-tensor hooks.
     return not _grad_enabled() or _saved_tensor_hooks(True) is not None
 
 
-def open_checkpoint(frame: FrameType | None) -> object | None:
-    """The innermost activation checkpoint whose forward runs from ``frame`` outwards, if any.
+def open_checkpoints(frame: FrameType | None) -> Iterator[object]:
+    """The activation checkpoints whose forward runs from ``frame`` outwards, innermost first.
 
-    The object is torch's own for that checkpoint; `recomputed_checkpoint` finds the same one again.
+    The objects are torch's own for those checkpoints; `recomputed_checkpoint` finds the same again.
+    What lies outside a running backward pass or recompute does not count.
     """
     while frame is not None:
         code = frame.f_code
+        if code is _ENGINE or code is _UNPACK or code is _REENTRANT_BACKWARD:
+            return
+        checkpoint = None
         if code is _REENTRANT_FORWARD:
-            return frame.f_locals.get("ctx")
-        if code is _CHECKPOINT:
-            generator = frame.f_locals.get("gen")
-            suspended = getattr(generator, "gi_frame", None)
-            return suspended.f_locals.get("new_frame") if suspended is not None else None
+            checkpoint = frame.f_locals.get("ctx")
+        elif code is _CHECKPOINT:
+            suspended = getattr(frame.f_locals.get("gen"), "gi_frame", None)
+            checkpoint = suspended.f_locals.get("new_frame") if suspended is not None else None
+        if checkpoint is not None:
+            yield checkpoint
         frame = frame.f_back
-    return None
 
 
 def recomputed_checkpoint(frame: FrameType | None) -> object | None:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from lensnet_guard._torch_internals import (
     backward_pass,
-    open_checkpoint,
+    open_checkpoints,
     recomputed_checkpoint,
 )
 from lensnet_guard.record import CallRecord
@@ -26,9 +26,8 @@ class Recomputes:
         self._passes: WeakKeyDictionary[object, tuple[int, int]] = WeakKeyDictionary()
 
     def remember(self, record: CallRecord, frame: FrameType | None) -> None:
-        """Note an allowed call that is made from ``frame``."""
-        checkpoint = open_checkpoint(frame)
-        if checkpoint is not None:
+        """Note a call that is made from ``frame``, for all checkpoints that are open there."""
+        for checkpoint in open_checkpoints(frame):
             self._calls.setdefault(checkpoint, []).append(record)
 
     def original(self, frame: FrameType | None) -> CallRecord | None:
@@ -44,7 +43,10 @@ class Recomputes:
         last_pass, made = self._passes.get(checkpoint, (backward, 0))
         made = made if last_pass == backward else 0
         self._passes[checkpoint] = (backward, made + 1)
-        return calls[made] if made < len(calls) else None
+        if made >= len(calls):
+            return None
+        self.remember(calls[made], frame)  # a checkpoint within this one starts anew
+        return calls[made]
 
 
 def recomputing(frame: FrameType | None) -> bool:

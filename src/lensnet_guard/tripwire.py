@@ -12,7 +12,6 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -25,7 +24,10 @@ class Inside(threading.local):
     guards on its value, so that a compiled module is checked too, without a graph break.
     """
 
-    here = False
+    def __init__(self) -> None:  # runs once in every thread
+        # An attribute of the object, not of the class: for one of the class torch.compile would
+        # not notice that it is hidden later by one of the object.
+        self.here = False
 
 
 Refuse = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -140,12 +142,13 @@ class _Armed:
 
 
 def _armed_class(original: type, guard: object, inside: Inside, refuse: Refuse) -> type:
-    run: Callable[..., Any] = original.forward  # type: ignore[attr-defined]
+    run: Any = original.forward  # type: ignore[attr-defined]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if inside.here:
             return run(self, *args, **kwargs)
-        return refuse(self, MethodType(run, self), args, kwargs)
+        # __get__ and not MethodType(...), which torch.compile cannot trace
+        return refuse(self, run.__get__(self), args, kwargs)
 
     namespace = {
         "__slots__": (),

@@ -1,0 +1,328 @@
+"""Activation checkpointing: a recompute belongs to its call; all else in backward is a call."""
+
+import json
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lensnet_guard import (
+    BudgetExceeded,
+    BypassedGuard,
+    CallPolicy,
+    LensNetViolation,
+    NoContext,
+    UnsanctionedCall,
+    guard_module,
+    lensnet_guard,
+)
+
+SCOPE = "preference_scorer"
+
+
+@pytest.fixture(params=[False, True], ids=["non-reentrant", "reentrant"])
+def reentrant(request):
+    return request.param
+
+
+@pytest.fixture
+def x():
+    return torch.ones(4, 3, requires_grad=True)
+
+
+@pytest.fixture
+def twice(make_scorer):
+    """A guard that allows two calls per micro-step."""
+    return guard_module(make_scorer(), policy=CallPolicy(scopes={SCOPE: 2}))
+
+
+def kinds(guard):
+    return [(call.kind, call.recompute_of, call.outcome) for call in guard.calls]
+
+
+def checkpointed_loss(guard, x, reentrant, run=None):
+    """One legal call under a checkpoint, its scope closed when this returns."""
+    with guard.context("training"), guard.sanctioned(SCOPE):
+        return checkpoint(run or guard.module, x, use_reentrant=reentrant).sum()
+
+
+class TestRecompute:
+    def test_after_the_scope_has_closed(self, guard, scorer, x, reentrant):
+        """It runs, is recorded as what it is, and spends nothing; the gradient is right."""
+        loss = checkpointed_loss(guard, x, reentrant)
+        loss.backward()
+        outcome = "returned" if reentrant else "stopped early"
+        assert kinds(guard) == [("call", None, "returned"), ("recompute", 1, outcome)]
+        assert (guard.count(), scorer.runs) == (1, 2)
+        assert guard.violations == ()
+        expected = scorer.linear.weight.sum(0).expand(4, 3)
+        assert torch.allclose(x.grad, expected)
+
+    def test_its_record(self, guard, x, reentrant):
+        """It has a number and a stack of its own, and belongs to the micro-step of its call."""
+        with guard.context("training"), guard.micro_step(3, 1), guard.sanctioned(SCOPE):
+            loss = checkpoint(guard.module, x, use_reentrant=reentrant).sum()
+        loss.backward()
+        call, recompute = guard.calls
+        assert (recompute.seq, recompute.verdict, recompute.reason) == (2, "allow", None)
+        for name in ("module", "context", "scope", "step", "micro_step"):
+            assert getattr(recompute, name) == getattr(call, name)
+        assert recompute.caller.function.endswith("test_its_record")
+        assert recompute.caller.line > call.caller.line
+
+    def test_inside_the_micro_step(self, guard, x, reentrant):
+        """Where a trainer's backward usually is: the budget is spent by the call alone."""
+        with guard.context("training"), guard.micro_step() as step:
+            with guard.sanctioned(SCOPE):
+                loss = checkpoint(guard.module, x, use_reentrant=reentrant).sum()
+            loss.backward()
+        assert step.calls == {SCOPE: 1}
+        assert guard.violations == ()
+
+    def test_in_a_thread_without_a_context(self, guard, x, reentrant, in_thread):
+        """As CUDA's backward threads are."""
+        loss = checkpointed_loss(guard, x, reentrant)
+        in_thread(loss.backward)
+        assert [kind for kind, *_ in kinds(guard)] == ["call", "recompute"]
+
+    def test_two_backwards(self, guard, x, reentrant):
+        """With retain_graph each of them recomputes the same call."""
+        loss = checkpointed_loss(guard, x, reentrant)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert [(kind, of) for kind, of, _ in kinds(guard)] == [
+            *(("call", None), ("recompute", 1), ("recompute", 1)),
+        ]
+        assert guard.count() == 1
+
+    def test_autograd_grad(self, guard, x):
+        """The other door to the same engine; reentrant checkpoints do not support it."""
+        loss = checkpointed_loss(guard, x, reentrant=False)
+        torch.autograd.grad(loss, x)
+        assert kinds(guard)[1] == ("recompute", 1, "stopped early")
+
+    def test_several_calls_under_one_checkpoint(self, twice, x, reentrant):
+        """Each recompute names the call it repeats, in order, in every backward."""
+
+        def both(x):
+            return twice.module(twice.module(x) @ torch.ones(2, 3)).exp()
+
+        loss = checkpointed_loss(twice, x, reentrant, both)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert [of for kind, of, _ in kinds(twice)] == [None, None, 1, 2, 1, 2]
+        assert twice.count() == 2
+
+    def test_several_checkpoints(self, twice, x, reentrant):
+        """Backward goes through them in reverse."""
+        with twice.context("training"), twice.sanctioned(SCOPE):
+            first = checkpoint(twice.module, x, use_reentrant=reentrant)
+            second = checkpoint(twice.module, first @ torch.ones(2, 3), use_reentrant=reentrant)
+        second.sum().backward()
+        assert [of for kind, of, _ in kinds(twice)] == [None, None, 2, 1]
+
+    def test_nested_checkpoints(self, guard, x, reentrant):
+        """The innermost one is what counts, also when the outer one recomputes it."""
+
+        def inner(x):
+            return checkpoint(guard.module, x, use_reentrant=reentrant)
+
+        loss = checkpointed_loss(guard, x, reentrant, inner)
+        loss.backward()
+        assert guard.violations == ()
+        assert guard.count() == 1
+        assert {kind for kind, *_ in kinds(guard)[1:]} == {"recompute"}
+
+    def test_in_inference_context(self, guard, x, reentrant):
+        """There too it is no new call."""
+        with guard.context("inference"):
+            loss = checkpoint(guard.module, x, use_reentrant=reentrant).sum()
+        loss.backward()
+        assert guard.count("inference") == 1
+        assert kinds(guard)[1][:2] == ("recompute", 1)
+
+    def test_in_the_log(self, scorer, x, reentrant, tmp_path):
+        """With the number of its call, so that a reader can tell them apart."""
+        with lensnet_guard(scorer, log=tmp_path) as guard:
+            checkpointed_loss(guard, x, reentrant).backward()
+        lines = map(json.loads, (tmp_path / "lensnet.rank0.jsonl").read_text().splitlines())
+        begins = [line for line in lines if line["event"] == "call.begin"]
+        assert [(b["kind"], b["recompute_of"]) for b in begins] == [
+            *(("call", None), ("recompute", 1)),
+        ]
+
+    def test_forgets_what_torch_has_freed(self, guard, x, reentrant):
+        """A long run keeps no checkpoint and no record for one that is gone."""
+        for _ in range(3):
+            loss = checkpointed_loss(guard, x, reentrant)
+        loss.backward()
+        del loss
+        assert len(guard._recomputes._calls) == 0
+
+
+class TestTheModulesOwnCheckpoints:
+    @pytest.fixture
+    def lens(self, reentrant):
+        class Lens(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.block = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+
+            def forward(self, x):
+                return checkpoint(self.block, x, use_reentrant=reentrant)
+
+        return Lens()
+
+    def test_blocks_recompute(self, lens, x):
+        """A block that runs again in backward is part of the recorded call, and no record."""
+        guard = guard_module(lens)
+        with guard.context("training"), guard.sanctioned(SCOPE):
+            loss = guard.module(x).sum()
+        loss.backward()
+        assert kinds(guard) == [("call", None, "returned")]
+        assert lens.block[0].weight.grad is not None
+
+    def test_the_door_is_shut_behind_them(self, lens, x):
+        """Afterwards, and for whoever calls a block inside the same backward."""
+        guard = guard_module(lens)
+        with guard.context("training"), guard.sanctioned(SCOPE):
+            out = guard.module(x)
+        out.register_hook(lambda grad: lens.block(grad))
+        with pytest.raises(BypassedGuard):
+            out.sum().backward()
+        with pytest.raises(BypassedGuard):
+            lens.block(x)
+
+    def test_a_checkpoint_of_a_bypass(self, lens, x, reentrant):
+        """Checkpointing a block from outside is a bypass like any other."""
+        guard = guard_module(lens)
+        with pytest.raises(BypassedGuard), guard.context("training"):
+            checkpoint(lens.block, x, use_reentrant=reentrant)
+
+
+class TestCallsInBackward:
+    """A call by the user's own code inside backward is no recompute."""
+
+    def test_from_a_tensor_hook(self, guard, scorer, x, reentrant):
+        """Refused, although a checkpoint is being worked off around it."""
+        with (
+            pytest.raises(UnsanctionedCall, match="test_from_a_tensor_hook"),
+            guard.context("training"),
+            guard.micro_step(),
+        ):
+            with guard.sanctioned(SCOPE):
+                out = checkpoint(guard.module, x, use_reentrant=reentrant)
+            out.register_hook(lambda _: guard.module(x.detach()))
+            out.sum().backward()
+        assert scorer.runs == 1
+
+    def test_from_a_hook_on_the_input_of_a_checkpoint(self, guard, scorer, x, reentrant):
+        """It runs after the recompute, in the same backward."""
+        held = x * 1
+        held.register_hook(lambda _: guard.module(x.detach()))
+        loss = checkpointed_loss(guard, held, reentrant)
+        with pytest.raises(NoContext):
+            loss.backward()
+        assert (scorer.runs, guard.count()) == (2, 1)
+
+    def test_from_a_hook_inside_the_checkpointed_function(self, guard, x, reentrant):
+        """For a reentrant checkpoint that hook runs in a backward of its own."""
+
+        def run(x):
+            out = guard.module(x)
+            if torch.is_grad_enabled() and out.requires_grad:
+                out.register_hook(lambda _: guard.module(x.detach()))
+            return out * 1
+
+        loss = checkpointed_loss(guard, x, reentrant, run)
+        with pytest.raises(NoContext):
+            loss.backward()
+
+    def test_from_an_accumulated_gradient(self, guard, x):
+        """Hooks on parameters run there as well."""
+        weight = torch.ones(1, requires_grad=True)
+        weight.register_post_accumulate_grad_hook(lambda _: guard.module(x))
+        with pytest.raises(NoContext):
+            weight.sum().backward()
+
+    def test_from_a_custom_function(self, guard, x):
+        """Code in a backward of one's own is user code."""
+
+        class Calls(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 1
+
+            @staticmethod
+            def backward(ctx, grad):
+                guard.module(grad)
+                return grad
+
+        with guard.context("training"), pytest.raises(UnsanctionedCall):
+            Calls.apply(x).sum().backward()
+
+    def test_more_calls_in_the_recompute_than_before(self, guard, x, reentrant):
+        """A recompute repeats; what it adds is judged as a call."""
+        runs = []
+
+        def run(x):
+            runs.append(1)
+            out = guard.module(x)
+            if len(runs) == 2:
+                guard.module(x)
+            return out.exp()
+
+        loss = checkpointed_loss(guard, x, reentrant, run)
+        with pytest.raises(LensNetViolation):
+            loss.backward()
+        assert guard.count() == 1
+
+    def test_a_call_that_was_not_there_before(self, guard, scorer, x, reentrant):
+        """A checkpoint whose forward did not call the module has nothing to recompute."""
+        runs = []
+
+        def run(x):
+            runs.append(1)
+            return (guard.module(x) @ torch.ones(2, 3) if len(runs) == 2 else x).exp()
+
+        with guard.context("training"):
+            loss = checkpoint(run, x, use_reentrant=reentrant).sum()
+            with pytest.raises(UnsanctionedCall):
+                loss.backward()
+        assert scorer.runs == 0
+
+    def test_a_second_call_is_still_one_too_many(self, guard, x, reentrant):
+        """A checkpoint buys no budget."""
+        with pytest.raises(BudgetExceeded), guard.context("training"):
+            with guard.sanctioned(SCOPE):
+                for _ in range(2):
+                    checkpoint(guard.module, x, use_reentrant=reentrant)
+
+
+class TestThreads:
+    def test_backwards_side_by_side(self, make_scorer, reentrant):
+        """Every thread's recompute finds its own call."""
+        guard = guard_module(make_scorer())
+        errors = []
+
+        def work():
+            try:
+                for _ in range(20):
+                    x = torch.ones(2, 3, requires_grad=True)
+                    checkpointed_loss(guard, x, reentrant).backward()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, name=f"t{i}") for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        calls = {call.seq: call for call in guard.calls if call.kind == "call"}
+        recomputes = [call for call in guard.calls if call.kind == "recompute"]
+        assert len(calls) == len(recomputes) == 80
+        assert sorted(r.recompute_of for r in recomputes) == sorted(calls)
+        assert all(calls[r.recompute_of].thread == r.thread for r in recomputes)
