@@ -6,13 +6,18 @@ frame that is closed elsewhere (a generator finalised by another thread, a task 
 block it was started in) counts for nothing from then on: a block's effect ends with the block.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.record import Context
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +65,17 @@ class OpenBlocks:
         """Close a block, in whatever order and from whatever thread."""
         frame.closed = True
         self._move_to(self._position.get().frames)
+
+    def carry(self, fn: Callable[P, R]) -> Callable[P, R]:
+        """Bind a function to the position here and now; see `resumed`."""
+        position = self.position()
+
+        @functools.wraps(fn)
+        def carried(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self.resumed(position):
+                return fn(*args, **kwargs)
+
+        return carried
 
     @contextmanager
     def resumed(self, position: Position) -> Iterator[None]:

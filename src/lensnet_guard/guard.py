@@ -1,7 +1,6 @@
 """The guard: ties the proxy, the open blocks, the policy, the records and the log together."""
 
 import copy
-import functools
 import operator
 import os
 import sys
@@ -9,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import get_spawning_popen
+from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Frame, OpenBlocks, Position
 from lensnet_guard.errors import build_violation
 from lensnet_guard.history import History
-from lensnet_guard.policy import CallPolicy, Situation, decide
+from lensnet_guard.policy import CallPolicy, decide
 from lensnet_guard.proxy import EAGER, GuardedModule, guard_of
 from lensnet_guard.recompute import Recomputes, recomputing
 from lensnet_guard.record import CallRecord, Context, Kind, describe_inputs, find_caller
@@ -137,14 +137,7 @@ class Guard:
         The context holds in the thread for as long as ``fn`` runs; a carried micro-step and scope
         end with their own blocks.
         """
-        position = self._open.position()
-
-        @functools.wraps(fn)
-        def carried(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self._open.resumed(position):
-                return fn(*args, **kwargs)
-
-        return carried
+        return self._open.carry(fn)
 
     # What the user reads -----------------------------------------------------------------------
 
@@ -173,10 +166,8 @@ class Guard:
         return self._history.count(context, scope)
 
     def __repr__(self) -> str:
-        return (
-            f"<Guard of {self.name}: {self.mode}, {self.count()} calls, "
-            f"{self.violation_count} violations>"
-        )
+        calls, violations = self.count(), self.violation_count
+        return f"<Guard of {self.name}: {self.mode}, {calls} calls, {violations} violations>"
 
     # A call ------------------------------------------------------------------------------------
 
@@ -201,17 +192,16 @@ class Guard:
         inputs = describe_inputs(args, kwargs)
         with self._history.lock:  # from reading the budget to spending it
             original = self._recomputes.original(frame) if backward_pass() is not None else None
-            if original is not None:
-                return self._history.add_recompute(original, frame, inputs)
             spent = len(ledger.spent(scope)) if ledger and scope else 0
             reason = decide(
-                Situation(
-                    here.context,
-                    ledger is not None and scope is not None,
-                    self._budgets[scope] - spent if scope else 0,
-                    self._inside.here,
-                )
+                here.context,
+                ledger is not None and scope is not None,
+                self._budgets[scope] - spent if scope else 0,
+                self._inside.here,
+                original is not None,
             )
+            if original is not None:
+                return self._history.add_recompute(original, frame, inputs)
             if reason is None:
                 record = self._history.add_call(here, scope, frame, inputs)
                 if ledger and scope:
@@ -242,7 +232,7 @@ class Guard:
             finally:
                 inside.here = False
         here = self._open.position()
-        reason = decide(Situation(here.context, False, 0, bypass=True))
+        reason = decide(here.context, sanctioned=False, budget_left=0, bypass=True)
         inputs, detail = describe_inputs(args, kwargs), describe_part(self._raw, part)
         record = self._refuse("bypass", reason, here, frame, here.scope, inputs, detail)
         return self._execute(record, run, args, kwargs)
@@ -362,14 +352,13 @@ class Guard:
         copied = Guard(module, self.policy, self.mode, f"{self.name} (copy)", inside)
         if self._history.log is not None:
             copied._history.write_to(self._history.log)
-        guarded: GuardedModule = copied.module
-        return guarded
+        return cast("GuardedModule", copied.module)
 
     def _reduce_module(self, module: nn.Module) -> tuple[Any, ...]:
         log = self._history.log
         # A worker process logs beside its parent; a file on disk says nothing of logs.
         folder = log.folder if log is not None and get_spawning_popen() is not None else None
-        return _rebuild_module, (module, self.policy, self.mode, self.name, folder)
+        return _rebuild_module, (folder, module, self.policy, self.mode, self.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
         module = copy.deepcopy(self.module, memo)  # by memo, the same copy as an owner's
@@ -403,15 +392,9 @@ class Guard:
         self.end_log()
 
 
-def _rebuild_module(
-    module: nn.Module,
-    policy: CallPolicy,
-    mode: Mode,
-    name: str,
-    folder: str | os.PathLike[str] | None,
-) -> Any:
+def _rebuild_module(folder: Path | None, *contract: Any) -> Any:
     """Unpickle a guarded module."""
-    guard = Guard(module, policy, mode, name)
+    guard = Guard(*contract)
     if folder is not None:
         guard.start_log(folder)
     return guard.module

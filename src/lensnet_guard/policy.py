@@ -6,7 +6,7 @@ Nothing here touches torch, threads or clocks; the whole table of `decide` is te
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 Reason = Literal[
     "UnsanctionedCall", "BudgetExceeded", "NoContext", "ReentrantCall", "BypassedGuard"
@@ -80,32 +80,37 @@ class CallPolicy:
         return type(self), (*budgets, self.shared_submodules)
 
 
-class Situation(NamedTuple):
-    """Everything that a verdict on one call depends on."""
+def decide(
+    context: Literal["training", "inference"] | None,
+    sanctioned: bool,
+    budget_left: int,
+    reentrant: bool = False,
+    recompute: bool = False,
+    bypass: bool = False,
+) -> Reason | None:
+    """The verdict on one run: the name of the violation that it is, or None when it is allowed.
 
-    context: Literal["training", "inference"] | None
-    sanctioned: bool
-    budget_left: int
-    reentrant: bool = False
-    recompute: bool = False
-    bypass: bool = False
-
-
-def decide(call: Situation) -> Reason | None:
-    """The name of the violation that this call is, or None: it is allowed."""
-    if call.recompute:
+    Args:
+        context: what the thread has declared.
+        sanctioned: whether a sanctioned scope or caller inside a micro-step makes the call.
+        budget_left: calls that this scope may still make.
+        reentrant: whether the module runs already in this thread.
+        recompute: whether activation checkpointing repeats a recorded call.
+        bypass: whether the run did not come through the proxy.
+    """
+    if recompute:
         return None
-    if call.bypass:
+    if bypass:
         return "BypassedGuard"
-    if call.reentrant:
+    if reentrant:
         return "ReentrantCall"
-    if call.context is None:
+    if context is None:
         return "NoContext"
-    if call.context == "inference":
+    if context == "inference":
         return None
-    if not call.sanctioned:
+    if not sanctioned:
         return "UnsanctionedCall"
-    if call.budget_left <= 0:
+    if budget_left <= 0:
         return "BudgetExceeded"
     return None
 

@@ -685,8 +685,8 @@ class TestCarry:
 
         decide, together = guard_module.decide, threading.Barrier(2)
 
-        def slow_decide(situation):
-            reason = decide(situation)
+        def slow_decide(*situation):
+            reason = decide(*situation)
             with contextlib.suppress(threading.BrokenBarrierError):
                 together.wait(timeout=0.3)  # both have decided, unless the lock keeps one out
             return reason
