@@ -37,15 +37,31 @@ class TestReadme:
         assert "guarded.py" in lines[1]
         assert (tmp_path / "runs/42/lensnet.rank0.jsonl").exists()
 
-    def test_the_file_tree_names_every_source_file(self) -> None:
+    def test_the_file_tree_names_every_file(self) -> None:
         """A newcomer looks there first."""
         tree = README.partition("## The files")[2]
-        sources = [p for p in (ROOT / "src").rglob("*.py") if p.name[0] != "_"]
-        assert len(sources) > 20
-        assert [p.name for p in sources if p.name not in tree] == []
+        folders = ("src", "docs", "examples", "benchmarks")
+        files = [p for f in folders for p in (ROOT / f).rglob("*.*") if p.suffix in (".py", ".md")]
+        named = [p.name for p in files if not p.name.startswith("__")]
+        assert len(named) > 20
+        assert [name for name in named if name not in tree] == []
 
-    def test_the_pictures_and_pages_it_shows_exist(self) -> None:
-        """Every relative link."""
-        targets = re.findall(r"\]\(([^)]+)\)", README)
-        assert targets
-        assert all((ROOT / target.replace("%20", " ")).exists() for target in targets)
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+class TestLinks:
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+    def test_lead_somewhere(self, page: Path) -> None:
+        """Every relative link to a page or a picture."""
+        prose = re.sub(r"`[^`]*`", "", page.read_text())
+        targets = re.findall(r"\]\(([^)#]+)[^)]*\)", prose)
+        missing = [t for t in targets if not (page.parent / t.replace("%20", " ")).exists()]
+        assert missing == []
+
+    def test_the_guard_page_names_tests_that_exist(self) -> None:
+        """A row of its table without a test is a claim without proof."""
+        page = (ROOT / "docs" / "guard.md").read_text()
+        rows = re.findall(r"\| `(test_\w+\.py)` \|$", page, flags=re.MULTILINE)
+        assert len(rows) > 10
+        assert all((ROOT / "tests" / "lensnet_guard" / name).exists() for name in rows)
