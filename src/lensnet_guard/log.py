@@ -18,7 +18,6 @@ import threading
 import time
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
@@ -85,7 +84,10 @@ class RunLog:
                 os.close(self._fd)
             self._open()
         with self._lock:
-            self._tally[event, fields.get("verdict")] += 1
+            if event == "violation":
+                self._violations += 1
+            elif event == "call.begin" and fields["reason"] is None:
+                self._calls += fields["kind"] == "call"  # a recompute is none
             self._logger.info(event, **fields)
 
     def add_writer(self, writer: object) -> None:
@@ -104,13 +106,12 @@ class RunLog:
             return
         mine = self._pid == os.getpid()
         if mine and self._fd is not None:
-            violations = self._tally["violation", "refuse"]
             self.write(
                 "run.end",
                 module=self._header["module"],
-                verdict="violations" if violations else "clean",
-                calls=self._tally["call.begin", "allow"],
-                violations=violations,
+                verdict="violations" if self._violations else "clean",
+                calls=self._calls,
+                violations=self._violations,
                 lost_lines=self.lost_lines,
             )
         if not mine:
@@ -130,8 +131,7 @@ class RunLog:
     def _open(self) -> None:
         self._pid = os.getpid()
         self._fd = None
-        self.lost_lines = 0
-        self._tally: Counter[tuple[str, str | None]] = Counter()  # by event and verdict
+        self.lost_lines = self._calls = self._violations = 0
         rank = os.environ.get("RANK", "0")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from lensnet_guard import (
     guard_module,
     lensnet_guard,
 )
+from lensnet_guard.postmortem import read_verdict
 
 SCOPE = "preference_scorer"
 
@@ -144,14 +145,16 @@ class TestRecompute:
         assert kinds(guard)[1][:2] == ("recompute", 1)
 
     def test_in_the_log(self, scorer, x, reentrant, tmp_path):
-        """With the number of its call, so that a reader can tell them apart."""
+        """With the number of its call, so that a reader can tell them apart; counted nowhere."""
         with lensnet_guard(scorer, log=tmp_path) as guard:
             checkpointed_loss(guard, x, reentrant).backward()
-        lines = map(json.loads, (tmp_path / "lensnet.rank0.jsonl").read_text().splitlines())
+        lines = [*map(json.loads, (tmp_path / "lensnet.rank0.jsonl").read_text().splitlines())]
         begins = [line for line in lines if line["event"] == "call.begin"]
         assert [(b["kind"], b["recompute_of"]) for b in begins] == [
             *(("call", None), ("recompute", 1)),
         ]
+        assert lines[-1]["calls"] == 1
+        assert str(read_verdict(tmp_path)) == "1 micro-step, 1 Scorer call, 0 violations"
 
     def test_forgets_what_torch_has_freed(self, guard, x, reentrant):
         """A long run keeps no checkpoint and no record for one that is gone."""

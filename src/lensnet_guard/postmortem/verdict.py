@@ -91,6 +91,8 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
                 module = str(line.get("module", module))
                 cut_off, open_calls = cut_off + open_calls, 0
             elif event == "call.begin" and line.get("verdict") == "allow":
+                if line.get("kind") == "recompute":
+                    continue
                 if line.get("context") == "training":
                     open_calls += 1
                 else:
