@@ -247,9 +247,9 @@ class Guard:
         """Run the module, logging before and after."""
         inside = self._inside
         already_inside = inside.here
-        log = self._history.log
-        if log is not None:
-            log.write("call.begin", **record.to_log())
+        sinks = self._history.sinks
+        for sink in sinks:
+            sink.begin(record)
         start = time.perf_counter()
         try:
             inside.here = True
@@ -262,14 +262,8 @@ class Guard:
         finally:
             inside.here = already_inside
             record.duration_ms = (time.perf_counter() - start) * 1e3
-            if log is not None:
-                log.write(
-                    "call.end",
-                    module=self.name,
-                    seq=record.seq,
-                    outcome=record.outcome,
-                    duration_ms=record.duration_ms,
-                )
+            for sink in sinks:
+                sink.end(record)
         return result
 
     # Violations --------------------------------------------------------------------------------
@@ -293,7 +287,8 @@ class Guard:
         violation = build_violation(record, self.policy, made=made, earlier=earlier, detail=detail)
         if ledger is not None:
             ledger.violations.append(violation)
-        self._history.log_violation(record, str(violation))
+        for sink in self._history.sinks:
+            sink.violation(violation)
         if self.mode == "observe":
             return record
         raise violation
@@ -338,7 +333,8 @@ class Guard:
         finally:
             self._open.remove(frame)
             if ledger is not None and settles:
-                self._history.log_micro_step(ledger, inside.context)
+                for sink in self._history.sinks:
+                    sink.micro_step(self.name, inside.context, ledger)
 
     # Copies, pickles, logs, the end -------------------------------------------------------------
 

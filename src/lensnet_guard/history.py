@@ -1,4 +1,4 @@
-"""What a guard remembers: numbered records, counts, violations, and the log that they go to."""
+"""What a guard remembers: numbered records, counts, violations, and who is told of them."""
 
 import itertools
 import os
@@ -6,18 +6,35 @@ import threading
 import weakref
 from collections import Counter, deque
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Position
+from lensnet_guard.errors import LensNetViolation
 from lensnet_guard.log import RunLog
 from lensnet_guard.record import CallRecord, Context, Kind, Stack, capture_stack
 
 RING_RECORDS = 4_096  # the newest records that guard.calls and guard.violations hold
 CALL_FRAMES = 16  # frames kept of an allowed call: enough to see the caller, cheap to take
 VIOLATION_FRAMES = 64
+
+
+class Sink(Protocol):
+    """Is told what happens to a guarded module, in the thread where it happens."""
+
+    def begin(self, record: CallRecord) -> None:
+        """A call or a recompute that is about to run."""
+
+    def end(self, record: CallRecord) -> None:
+        """It has returned or raised."""
+
+    def violation(self, error: LensNetViolation) -> None:
+        """A violation that is about to be raised (in observe mode, that would be)."""
+
+    def micro_step(self, module: str, context: Context | None, ledger: MicroStep) -> None:
+        """A micro-step has ended."""
 
 
 # context, scope, step, micro_step
@@ -41,7 +58,8 @@ class History:
         calls: the newest records of calls, allowed and refused.
         violations: the newest records of violations.
         violation_count: violations so far, also those that the ring no longer holds.
-        log: where every record goes too, if anywhere.
+        sinks: whoever is told of every call and violation as it happens.
+        log: the guard's own log, which is one of the sinks; None without one.
     """
 
     def __init__(self, module: str) -> None:
@@ -53,7 +71,9 @@ class History:
         self.log: RunLog | None = None
         self._counts: Counter[tuple[Context | None, str | None]] = Counter()
         self._sequence = itertools.count(1)
-        _alive.add(self)
+        with _registry:
+            self.sinks = _sinks_of_all
+            _alive.add(self)
 
     def count(self, context: Context | None, scope: str | None) -> int:
         """Allowed calls so far, of one context or scope if given; recomputes are not counted."""
@@ -127,7 +147,7 @@ class History:
             inputs,
         )
 
-    # The log -----------------------------------------------------------------------------------
+    # Where it all goes -------------------------------------------------------------------------
 
     def start_log(self, folder: str | os.PathLike[str], header: dict[str, Any]) -> None:
         """Log to a folder from now on.
@@ -142,40 +162,57 @@ class History:
 
     def write_to(self, log: RunLog) -> None:
         """Write to a log that others write to as well."""
+        self.end_log()
         self.log = log
         log.add_writer(self)
+        self.add_sink(log)
 
     def end_log(self) -> None:
         """Write ``run.end`` and close the log, if there is one."""
-        if self.log is not None:
-            self.log.close()
-            self.log = None
+        log, self.log = self.log, None
+        if log is not None:
+            self.remove_sink(log)
+            log.close()
 
-    def log_violation(self, record: CallRecord, message: str) -> None:
-        """Write a violation down before it is raised."""
-        if self.log is not None:
-            self.log.write("violation", **record.to_log(), message=message)
+    def add_sink(self, sink: Sink) -> None:
+        """Tell a sink of everything from now on."""
+        with self.lock:
+            self.sinks = (*self.sinks, sink)
 
-    def log_micro_step(self, ledger: MicroStep, context: Context | None) -> None:
-        """Write down what a micro-step came to."""
-        if self.log is not None:
-            self.log.write(
-                "micro_step.end",
-                module=self.module,
-                context=context,
-                step=ledger.step,
-                micro_step=ledger.micro_step,
-                calls=ledger.calls,
-                violations=len(ledger.violations),
-            )
+    def remove_sink(self, sink: Sink) -> None:
+        """Tell it no more."""
+        with self.lock:
+            self.sinks = tuple(other for other in self.sinks if other is not sink)
 
 
+_registry = threading.RLock()
 _alive: weakref.WeakSet[History] = weakref.WeakSet()
+_sinks_of_all: tuple[Sink, ...] = ()
+
+
+def add_sink_to_all(sink: Sink) -> None:
+    """Tell a sink of everything that any guard of the process sees, those to come included."""
+    global _sinks_of_all
+    with _registry:
+        _sinks_of_all = (*_sinks_of_all, sink)
+        for history in list(_alive):
+            history.add_sink(sink)
+
+
+def remove_sink_from_all(sink: Sink) -> None:
+    """Tell it no more."""
+    global _sinks_of_all
+    with _registry:
+        _sinks_of_all = tuple(other for other in _sinks_of_all if other is not sink)
+        for history in list(_alive):
+            history.remove_sink(sink)
 
 
 def _renew_locks() -> None:
     """A fork copies a lock as another thread held it, and that thread is not in the child."""
-    for history in _alive:
+    global _registry
+    _registry = threading.RLock()
+    for history in list(_alive):
         history.lock = threading.RLock()
 
 

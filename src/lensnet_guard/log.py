@@ -21,13 +21,18 @@ import weakref
 from collections.abc import Iterator, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import structlog
 import torch
 
 from lensnet_guard._version import __version__
+
+if TYPE_CHECKING:
+    from lensnet_guard.budget import MicroStep
+    from lensnet_guard.errors import LensNetViolation
+    from lensnet_guard.record import CallRecord, Context
 
 try:
     import fcntl
@@ -74,8 +79,45 @@ class RunLog:
         ).bind()
         self._open()
 
+    def begin(self, record: "CallRecord") -> None:
+        """Write a call down before it runs."""
+        counts = record.kind == "call" and record.reason is None  # a recompute does not
+        self._append("call.begin", record.to_log(), calls=int(counts))
+
+    def end(self, record: "CallRecord") -> None:
+        """Write down how a call ended."""
+        self.write(
+            "call.end",
+            module=record.module,
+            seq=record.seq,
+            outcome=record.outcome,
+            duration_ms=record.duration_ms,
+        )
+
+    def violation(self, error: "LensNetViolation") -> None:
+        """Write a violation down before it is raised."""
+        fields = error.record.to_log() | {"message": str(error)}
+        self._append("violation", fields, violations=1)
+
+    def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
+        """Write down what a micro-step came to."""
+        self.write(
+            "micro_step.end",
+            module=module,
+            context=context,
+            step=ledger.step,
+            micro_step=ledger.micro_step,
+            calls=ledger.calls,
+            violations=len(ledger.violations),
+        )
+
     def write(self, event: str, **fields: Any) -> None:
         """Append one line; never raises for the file's sake."""
+        self._append(event, fields)
+
+    def _append(
+        self, event: str, fields: dict[str, Any], *, calls: int = 0, violations: int = 0
+    ) -> None:
         if self.closed:
             return
         if self._pid != os.getpid():  # a fork shares the parent's file: leave that alone
@@ -84,10 +126,8 @@ class RunLog:
                 os.close(self._fd)
             self._open()
         with self._lock:
-            if event == "violation":
-                self._violations += 1
-            elif event == "call.begin" and fields["reason"] is None:
-                self._calls += fields["kind"] == "call"  # a recompute is none
+            self._calls += calls
+            self._violations += violations
             self._logger.info(event, **fields)
 
     def add_writer(self, writer: object) -> None:
