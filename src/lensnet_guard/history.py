@@ -6,35 +6,18 @@ import threading
 import weakref
 from collections import Counter, deque
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Position
-from lensnet_guard.errors import LensNetViolation
 from lensnet_guard.log import RunLog
 from lensnet_guard.record import CallRecord, Context, Kind, Stack, capture_stack
+from lensnet_guard.sinks import Source
 
 RING_RECORDS = 4_096  # the newest records that guard.calls and guard.violations hold
 CALL_FRAMES = 16  # frames kept of an allowed call: enough to see the caller, cheap to take
 VIOLATION_FRAMES = 64
-
-
-class Sink(Protocol):
-    """Is told what happens to a guarded module, in the thread where it happens."""
-
-    def begin(self, record: CallRecord) -> None:
-        """A call or a recompute that is about to run."""
-
-    def end(self, record: CallRecord) -> None:
-        """It has returned or raised."""
-
-    def violation(self, error: LensNetViolation) -> None:
-        """A violation that is about to be raised (in observe mode, that would be)."""
-
-    def micro_step(self, module: str, context: Context | None, ledger: MicroStep) -> None:
-        """A micro-step has ended."""
 
 
 # context, scope, step, micro_step
@@ -48,7 +31,7 @@ def _where(here: Position, scope: str | None) -> _Where:
     return here.context, scope, ledger.step, ledger.micro_step
 
 
-class History:
+class History(Source):
     """The records of one guard, numbered in one sequence over all threads.
 
     Attributes:
@@ -58,11 +41,11 @@ class History:
         calls: the newest records of calls, allowed and refused.
         violations: the newest records of violations.
         violation_count: violations so far, also those that the ring no longer holds.
-        sinks: whoever is told of every call and violation as it happens.
         log: the guard's own log, which is one of the sinks; None without one.
     """
 
     def __init__(self, module: str) -> None:
+        super().__init__()
         self.module = module
         self.lock = threading.RLock()
         self.calls: deque[CallRecord] = deque(maxlen=RING_RECORDS)
@@ -71,9 +54,7 @@ class History:
         self.log: RunLog | None = None
         self._counts: Counter[tuple[Context | None, str | None]] = Counter()
         self._sequence = itertools.count(1)
-        with _registry:
-            self.sinks = _sinks_of_all
-            _alive.add(self)
+        _alive.add(self)
 
     def count(self, context: Context | None, scope: str | None) -> int:
         """Allowed calls so far, of one context or scope if given; recomputes are not counted."""
@@ -174,44 +155,12 @@ class History:
             self.remove_sink(log)
             log.close()
 
-    def add_sink(self, sink: Sink) -> None:
-        """Tell a sink of everything from now on."""
-        with self.lock:
-            self.sinks = (*self.sinks, sink)
 
-    def remove_sink(self, sink: Sink) -> None:
-        """Tell it no more."""
-        with self.lock:
-            self.sinks = tuple(other for other in self.sinks if other is not sink)
-
-
-_registry = threading.RLock()
 _alive: weakref.WeakSet[History] = weakref.WeakSet()
-_sinks_of_all: tuple[Sink, ...] = ()
-
-
-def add_sink_to_all(sink: Sink) -> None:
-    """Tell a sink of everything that any guard of the process sees, those to come included."""
-    global _sinks_of_all
-    with _registry:
-        _sinks_of_all = (*_sinks_of_all, sink)
-        for history in list(_alive):
-            history.add_sink(sink)
-
-
-def remove_sink_from_all(sink: Sink) -> None:
-    """Tell it no more."""
-    global _sinks_of_all
-    with _registry:
-        _sinks_of_all = tuple(other for other in _sinks_of_all if other is not sink)
-        for history in list(_alive):
-            history.remove_sink(sink)
 
 
 def _renew_locks() -> None:
     """A fork copies a lock as another thread held it, and that thread is not in the child."""
-    global _registry
-    _registry = threading.RLock()
     for history in list(_alive):
         history.lock = threading.RLock()
 
