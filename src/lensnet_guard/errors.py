@@ -17,7 +17,8 @@ class LensNetViolation(Exception):
     """A broken call contract. Never raised itself, only as one of its subclasses.
 
     Attributes:
-        record: the refused call (or the unmet budget) with its stack and context.
+        record: the refused call (or the unmet budget) with its stack and context; None only where
+            somebody made the exception anew from its text, as DataLoader does for its workers.
         earlier: the allowed calls of the same micro-step that had spent the budget before.
     """
 
@@ -25,7 +26,10 @@ class LensNetViolation(Exception):
     remedy = ""
 
     def __init__(
-        self, message: str, record: "CallRecord", earlier: Sequence["CallRecord"] = ()
+        self,
+        message: str,
+        record: "CallRecord | None" = None,
+        earlier: Sequence["CallRecord"] = (),
     ) -> None:
         super().__init__(message)
         self.record = record

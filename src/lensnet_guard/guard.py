@@ -28,7 +28,7 @@ from lensnet_guard.policy import CallPolicy, decide
 from lensnet_guard.proxy import EAGER, GuardedModule, guard_of
 from lensnet_guard.recompute import Recomputes, recomputing
 from lensnet_guard.record import CallRecord, Context, Kind, describe_inputs, find_caller
-from lensnet_guard.tripwire import Inside, Tripwire, describe_part, strip
+from lensnet_guard.tripwire import Inside, Tripwire, describe_part
 
 Mode = Literal["enforce", "observe", "off"]
 P = ParamSpec("P")
@@ -343,7 +343,6 @@ class Guard:
 
         A shallow copy runs the submodules of its original: who is inside one is inside the other.
         """
-        strip(module, shallow)
         inside = self._inside if shallow else None
         copied = Guard(module, self.policy, self.mode, f"{self.name} (copy)", inside)
         if self._history.log is not None:

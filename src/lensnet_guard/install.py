@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from lensnet_guard.guard import Guard, Mode
 from lensnet_guard.policy import CallPolicy
 from lensnet_guard.proxy import guard_of, is_proxy
+from lensnet_guard.tripwire import armed_by
 
 _MISSING = object()
 
@@ -41,6 +43,17 @@ def guard_module(
         raise ValueError(f"{guard.name} is guarded already; use its guard: guard_of(module)")
     if not isinstance(module, nn.Module):
         raise TypeError(f"only an nn.Module can be guarded, not {type(module).__name__}")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{module.original_name} is TorchScript, which runs without Python: a call behind its "
+            "guard's back could not be seen. Guard the module that it was made from"
+        )
+    tripwire = armed_by(module)
+    if tripwire is not None:
+        raise ValueError(
+            f"this {type(module).__name__} is part of a {type(tripwire.module).__name__} that is "
+            "guarded already; guard the part first, and then the whole"
+        )
     if policy is not None and not isinstance(policy, CallPolicy):
         raise TypeError(f"policy must be a CallPolicy, not {policy!r}")
     if name is not None and not isinstance(name, str):

@@ -96,8 +96,8 @@ class RunLog:
 
     def violation(self, error: "LensNetViolation") -> None:
         """Write a violation down before it is raised."""
-        fields = error.record.to_log() | {"message": str(error)}
-        self._append("violation", fields, violations=1)
+        fields = error.record.to_log() if error.record is not None else {}
+        self._append("violation", fields | {"message": str(error)}, violations=1)
 
     def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
         """Write down what a micro-step came to."""

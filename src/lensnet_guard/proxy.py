@@ -13,7 +13,7 @@ import wrapt
 from torch import nn
 
 from lensnet_guard._torch_internals import eager_only
-from lensnet_guard.tripwire import guard_behind
+from lensnet_guard.tripwire import guard_behind, refuse_scripting
 
 if TYPE_CHECKING:
     from lensnet_guard.guard import Guard
@@ -64,6 +64,9 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return self.__reduce__()
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_scripting(self.__wrapped__)
 
     def __repr__(self) -> str:
         return f"guarded {self.__wrapped__!r}"

@@ -14,7 +14,9 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 
 class Inside(threading.local):
@@ -36,8 +38,12 @@ Refuse = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any
 class Tripwire:
     """Arms a module and its submodules; `disarm` puts everything back as it was.
 
+    Left alone are parts that run nothing (a ModuleList) or no Python (TorchScript),
+    parametrizations (reading a weight runs them), and parts that a guard of their own has armed.
+
     Args:
-        module: the raw module.
+        module: the raw module. The parts of a copy are armed although their classes, inherited
+            from the original, are armed already.
         guard: whose module it is, for `guard_behind`.
         inside: says whether a run is admitted.
         refuse: called with ``(part, forward, args, kwargs)`` instead of the forward otherwise;
@@ -63,41 +69,105 @@ class Tripwire:
                     f"shared_submodules: {type(module).__name__} has no submodule {name!r}"
                 )
         spared = {id(part) for name in shared for part in submodules[name].modules()}
-        self._armed: list[tuple[nn.Module, type, Callable[..., Any] | None]] = []
+        for part in submodules.values():
+            if isinstance(part, ParametrizationList):
+                spared.update(map(id, part.modules()))
+        self.module = module
+        self.guard = guard
+        self._inside = inside
+        self._refuse = refuse
+        self._armed: dict[int, tuple[nn.Module, type, Callable[..., Any] | None]] = {}
         classes: dict[type, type] = {}
         for part in submodules.values():
-            original = type(part)
-            if id(part) in spared or isinstance(original, _ArmedMeta) or not _runs(part):
+            if id(part) in spared or not _runs(part) or armed_by(part) is not None:
                 continue
+            armed: type = type(part)
+            original = armed._lensnet_original if isinstance(armed, _ArmedMeta) else armed
             own_forward = part.__dict__.get("forward")  # as accelerate's hooks leave behind
             if own_forward is not None:
-                part.__dict__["forward"] = _checked(own_forward, part, inside, refuse)
+                part.__dict__["forward"] = self._checked(own_forward, part)
             if original not in classes:
-                classes[original] = _armed_class(original, guard, inside, refuse)
+                classes[original] = self._armed_class(original)
             part.__class__ = classes[original]
-            self._armed.append((part, original, own_forward))
+            self._armed[id(part)] = part, original, own_forward
+
+    def owns(self, part: nn.Module) -> bool:
+        """Whether this very part was armed here; a copy of it was not."""
+        return id(part) in self._armed
 
     def disarm(self) -> None:
         """Restore every class and every forward, the same objects as before."""
-        for part, original, own_forward in self._armed:
+        for part, original, own_forward in self._armed.values():
             if own_forward is not None:
                 part.__dict__["forward"] = own_forward
-            if isinstance(type(part), _ArmedMeta):
-                part.__class__ = original
+            armed: type = type(part)
+            if isinstance(armed, _ArmedMeta):
+                part.__class__ = armed._lensnet_original
             else:
                 warnings.warn(
                     f"lensnet_guard: the class of a guarded {original.__name__} was changed to "
-                    f"{type(part).__name__} meanwhile; it is left as it is",
+                    f"{armed.__name__} meanwhile; it is left as it is",
                     RuntimeWarning,
                     stacklevel=3,
                 )
         self._armed.clear()
 
+    def _armed_class(self, original: Any) -> type:
+        """A subclass of the same name that asks first, and otherwise is the original."""
+        inside, refuse = self._inside, self._refuse
+
+        def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if inside.here:
+                return original.forward(part, *args, **kwargs)
+            # __get__ and not MethodType(...), which torch.compile cannot trace
+            return refuse(part, original.forward.__get__(part), args, kwargs)
+
+        namespace = {
+            "__slots__": (),
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "__init_subclass__": _refuse_subclass,
+            "__prepare_scriptable__": refuse_scripting,
+            "_lensnet_tripwire": self,
+            "_lensnet_original": original,
+            "forward": functools.wraps(original.forward)(forward),
+        }
+        if "_wrapped_call" in vars(original):  # torch.fx looks for it in type(self) alone
+            namespace["_wrapped_call"] = original._wrapped_call
+        becomes = getattr(original, "cls_to_become", None)  # of a lazy layer, when it first runs
+        if becomes is not None:
+            namespace["cls_to_become"] = self._armed_class(becomes)
+        # Neither __init_subclass__ nor a metaclass that keeps a registry shall learn of this class:
+        # hence type.__new__, and a first base that is there while the class is made, and then gone.
+        meta = _meta_for(type(original))
+        armed = type.__new__(meta, original.__name__, (_Silent, original), namespace)
+        type.__setattr__(armed, "__bases__", (original,))
+        return armed
+
+    def _checked(self, run: Callable[..., Any], part: nn.Module) -> Callable[..., Any]:
+        """A forward on the instance that asks first."""
+        inside, refuse = self._inside, self._refuse
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return run(*args, **kwargs) if inside.here else refuse(part, run, args, kwargs)
+
+        return forward
+
+
+def armed_by(part: nn.Module) -> Tripwire | None:
+    """The tripwire that has armed this very part; None for a copy, which only looks like it."""
+    armed: type = type(part)
+    if not isinstance(armed, _ArmedMeta):
+        return None
+    tripwire = armed._lensnet_tripwire
+    return tripwire if tripwire.owns(part) else None
+
 
 def guard_behind(module: object) -> object | None:
-    """The guard that has armed a raw module, None when there is none."""
-    armed: type = type(module)
-    return armed._lensnet_guard if isinstance(armed, _ArmedMeta) else None
+    """The guard of a raw module; None when it has none, or is only a part or a copy of one."""
+    tripwire = armed_by(module) if isinstance(module, nn.Module) else None
+    return tripwire.guard if tripwire is not None and tripwire.module is module else None
 
 
 def describe_part(module: nn.Module, part: nn.Module) -> str:
@@ -107,67 +177,59 @@ def describe_part(module: nn.Module, part: nn.Module) -> str:
     return f": {name} was run alone" if name else ""
 
 
-def strip(module: nn.Module, shallow: bool) -> None:
-    """Take the armed classes off a copy, which has inherited those of its original.
-
-    The submodules of a shallow copy are the original's, and stay armed.
-    """
-    for part in [module] if shallow else module.modules():
-        armed: type = type(part)
-        if isinstance(armed, _ArmedMeta):
-            part.__class__ = armed._lensnet_original
-
-
 class _ArmedMeta(type):
-    """Marks armed classes, so that they pickle as the class that they stand for."""
+    """Makes an armed class pass for its original: equal to it, and what is set is set there."""
 
-    _lensnet_guard: object
+    _lensnet_tripwire: Tripwire
     _lensnet_original: type
 
+    def __eq__(cls, other: object) -> bool:  # type(part) == nn.Linear, as torch's own docs write
+        return other is cls or other is cls._lensnet_original
 
-class _Armed:
-    """First base of every armed class: keeps the original's ``__init_subclass__`` out of it.
+    # Its own hash all the same: torch keeps dicts from classes to the subclasses it has made of
+    # them, and one made of the original would take the tripwire off.
+    __hash__ = type.__hash__
+
+    def __setattr__(cls, name: str, value: Any) -> None:  # torch.fx sets forward on type(self)
+        setattr(cls._lensnet_original, name, value)
+
+    def __delattr__(cls, name: str) -> None:  # remove_parametrizations
+        raise _changes_class(cls)
+
+
+class _Silent:
+    """Keeps ``__init_subclass__`` of what follows it in a class's bases from running.
 
     It has no ``__slots__``, or else an object could not change to a class with this base.
     """
 
     def __init_subclass__(cls) -> None:
-        original = next((b for b in cls.__mro__[1:] if isinstance(b, _ArmedMeta)), None)
-        if original is not None:
-            raise RuntimeError(
-                f"{original.__name__} is guarded, and something wants to change its class "
-                "(fully_shard and parametrizations do). Do that first and guard afterwards: "
-                "fully_shard(module); guard_module(module)"
-            )
+        pass
 
 
-def _armed_class(original: type, guard: object, inside: Inside, refuse: Refuse) -> type:
-    run: Any = original.forward  # type: ignore[attr-defined]
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if inside.here:
-            return run(self, *args, **kwargs)
-        # __get__ and not MethodType(...), which torch.compile cannot trace
-        return refuse(self, run.__get__(self), args, kwargs)
-
-    namespace = {
-        "__slots__": (),
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_lensnet_guard": guard,
-        "_lensnet_original": original,
-        "forward": functools.wraps(run)(forward),
-    }
-    # type.__new__: a metaclass that keeps a registry shall not learn of this class
-    return type.__new__(_meta_for(type(original)), original.__name__, (_Armed, original), namespace)
+@classmethod  # type: ignore[misc]  # of the armed classes
+def _refuse_subclass(cls: type, /, **_: Any) -> None:
+    raise _changes_class(next(base for base in cls.__mro__[1:] if isinstance(base, _ArmedMeta)))
 
 
-def _checked(run: Callable[..., Any], part: nn.Module, inside: Inside, refuse: Refuse) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return run(*args, **kwargs) if inside.here else refuse(part, run, args, kwargs)
+def _changes_class(armed: type) -> RuntimeError:
+    return RuntimeError(
+        f"{armed.__name__} is guarded, and something wants to change its class (fully_shard and "
+        "parametrizations do). Do that first and guard afterwards: fully_shard(module); "
+        "guard_module(module)"
+    )
 
-    return forward
+
+def refuse_scripting(module: nn.Module) -> None:
+    """What ``torch.jit.script`` asks a module first, and every submodule of it.
+
+    Raises:
+        RuntimeError: always: the script would be a copy without a guard.
+    """
+    raise RuntimeError(
+        f"{type(module).__name__} is guarded by lensnet_guard and cannot be scripted: TorchScript "
+        "would run it unguarded. Script it before it is guarded, or not at all"
+    )
 
 
 _metas: dict[type, type[_ArmedMeta]] = {}
@@ -192,5 +254,7 @@ def _itself(cls: type) -> type:
 
 
 def _runs(module: nn.Module) -> bool:
-    """Whether a module has a forward at all; a ModuleList has none."""
+    """Whether a module has a forward, in Python."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     return type(module).forward is not nn.Module.forward or "forward" in module.__dict__

@@ -1,0 +1,282 @@
+"""What the pytest plugin does around every test: settings, counts, logs, and the summary line."""
+
+import inspect
+import os
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lensnet_guard.sinks import add_to_all, remove_from_all
+
+if TYPE_CHECKING:
+    from lensnet_guard.budget import MicroStep
+    from lensnet_guard.capture import CapturedCalls
+    from lensnet_guard.errors import LensNetViolation
+    from lensnet_guard.log import RunLog
+    from lensnet_guard.record import CallRecord, Context
+
+MODES = ("enforce", "observe", "off")
+LISTED_CALLS = 4_096  # the newest calls of a test that its report section can show
+
+
+class _Tally:
+    """What one test did: counts per phase for the summary, the newest calls for its report."""
+
+    def __init__(self) -> None:
+        self.calls: deque[CallRecord] = deque(maxlen=LISTED_CALLS)
+        self.count = 0
+        self.violations: list[LensNetViolation] = []
+
+    def begin(self, record: "CallRecord") -> None:
+        if record.kind == "call" and record.verdict == "allow":
+            self.count += 1
+            self.calls.append(record)
+
+    def end(self, record: "CallRecord") -> None:
+        pass
+
+    def violation(self, error: "LensNetViolation") -> None:
+        self.violations.append(error)
+        if error.record is not None and error.record.kind in ("call", "bypass"):
+            self.calls.append(error.record)
+
+    def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
+        pass
+
+
+_TALLY = pytest.StashKey[_Tally]()
+
+
+class Session:
+    """Settings for every test, logs of this process, and the sums for the terminal."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._logs: dict[Path, RunLog] = {}
+        self._tests: set[str] = set()
+        self._sums = {"calls": 0, "violations": 0, "provoked": 0}
+        self._environment = ExitStack()
+        self._environment.enter_context(_mode_set(self._default_mode()))
+
+    def _default_mode(self) -> str | None:
+        mode = self._config.getoption("--lensnet-guard") or self._config.getini("lensnet_guard")
+        return _checked_mode(mode, "the ini key lensnet_guard") if mode else None
+
+    def _log_folder(self, marked: Any) -> Path | None:
+        base: Path = self._config.invocation_params.dir
+        folder = marked if marked is not None else self._config.getoption("--lensnet-log")
+        if not folder and (folder := self._config.getini("lensnet_log")):
+            base = self._config.inipath.parent if self._config.inipath else base
+        folder = folder or os.environ.get("LENSNET_LOG")
+        return base / folder if folder else None
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Refuse wrong markers before anything runs."""
+        for item in items:
+            _marked_settings(item)
+            if (marker := item.get_closest_marker("lensnet_calls")) is not None:
+                _expected_by(item, marker)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Settings, tally and log of one test, from its setup to its teardown."""
+        mode, log = _marked_settings(item)
+        folder = self._log_folder(log)
+        tally = item.stash[_TALLY] = _Tally()
+        with ExitStack() as stack:
+            stack.enter_context(_mode_set(mode))
+            add_to_all(tally)
+            stack.callback(remove_from_all, tally)
+            if folder is not None:
+                stack.enter_context(self._logged(folder, item.nodeid))
+            return (yield)
+
+    @contextmanager
+    def _logged(self, folder: Path, test: str) -> Iterator[None]:
+        from lensnet_guard.log import RunLog
+
+        if folder not in self._logs:
+            worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+            header = {"module": "guarded", "pytest.worker": worker}
+            self._logs[folder] = RunLog(folder, header)
+        log = self._logs[folder]
+        log.write("test.begin", test=test)
+        add_to_all(log)
+        try:
+            yield
+        finally:
+            remove_from_all(log)
+            log.write("test.end", test=test)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """The marker counts what the test itself does, without its fixtures."""
+        __tracebackhide__ = True
+        marker = item.get_closest_marker("lensnet_calls")
+        with ExitStack() as stack:
+            if marker is not None:
+                from lensnet_guard.expectation import Asserted
+
+                stack.enter_context(Asserted(item.config, **_expected_by(item, marker)))
+            result = yield
+        fail_if_swallowed(item)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Counts for the summary travel with the report, so that they come home from workers."""
+        report = yield
+        tally = item.stash.get(_TALLY, None)
+        if tally is not None and (tally.count or tally.violations or tally.calls):
+            caught = [report.passed and _reached(item, error) for error in tally.violations]
+            report.lensnet_guard = {  # type: ignore[attr-defined]
+                "calls": tally.count,
+                "violations": caught.count(False),
+                "provoked": caught.count(True),
+            }
+            tally.count = 0
+            tally.violations.clear()
+            if report.failed and tally.calls:
+                from lensnet_guard.capture import list_calls
+
+                full = item.config.get_verbosity() > 0
+                text = list_calls(list(tally.calls), full_stacks=full)
+                report.sections.append(("LensNet calls", text))
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add up, in the process that prints."""
+        counts = getattr(report, "lensnet_guard", None)
+        if counts is not None:
+            for name, count in counts.items():
+                self._sums[name] += count
+            self._tests.add(report.nodeid)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """One line: ``LensNet: 214 calls in 37 tests, 0 violations``."""
+        if self._tests:
+            text = ", ".join(
+                (
+                    f"{_count(self._sums['calls'], 'call')} in {_count(len(self._tests), 'test')}",
+                    _count(self._sums["violations"], "violation"),
+                )
+            )
+            provoked = self._sums["provoked"]
+            extra = f" ({provoked} more provoked and caught by tests)" if provoked else ""
+            terminalreporter.write_line(f"LensNet: {text}{extra}")
+
+    def pytest_unconfigure(self) -> None:
+        """Close the logs and give the environment back."""
+        for log in self._logs.values():
+            log.close()
+        self._environment.close()
+
+
+# Violations that did not reach the test ----------------------------------------------------------
+
+WATCHED: "pytest.StashKey[list[CapturedCalls]]" = pytest.StashKey()
+
+
+def fail_if_swallowed(item: pytest.Item) -> None:
+    """Fail for violations of guards made by the fixture that the test has not seen."""
+    __tracebackhide__ = True
+    watched = item.stash.get(WATCHED, [])
+    swallowed = [e for calls in watched for e in calls.violations if not _reached(item, e)]
+    if swallowed:
+        for calls in watched:
+            calls.violations.clear()  # told once
+        plural = "" if len(swallowed) == 1 else "s"
+        told = "\n\n".join(f"{type(error).__name__}: {error}" for error in swallowed)
+        pytest.fail(
+            f"{len(swallowed)} violation{plural} did not reach the test: swallowed on the way, or "
+            f"raised in another thread.\n\n{told}",
+            pytrace=False,
+        )
+
+
+def _reached(item: pytest.Item, error: "LensNetViolation") -> bool:
+    """Whether an exception was raised through the test itself or one of its fixtures."""
+    codes = _codes(item)
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code in codes:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _codes(item: pytest.Item) -> set[CodeType]:
+    test = getattr(item, "obj", None)
+    functions = [test, getattr(getattr(test, "hypothesis", None), "inner_test", None)]
+    fixtures = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    functions += [definition.func for defs in fixtures.values() for definition in defs]
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in functions if callable(f))
+    return {code for code in codes if code is not None}
+
+
+# Settings ----------------------------------------------------------------------------------------
+
+
+def _marked_settings(item: pytest.Item) -> tuple[str | None, Any]:
+    """Mode and log folder that ``@pytest.mark.lensnet_guard`` asks for."""
+
+    def settings(mode: str | None = None, *, log: Any = None) -> tuple[str | None, Any]:
+        return mode, log
+
+    marker = item.get_closest_marker("lensnet_guard")
+    if marker is None:
+        return None, None
+    try:
+        mode, log = settings(*marker.args, **marker.kwargs)
+    except TypeError as error:
+        raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.lensnet_guard: {error}") from None
+    if mode is not None:
+        _checked_mode(mode, f"{item.nodeid}: @pytest.mark.lensnet_guard")
+    return mode, log
+
+
+def _expected_by(item: pytest.Item, marker: pytest.Mark) -> dict[str, Any]:
+    """What ``@pytest.mark.lensnet_calls`` expects, checked."""
+    from lensnet_guard.expectation import Expectation
+
+    def expected(exact: Any = None, **bounds: Any) -> dict[str, Any]:
+        return {"exact": exact, **bounds}
+
+    try:
+        keywords = expected(*marker.args, **marker.kwargs)
+        Expectation(**keywords)
+    except (TypeError, ValueError) as error:
+        raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.lensnet_calls: {error}") from None
+    return keywords
+
+
+def _checked_mode(mode: Any, source: str) -> str:
+    if mode not in MODES:
+        raise pytest.UsageError(f"{source} must be one of {', '.join(MODES)}, not {mode!r}")
+    return str(mode)
+
+
+@contextmanager
+def _mode_set(mode: str | None) -> Iterator[None]:
+    """LENSNET_GUARD for guards that are made without a mode, in subprocesses too."""
+    before = os.environ.get("LENSNET_GUARD")
+    if mode is not None:
+        os.environ["LENSNET_GUARD"] = mode
+    try:
+        yield
+    finally:
+        if mode is not None:
+            os.environ.pop("LENSNET_GUARD")
+            if before is not None:
+                os.environ["LENSNET_GUARD"] = before
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
