@@ -110,7 +110,11 @@ class Asserted:
     """
 
     def __init__(self, config: pytest.Config, **expected: Any) -> None:
-        self._expected = Expectation(**expected)
+        __tracebackhide__ = True
+        try:
+            self._expected = Expectation(**expected)
+        except (TypeError, ValueError) as error:
+            raise type(error)(*error.args) from None  # without the frames that found it
         self._full_stacks = config.get_verbosity() > 0
         self._stack = ExitStack()
 

@@ -68,6 +68,7 @@ def assert_lensnet_calls(
         guard: Any = None,
         info: str | None = None,
     ) -> AbstractContextManager["CapturedCalls"]:
+        __tracebackhide__ = True
         return Asserted(pytestconfig, exact=n, context=context, scope=scope, guard=guard, info=info)
 
     return expect
@@ -89,6 +90,7 @@ def assert_max_lensnet_calls(
         guard: Any = None,
         info: str | None = None,
     ) -> AbstractContextManager["CapturedCalls"]:
+        __tracebackhide__ = True
         return Asserted(pytestconfig, max=n, context=context, scope=scope, guard=guard, info=info)
 
     return expect

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lensnet_guard.budget import MicroStep
     from lensnet_guard.capture import CapturedCalls
     from lensnet_guard.errors import LensNetViolation
+    from lensnet_guard.expectation import Expectation
     from lensnet_guard.log import RunLog
     from lensnet_guard.record import CallRecord, Context
 
@@ -49,7 +50,7 @@ class _Tally:
         pass
 
 
-_TALLY = pytest.StashKey[_Tally]()
+TALLY = pytest.StashKey[_Tally]()
 
 
 class Session:
@@ -87,7 +88,7 @@ class Session:
         """Settings, tally and log of one test, from its setup to its teardown."""
         mode, log = _marked_settings(item)
         folder = self._log_folder(log)
-        tally = item.stash[_TALLY] = _Tally()
+        tally = item.stash[TALLY] = _Tally()
         with ExitStack() as stack:
             stack.enter_context(_mode_set(mode))
             add_to_all(tally)
@@ -116,14 +117,16 @@ class Session:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """The marker counts what the test itself does, without its fixtures."""
-        __tracebackhide__ = True
         marker = item.get_closest_marker("lensnet_calls")
-        with ExitStack() as stack:
-            if marker is not None:
-                from lensnet_guard.expectation import Asserted
-
-                stack.enter_context(Asserted(item.config, **_expected_by(item, marker)))
+        if marker is None:
             result = yield
+        else:
+            expectation = _expected_by(item, marker)
+            with expectation.watch() as calls:
+                result = yield
+            failure = expectation.failure(calls, full_stacks=item.config.get_verbosity() > 0)
+            if failure is not None:
+                pytest.fail(f"@pytest.mark.lensnet_calls: {failure}", pytrace=False)
         fail_if_swallowed(item)
         return result
 
@@ -133,7 +136,7 @@ class Session:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Counts for the summary travel with the report, so that they come home from workers."""
         report = yield
-        tally = item.stash.get(_TALLY, None)
+        tally = item.stash.get(TALLY, None)
         if tally is not None and (tally.count or tally.violations or tally.calls):
             caught = [report.passed and _reached(item, error) for error in tally.violations]
             report.lensnet_guard = {  # type: ignore[attr-defined]
@@ -186,7 +189,6 @@ WATCHED: "pytest.StashKey[list[CapturedCalls]]" = pytest.StashKey()
 
 def fail_if_swallowed(item: pytest.Item) -> None:
     """Fail for violations of guards made by the fixture that the test has not seen."""
-    __tracebackhide__ = True
     watched = item.stash.get(WATCHED, [])
     swallowed = [e for calls in watched for e in calls.violations if not _reached(item, e)]
     if swallowed:
@@ -242,19 +244,17 @@ def _marked_settings(item: pytest.Item) -> tuple[str | None, Any]:
     return mode, log
 
 
-def _expected_by(item: pytest.Item, marker: pytest.Mark) -> dict[str, Any]:
-    """What ``@pytest.mark.lensnet_calls`` expects, checked."""
+def _expected_by(item: pytest.Item, marker: pytest.Mark) -> "Expectation":
+    """What ``@pytest.mark.lensnet_calls`` expects."""
     from lensnet_guard.expectation import Expectation
 
-    def expected(exact: Any = None, **bounds: Any) -> dict[str, Any]:
-        return {"exact": exact, **bounds}
+    def expected(exact: Any = None, **others: Any) -> Expectation:
+        return Expectation(exact=exact, **others)
 
     try:
-        keywords = expected(*marker.args, **marker.kwargs)
-        Expectation(**keywords)
+        return expected(*marker.args, **marker.kwargs)
     except (TypeError, ValueError) as error:
         raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.lensnet_calls: {error}") from None
-    return keywords
 
 
 def _checked_mode(mode: Any, source: str) -> str:
