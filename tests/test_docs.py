@@ -4,8 +4,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,6 +48,26 @@ class TestReadme:
         named = [p.name for p in files if not p.name.startswith("__")]
         assert len(named) > 20
         assert [name for name in named if name not in tree] == []
+
+
+class TestTestingPage:
+    def test_its_test_passes_in_an_empty_folder(self, pytester: pytest.Pytester) -> None:
+        """With what the installation brings, and no conftest."""
+        page = (ROOT / "docs" / "testing.md").read_text()
+        (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+        pytester.makepyfile(block)
+        pytester.runpytest_subprocess().assert_outcomes(passed=1)
+
+    def test_why_not_a_mock(self) -> None:
+        """What the page says of mocks."""
+        module, calls = nn.Linear(1, 1), MagicMock()
+        object.__setattr__(module, "__call__", calls)
+        module(torch.ones(1, 1))
+        assert calls.call_count == 0
+        owner = nn.Module()
+        owner.critic = module
+        with pytest.raises(TypeError, match=r"cannot assign .* as child module"):
+            owner.critic = MagicMock(wraps=module)
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -3,6 +3,8 @@
 import ast
 import contextlib
 import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,15 @@ from torch import Tensor
 import megacontext
 from lensnet_guard import (
     BudgetExceeded,
+    CallRecord,
     ContextSwitchRefused,
+    Guard,
     NoContext,
     UnsanctionedCall,
-    lensnet_guard,
 )
 from megacontext import MCConfig, MCController, TrainingWCVariationAllocator
+
+AssertCalls = Callable[..., AbstractContextManager[Sequence[CallRecord]]]
 
 CONFIG = MCConfig(
     vocab_size=64,
@@ -60,27 +65,22 @@ def forwards(mc: MCController) -> list[int]:
 
 class TestVariantsNeverScore:
     def test_variants_built_in_training_invoke_lensnet_zero_times(
-        self, mc: MCController, tokens: Tensor, forwards: list[int]
+        self, mc: MCController, tokens: Tensor, assert_lensnet_calls: AssertCalls
     ) -> None:
         """Tree, baseline and random variants, by the training allocator alone."""
-        with mc.context("training"):
+        with mc.context("training"), assert_lensnet_calls(n=0):
             for _ in range(5):
                 mc.build_variants(mc.build_tree(tokens))
-        assert mc.guard.count() == 0
-        assert mc.guard.calls == ()
-        assert forwards == []
 
     def test_the_collapse_hits_the_exact_target_without_lensnet(
-        self, mc: MCController, forwards: list[int]
+        self, mc: MCController, assert_lensnet_calls: AssertCalls
     ) -> None:
         """100 seeds of the controller's one way to the training allocator."""
-        with mc.context("training"):
+        with mc.context("training"), assert_lensnet_calls(n=0):
             for _ in range(100):
                 cut = mc._collapse_wc_randomly(96)
                 assert len(cut) == CONFIG.train_wc_length
                 cut.check(0, 96, recent_tokens=CONFIG.recent_tokens)
-        assert mc.guard.count() == 0
-        assert forwards == []
 
     def test_the_training_allocator_has_no_handle_on_lensnet(self) -> None:
         """It is made of integers: no argument and no attribute can hold a network."""
@@ -107,45 +107,56 @@ class TestVariantsNeverScore:
 
 class TestOneCallPerMicroStep:
     def test_one_process_batch_invokes_lensnet_exactly_once(
-        self, mc: MCController, tokens: Tensor, forwards: list[int]
+        self,
+        mc: MCController,
+        tokens: Tensor,
+        assert_lensnet_calls: AssertCalls,
+        forwards: list[int],
     ) -> None:
         """As one batch for all sequences, in the sanctioned scope."""
-        with mc.context("training"):
+        with mc.context("training"), assert_lensnet_calls(n=1) as calls:
             mc.process_batch(tokens, step=7, micro_step=2)
-        (call,) = mc.guard.calls
+        (call,) = calls
         assert (call.context, call.scope) == ("training", "preference_scorer")
         assert (call.step, call.micro_step, call.verdict) == (7, 2, "allow")
         assert call.inputs[0].startswith("float32[3, ")
         assert call.caller.function.endswith("MCController.process_batch")
-        assert len(forwards) == 1
+        assert forwards == [1]  # the module's own word for it
 
     def test_a_training_loop_calls_once_per_micro_step(
-        self, mc: MCController, tokens: Tensor
+        self,
+        mc: MCController,
+        tokens: Tensor,
+        assert_lensnet_calls: AssertCalls,
+        lensnet_guard: Callable[..., Guard],
     ) -> None:
         """With gradient accumulation, backward and optimizer steps."""
         optimizer = torch.optim.AdamW(mc.parameters())
-        with lensnet_guard(mc) as guard, mc.context("training"):
+        guard = lensnet_guard(mc)
+        expected = assert_lensnet_calls(n=6, context="training", scope="preference_scorer")
+        with mc.context("training"), expected as calls, assert_lensnet_calls(n=6):
             for step in range(3):
                 for micro_step in range(2):
-                    result = mc.process_batch(tokens, step=step, micro_step=micro_step)
-                    result.loss.backward()
+                    with assert_lensnet_calls(n=1, guard=guard):
+                        result = mc.process_batch(tokens, step=step, micro_step=micro_step)
+                        result.loss.backward()
                     assert result.metrics["lensnet_calls"] == 1
                 optimizer.step()
                 optimizer.zero_grad()
-        assert guard.count("training", "preference_scorer") == guard.count() == 6
-        assert [(c.step, c.micro_step) for c in guard.calls] == [
+        assert [(c.step, c.micro_step) for c in calls] == [
             (step, micro_step) for step in range(3) for micro_step in range(2)
         ]
         assert guard.violations == ()
 
     def test_process_batch_declares_training_when_nobody_has(
-        self, mc: MCController, tokens: Tensor
+        self, mc: MCController, tokens: Tensor, assert_lensnet_calls: AssertCalls
     ) -> None:
         """And leaves the context as it found it."""
-        mc.process_batch(tokens)
-        assert mc.guard.count("training") == 1
+        with assert_lensnet_calls(n=1, context="training"):
+            mc.process_batch(tokens)
         assert mc.guard.current_context is None
 
+    @pytest.mark.lensnet_calls(exact=1)
     def test_lensnet_is_trained(self, mc: MCController, tokens: Tensor) -> None:
         """DESIGN's mistake: the invariant was 'fixed' by a constant zero loss without LensNet."""
         result = mc.process_batch(tokens)
@@ -181,23 +192,21 @@ class TestAnyOtherTrainingCallIsRefused:
             score_a_variant(mc, tokens)
         assert raised.value.record.caller.function == "score_a_variant"
         assert forwards == []
-        assert mc.guard.count() == 0
 
     def test_a_direct_call_is_counted_and_refused(
-        self, mc: MCController, tokens: Tensor, forwards: list[int]
+        self, mc: MCController, tokens: Tensor, lensnet_calls: Sequence[CallRecord]
     ) -> None:
         """DESIGN's mistake: controller.lensnet(wc) was neither."""
         mc.process_batch(tokens)
         with pytest.raises(NoContext):
             score_a_variant(mc, tokens)
-        assert len(forwards) == 1
-        assert len(mc.guard.violations) == 1
+        assert [call.verdict for call in lensnet_calls] == ["allow", "refuse"]
 
     def test_a_second_call_inside_the_step_breaks_the_step(
         self,
         mc: MCController,
         tokens: Tensor,
-        forwards: list[int],
+        assert_lensnet_calls: AssertCalls,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """A helper that process_batch calls while the micro-step is open."""
@@ -210,11 +219,11 @@ class TestAnyOtherTrainingCallIsRefused:
             return variants
 
         monkeypatch.setattr(MCController, "build_variants", scoring_helper)
-        with pytest.raises(UnsanctionedCall) as raised:
+        with pytest.raises(UnsanctionedCall) as raised, assert_lensnet_calls(n=1) as calls:
             mc.process_batch(tokens, step=4)
         assert raised.value.record.step == 4
         assert raised.value.record.caller.function.endswith("scoring_helper")
-        assert forwards == []
+        assert [call.verdict for call in calls] == ["refuse"]
 
     def test_a_helper_that_hides_its_call_still_breaks_the_step(
         self,

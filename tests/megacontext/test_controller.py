@@ -15,6 +15,7 @@ def ragged(tokens: Tensor, lengths: list[int]) -> Tensor:
     return torch.arange(width) < width - torch.tensor(lengths)[:, None]
 
 
+@pytest.mark.lensnet_calls(exact=0)
 class TestBuildTree:
     def test_the_oldest_tokens_go_until_the_target_is_reachable(self, mc: MCController) -> None:
         """(N - W) mod (K - 1): of 95 tokens, 47 above the target, 2 go at K = 4."""
@@ -31,6 +32,7 @@ class TestBuildTree:
         assert tree.tokens[1, :20].tolist() == list(range(41, 61))
 
 
+@pytest.mark.lensnet_calls(exact=0)
 class TestBuildVariants:
     def test_a_baseline_and_random_cuts_of_exactly_the_target(
         self, mc: MCController, tokens: Tensor
@@ -133,6 +135,7 @@ class TestProcessBatch:
         assert torch.equal(seen[0], seen[1])
         assert seen[0].shape[1] == 20 + 8  # 80 tokens of history as gists, 8 recent ones
 
+    @pytest.mark.lensnet_calls(exact=4, context="training", scope="preference_scorer")
     def test_ragged_batches_score_as_their_sequences_alone(self, mc: MCController) -> None:
         """A pad, or another sample of the batch, changes no score."""
         scores: list[Tensor] = []
@@ -214,6 +217,7 @@ class TestBadInput:
             ),
         ],
     )
+    @pytest.mark.lensnet_calls(exact=1)
     def test_batches_that_are_none(
         self, mc: MCController, tokens: Tensor, error: type[Exception], message: str
     ) -> None:
@@ -224,6 +228,7 @@ class TestBadInput:
         assert mc.guard.current_context is None
         assert mc.process_batch(torch.zeros(1, 96, dtype=torch.int64)).loss.isfinite()
 
+    @pytest.mark.lensnet_calls(exact=0)
     def test_pad_masks_that_are_none(self, mc: MCController, tokens: Tensor) -> None:
         """Wrong shape or type, or pads that are not on the left."""
         with pytest.raises(ValueError, match=r"pad_mask must be bool \[3, 96\], not torch.bool"):
@@ -234,6 +239,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="pad_mask must be True on the left of each sequence"):
             mc.process_batch(tokens, pad_mask=right)
 
+    @pytest.mark.lensnet_calls(exact=0)
     def test_inference_context(self, mc: MCController, tokens: Tensor) -> None:
         """process_batch trains."""
         with (

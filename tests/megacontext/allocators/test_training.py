@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from megacontext import Cut, TrainingWCVariationAllocator, UnreachableTarget
 from megacontext.allocators import training
 
+pytestmark = pytest.mark.lensnet_calls(exact=0)
+
 
 def one_at_a_time(
     rng: np.random.Generator,
