@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lensnet_guard.record import CallRecord
+from lensnet_guard.record import CallRecord, Context
 
 if TYPE_CHECKING:
     from lensnet_guard.errors import LensNetViolation
@@ -19,9 +19,17 @@ class MicroStep:
         step: optimizer step, or None for a sanctioned scope that stands alone.
         micro_step: number of the micro-batch inside the step, or None likewise.
         due: calls per scope or caller that must have been made when the micro-step ends.
+        context: that it was opened in, and the only one in which it counts.
     """
 
-    def __init__(self, step: int | None, micro_step: int | None, due: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        step: int | None,
+        micro_step: int | None,
+        due: Mapping[str, int],
+        context: Context | None = "training",
+    ) -> None:
+        self.context = context
         self.step = step
         self.micro_step = micro_step
         self.due = due

@@ -5,27 +5,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import overload
 
-from lensnet_guard.budget import MicroStep
 from lensnet_guard.errors import LensNetViolation
 from lensnet_guard.guard import Guard
 from lensnet_guard.record import CallRecord, Context
-from lensnet_guard.sinks import add_to_all, remove_from_all
+from lensnet_guard.sinks import Sink, add_to_all, remove_from_all
 
 _GROUP_ABOVE = 10  # calls that are listed one by one
 
 
-class CapturedCalls(Sequence[CallRecord]):
+class CapturedCalls(Sequence[CallRecord], Sink):
     """The calls that somebody has made, oldest first; it grows while the capture is open.
 
     A refused call counts: somebody made it. A recompute does not: nobody did.
 
     Attributes:
-        violations: what was refused meanwhile, calls and blocks, whatever the context and scope.
+        violations: records of what was refused meanwhile, calls and blocks, whatever the context
+            and scope.
         others: calls that ``context`` and ``scope`` leave out.
     """
 
     def __init__(self, context: Context | None = None, scope: str | None = None) -> None:
-        self.violations: list[LensNetViolation] = []
+        self.violations: list[CallRecord] = []
         self.others = 0
         self._context = context
         self._scope = scope
@@ -57,17 +57,12 @@ class CapturedCalls(Sequence[CallRecord]):
         if record.kind == "call" and record.verdict == "allow":
             self._add(record)
 
-    def end(self, record: CallRecord) -> None:
-        """Nothing to do: the record is the same object."""
-
     def violation(self, error: LensNetViolation) -> None:
-        """Take a refused call, and the violation."""
-        self.violations.append(error)
-        if error.record is not None and error.record.kind in ("call", "bypass"):
-            self._add(error.record)
-
-    def micro_step(self, module: str, context: Context | None, ledger: MicroStep) -> None:
-        """Not a call."""
+        """Take a refused call, and what was refused."""
+        if error.record is not None:
+            self.violations.append(error.record)
+            if error.record.kind in ("call", "bypass"):
+                self._add(error.record)
 
 
 @contextmanager

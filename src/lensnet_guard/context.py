@@ -39,6 +39,12 @@ class Position:
     scope: str | None = None
     frames: tuple[Frame, ...] = ()
 
+    @property
+    def inside_training_step(self) -> bool:
+        """Whether a training micro-step is open, also one whose context has been closed."""
+        steps = (frame.micro_step for frame in self.frames)
+        return any(step is not None and step.context == "training" for step in steps)
+
 
 _NOWHERE = Position()
 
@@ -98,17 +104,17 @@ class OpenBlocks:
 
 
 def _fold(frames: tuple[Frame, ...]) -> Position:
-    """Add up open frames. A change of context hides the micro-step and the scope outside it."""
+    """Add up open frames; a micro-step and its scopes count in its own context only."""
     context: Context | None = None
     micro_step: MicroStep | None = None
     scope: str | None = None
     for frame in frames:
         if frame.context is not None:
-            if frame.context != context and context is not None:
-                micro_step, scope = None, None
             context = frame.context
         if frame.micro_step is not None:
             micro_step, scope = frame.micro_step, None
         if frame.scope is not None:
             scope = frame.scope
+    if micro_step is None or micro_step.context != context:
+        micro_step, scope = None, None
     return Position(context, micro_step, scope, frames)

@@ -97,7 +97,7 @@ class BypassedGuard(LensNetViolation):
 
 
 class ContextSwitchRefused(LensNetViolation):
-    """A switch to inference, or another micro-step, inside an open training micro-step."""
+    """A switch to inference inside an open training micro-step, or another micro-step in one."""
 
     headline = "{module} cannot change context inside an open micro-step"
     remedy = (

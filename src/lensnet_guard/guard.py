@@ -82,7 +82,7 @@ class Guard:
         if context not in get_args(Context):
             raise ValueError(f'context must be "training" or "inference", not {context!r}')
         here = self._open.position()
-        if context == "inference" and here.context == "training" and here.micro_step is not None:
+        if context == "inference" and here.inside_training_step:
             self._violate("ContextSwitchRefused", here, ": inference was asked for")
         with self._block(Frame(context=context)):
             yield
@@ -101,7 +101,8 @@ class Guard:
         if here.micro_step is not None:
             self._violate("ContextSwitchRefused", here, ": another micro-step was asked for")
         numbers = operator.index(step), operator.index(micro_step)  # a record holds no tensor
-        ledger = MicroStep(*numbers, self._budgets if here.context == "training" else {})
+        due = self._budgets if here.context == "training" else {}
+        ledger = MicroStep(*numbers, due, here.context)
         with self._block(Frame(micro_step=ledger), ledger, settles=True):
             yield ledger
 
@@ -127,7 +128,7 @@ class Guard:
                 yield ledger
             return
         due = {scope: self.policy.scopes[scope]} if here.context == "training" else {}
-        ledger = MicroStep(None, None, due)
+        ledger = MicroStep(None, None, due, here.context)
         with self._block(Frame(micro_step=ledger, scope=scope), ledger, settles=True):
             yield ledger
 
@@ -210,7 +211,7 @@ class Guard:
                     self._recomputes.remember(record, frame)
                 return record
         detail = ""
-        if reason == "UnsanctionedCall" and scope is not None:
+        if reason == "UnsanctionedCall" and scope in self.policy.sanctioned_callers:
             detail = ": its sanctioned caller runs outside any micro-step, where no budget counts"
         return self._refuse("call", reason, here, frame, scope, inputs, detail)
 

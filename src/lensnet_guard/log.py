@@ -5,10 +5,11 @@ cannot be written never stops enforcement: one warning, then lost lines are coun
 
 Schema 1. The first line is ``run.begin`` (host, process, rank, versions, policy); then
 ``call.begin`` before and ``call.end`` after each run of the module, ``violation``,
-``micro_step.end``, and last ``run.end``. Field names follow OpenTelemetry where it has one.
+``micro_step.end``, and last ``run.end``. A file that follows a full one begins with
+``segment.begin``: the header again, and the sums of what came before. Field names follow
+OpenTelemetry where it has one.
 """
 
-import itertools
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,29 +29,22 @@ import structlog
 import torch
 
 from lensnet_guard._version import __version__
+from lensnet_guard.log_file import LogFile
+from lensnet_guard.sinks import Sink
 
 if TYPE_CHECKING:
     from lensnet_guard.budget import MicroStep
     from lensnet_guard.errors import LensNetViolation
     from lensnet_guard.record import CallRecord, Context
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes of one rank must then use two folders
-    fcntl = None  # type: ignore[assignment]
-
 SCHEMA_VERSION = 1
 
 
-class RunLog:
-    """Append-only JSONL file of one process: ``lensnet.rank<R>.jsonl`` in ``folder``.
-
-    When another log holds that file (of a live process, or of another guard in this one), the name
-    is ``lensnet.rank<R>.pid<PID>.jsonl``, then ``lensnet.rank<R>.pid<PID>.2.jsonl`` and so on: one
-    file holds the run of one guard in one process. A forked process opens its own.
+class RunLog(Sink):
+    """The log of one guard in one process. A forked process opens a file of its own.
 
     Args:
-        folder: created when missing.
+        folder: created when missing; see `LogFile` for the names in it.
         header: fields of the ``run.begin`` line, besides host, process, rank and versions; its
             ``module`` stands in ``run.end`` too.
 
@@ -62,12 +56,8 @@ class RunLog:
         if not isinstance(folder, (str, os.PathLike)):
             raise TypeError(f"log must be a folder's path, not {folder!r}")
         self.folder = Path(folder)
-        self.path: Path | None = None
-        self._header = header
-        self._fd: int | None = None
-        self._torn = False
-        self._warned = False
         self.closed = False
+        self._header = header
         self._writers = 0
         self._lock = threading.RLock()  # a finalizer may call the module while a line is written
         # A private logger: the user's structlog configuration is neither read nor changed.
@@ -79,10 +69,24 @@ class RunLog:
         ).bind()
         self._open()
 
+    @property
+    def path(self) -> Path | None:
+        """The file that is being written; None when there is none."""
+        return self._file.path
+
+    @property
+    def lost_lines(self) -> int:
+        """Lines that could not be written."""
+        return self._file.lost_lines
+
+    # A sink ------------------------------------------------------------------------------------
+
     def begin(self, record: "CallRecord") -> None:
         """Write a call down before it runs."""
-        counts = record.kind == "call" and record.reason is None  # a recompute does not
-        self._append("call.begin", record.to_log(), calls=int(counts))
+        counted = None
+        if record.kind == "call" and record.reason is None:  # a recompute is no call
+            counted = "calls" if record.context == "training" else "inference_calls"
+        self._append("call.begin", record.to_log(), counted)
 
     def end(self, record: "CallRecord") -> None:
         """Write down how a call ended."""
@@ -97,38 +101,26 @@ class RunLog:
     def violation(self, error: "LensNetViolation") -> None:
         """Write a violation down before it is raised."""
         fields = error.record.to_log() if error.record is not None else {}
-        self._append("violation", fields | {"message": str(error)}, violations=1)
+        self._append("violation", fields | {"message": str(error)}, "violations")
 
     def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
         """Write down what a micro-step came to."""
-        self.write(
-            "micro_step.end",
-            module=module,
-            context=context,
-            step=ledger.step,
-            micro_step=ledger.micro_step,
-            calls=ledger.calls,
-            violations=len(ledger.violations),
-        )
+        fields = {
+            "module": module,
+            "context": context,
+            "step": ledger.step,
+            "micro_step": ledger.micro_step,
+            "calls": ledger.calls,
+            "due": dict(ledger.due),
+            "violations": len(ledger.violations),
+        }
+        self._append("micro_step.end", fields, "micro_steps" if context == "training" else None)
+
+    # Lines -------------------------------------------------------------------------------------
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line; never raises for the file's sake."""
         self._append(event, fields)
-
-    def _append(
-        self, event: str, fields: dict[str, Any], *, calls: int = 0, violations: int = 0
-    ) -> None:
-        if self.closed:
-            return
-        if self._pid != os.getpid():  # a fork shares the parent's file: leave that alone
-            self._lock = threading.RLock()
-            if self._fd is not None:
-                os.close(self._fd)
-            self._open()
-        with self._lock:
-            self._calls += calls
-            self._violations += violations
-            self._logger.info(event, **fields)
 
     def add_writer(self, writer: object) -> None:
         """Keep the log open until this writer is gone too, or until the interpreter exits."""
@@ -144,22 +136,21 @@ class RunLog:
         """Write ``run.end`` and close the file; say how many lines were lost, if any."""
         if self.closed:
             return
-        mine = self._pid == os.getpid()
-        if mine and self._fd is not None:
-            self.write(
-                "run.end",
-                module=self._header["module"],
-                verdict="violations" if self._violations else "clean",
-                calls=self._calls,
-                violations=self._violations,
-                lost_lines=self.lost_lines,
-            )
+        mine = self._file.pid == os.getpid()
         if not mine:
             self._lock = threading.RLock()  # a fork copies the lock as another thread held it
         with self._lock:  # so that no other thread writes to a number that is a new file by then
-            fd, self._fd, self.closed = self._fd, None, True
-        if fd is not None:
-            os.close(fd)
+            if mine and self._file.path is not None:
+                self.write(
+                    "run.end",
+                    module=self._header["module"],
+                    verdict="violations" if self._sums["violations"] else "clean",
+                    calls=self._sums["calls"] + self._sums["inference_calls"],
+                    violations=self._sums["violations"],
+                    lost_lines=self.lost_lines,
+                )
+            self.closed = True
+            self._file.close()
         if mine and self.lost_lines:
             warnings.warn(
                 f"lensnet_guard: {self.lost_lines} log lines could not be written to "
@@ -169,23 +160,12 @@ class RunLog:
             )
 
     def _open(self) -> None:
-        self._pid = os.getpid()
-        self._fd = None
-        self.lost_lines = self._calls = self._violations = 0
+        self._sums = {"micro_steps": 0, "calls": 0, "inference_calls": 0, "violations": 0}
         rank = os.environ.get("RANK", "0")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in _file_names(rank, self._pid):
-                self.path = self.folder / name
-                self._fd = _open_exclusively(self.path)
-                if self._fd is not None:
-                    self._torn = _ends_torn(self._fd)
-                    break
-        except OSError as error:
-            self._warn(error)
+        self._file = LogFile(self.folder, rank)
         process = {
             "host.name": socket.gethostname(),
-            "process.pid": self._pid,
+            "process.pid": self._file.pid,
             "process.command_args": sys.argv,
             "rank": rank,
             "versions": {
@@ -196,32 +176,26 @@ class RunLog:
                 "structlog": version("structlog"),
             },
         }
-        self._logger.info("run.begin", schema_version=SCHEMA_VERSION, **self._header, **process)
+        self._run = {"schema_version": SCHEMA_VERSION, **self._header, **process}
+        self._logger.info("run.begin", **self._run)
+
+    def _append(self, event: str, fields: dict[str, Any], counted: str | None = None) -> None:
+        if self.closed:
+            return
+        if self._file.pid != os.getpid():  # a fork shares the parent's file: leave that alone
+            self._lock = threading.RLock()
+            self._file.close()
+            self._open()
+        with self._lock:
+            if self._file.full and (segment := self._file.next_segment()) is not None:
+                before = self._sums | {"lost_lines": self.lost_lines}
+                self._logger.info("segment.begin", **self._run, segment=segment, before=before)
+            if counted is not None:
+                self._sums[counted] += 1
+            self._logger.info(event, **fields)
 
     def _write_line(self, line: bytes) -> None:
-        if self._fd is None:
-            self.lost_lines += 1
-            return
-        try:
-            if self._torn:  # finish the half line that an earlier failure left behind
-                line = b"\n" + line
-            written = os.write(self._fd, line)
-            self._torn = written != len(line)
-            if self._torn:
-                raise OSError("the line was written in part only")
-        except OSError as error:
-            self.lost_lines += 1
-            self._warn(error)
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"lensnet_guard: cannot write the log in {self.folder}: {error}. Enforcement and "
-                "the ring buffer go on; lost lines are counted.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        self._file.write(line)
 
 
 class _LineSink:
@@ -229,32 +203,6 @@ class _LineSink:
 
     def __init__(self, info: Any) -> None:
         self.info = info
-
-
-def _file_names(rank: str, pid: int) -> Iterator[str]:
-    yield f"lensnet.rank{rank}.jsonl"
-    yield f"lensnet.rank{rank}.pid{pid}.jsonl"
-    for number in itertools.count(2):
-        yield f"lensnet.rank{rank}.pid{pid}.{number}.jsonl"
-
-
-def _open_exclusively(path: Path) -> int | None:
-    """Open for appending under an advisory lock; None when another live process holds it."""
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    if fcntl is not None:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except OSError:  # a file system without locks: go on without one
-            pass
-    return fd
-
-
-def _ends_torn(fd: int) -> bool:
-    size = os.fstat(fd).st_size
-    return size > 0 and os.pread(fd, 1, size - 1) != b"\n"
 
 
 def _render(_: Any, __: str, fields: MutableMapping[str, Any]) -> bytes:

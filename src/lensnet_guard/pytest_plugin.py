@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lensnet_guard.pytest_session import MODES, WATCHED, Session, fail_if_swallowed
+from lensnet_guard.pytest_session import MODES, RAISED, Raised, Session, fail_if_swallowed
 
 if TYPE_CHECKING:
     from lensnet_guard.capture import CapturedCalls
@@ -113,10 +113,9 @@ def lensnet_guard(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Gua
     that does not reach the test, because other code swallowed it or it was raised in a thread,
     fails the test all the same.
     """
-    from lensnet_guard.capture import capture
     from lensnet_guard.install import lensnet_guard as guarded
 
-    watched = request.node.stash.setdefault(WATCHED, [])
+    raised = request.node.stash.setdefault(RAISED, Raised())
     with ExitStack() as stack:
 
         def guard(
@@ -131,7 +130,8 @@ def lensnet_guard(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Gua
             installed = guarded(owner_or_module, attribute=attribute, **keywords)
             made = stack.enter_context(_without_verdict(installed))
             if made.mode == "enforce":
-                watched.append(stack.enter_context(capture(made)))
+                made._history.add_sink(raised)
+                stack.callback(made._history.remove_sink, raised)
             return made
 
         yield guard

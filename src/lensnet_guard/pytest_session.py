@@ -11,43 +11,38 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lensnet_guard.sinks import add_to_all, remove_from_all
+from lensnet_guard.sinks import Sink, add_to_all, remove_from_all
 
 if TYPE_CHECKING:
-    from lensnet_guard.budget import MicroStep
-    from lensnet_guard.capture import CapturedCalls
     from lensnet_guard.errors import LensNetViolation
     from lensnet_guard.expectation import Expectation
     from lensnet_guard.log import RunLog
-    from lensnet_guard.record import CallRecord, Context
+    from lensnet_guard.record import CallRecord
 
 MODES = ("enforce", "observe", "off")
 LISTED_CALLS = 4_096  # the newest calls of a test that its report section can show
 
 
-class _Tally:
-    """What one test did: counts per phase for the summary, the newest calls for its report."""
+class _Tally(Sink):
+    """What one test did: counts per phase for the summary, the newest calls for its report.
+
+    It holds records and no exception, whose frames would keep the test's tensors alive.
+    """
 
     def __init__(self) -> None:
         self.calls: deque[CallRecord] = deque(maxlen=LISTED_CALLS)
         self.count = 0
-        self.violations: list[LensNetViolation] = []
+        self.violations = 0
 
     def begin(self, record: "CallRecord") -> None:
         if record.kind == "call" and record.verdict == "allow":
             self.count += 1
             self.calls.append(record)
 
-    def end(self, record: "CallRecord") -> None:
-        pass
-
     def violation(self, error: "LensNetViolation") -> None:
-        self.violations.append(error)
+        self.violations += 1
         if error.record is not None and error.record.kind in ("call", "bypass"):
             self.calls.append(error.record)
-
-    def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
-        pass
 
 
 TALLY = pytest.StashKey[_Tally]()
@@ -138,14 +133,10 @@ class Session:
         report = yield
         tally = item.stash.get(TALLY, None)
         if tally is not None and (tally.count or tally.violations or tally.calls):
-            caught = [report.passed and _reached(item, error) for error in tally.violations]
-            report.lensnet_guard = {  # type: ignore[attr-defined]
-                "calls": tally.count,
-                "violations": caught.count(False),
-                "provoked": caught.count(True),
-            }
-            tally.count = 0
-            tally.violations.clear()
+            kind = "provoked" if report.passed else "violations"
+            counts = {"calls": tally.count, kind: tally.violations}
+            report.lensnet_guard = counts  # type: ignore[attr-defined]
+            tally.count = tally.violations = 0
             if report.failed and tally.calls:
                 from lensnet_guard.capture import list_calls
 
@@ -172,7 +163,7 @@ class Session:
                 )
             )
             provoked = self._sums["provoked"]
-            extra = f" ({provoked} more provoked and caught by tests)" if provoked else ""
+            extra = f" ({provoked} more in tests that passed)" if provoked else ""
             terminalreporter.write_line(f"LensNet: {text}{extra}")
 
     def pytest_unconfigure(self) -> None:
@@ -184,16 +175,28 @@ class Session:
 
 # Violations that did not reach the test ----------------------------------------------------------
 
-WATCHED: "pytest.StashKey[list[CapturedCalls]]" = pytest.StashKey()
+
+class Raised(Sink):
+    """The violations of a guard that the fixture has made, until the test has been judged."""
+
+    def __init__(self) -> None:
+        self.errors: list[LensNetViolation] = []
+
+    def violation(self, error: "LensNetViolation") -> None:
+        """Keep it: its traceback will tell where it went."""
+        self.errors.append(error)
+
+
+RAISED: pytest.StashKey[Raised] = pytest.StashKey()
 
 
 def fail_if_swallowed(item: pytest.Item) -> None:
     """Fail for violations of guards made by the fixture that the test has not seen."""
-    watched = item.stash.get(WATCHED, [])
-    swallowed = [e for calls in watched for e in calls.violations if not _reached(item, e)]
-    if swallowed:
-        for calls in watched:
-            calls.violations.clear()  # told once
+    raised = item.stash.get(RAISED, None)
+    errors = raised.errors.copy() if raised is not None else []
+    swallowed = [error for error in errors if not _reached(item, error)]
+    if swallowed and raised is not None:
+        raised.errors.clear()  # told once
         plural = "" if len(swallowed) == 1 else "s"
         told = "\n\n".join(f"{type(error).__name__}: {error}" for error in swallowed)
         pytest.fail(

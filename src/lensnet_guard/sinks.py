@@ -7,7 +7,7 @@ A guard's log is a sink, and so is a test that counts calls. A sink listens to o
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lensnet_guard.budget import MicroStep
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from lensnet_guard.record import CallRecord, Context
 
 
-class Sink(Protocol):
-    """Is told what happens to a guarded module, in the thread where it happens."""
+class Sink:
+    """Is told what happens to a guarded module, in the thread where it happens.
+
+    A class derived from this one says only what it cares for; the rest does nothing.
+    """
 
     def begin(self, record: "CallRecord") -> None:
         """A call or a recompute that is about to run."""

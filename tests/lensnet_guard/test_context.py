@@ -714,6 +714,54 @@ class TestCarry:
         assert sorted(outcomes) == ["ran", "refused"]
 
 
+class TestContextsThatEndFirst:
+    """A context that ends before a block inside it changes nothing about that block's budget."""
+
+    def test_an_inference_micro_step_sanctioned_training_calls(self, guard, x):
+        """Once the inference context around it had ended, with training opened inside."""
+        outer = guard.context("inference")
+        outer.__enter__()
+        with guard.micro_step(), guard.sanctioned(SCOPE), guard.context("training"):
+            outer.__exit__(None, None, None)
+            with pytest.raises(UnsanctionedCall):
+                guard.module(x)
+        assert guard.count() == 0
+
+    def test_an_inference_call_met_a_training_budget(self, guard, x):
+        """Once the training context of an open micro-step had ended."""
+        outer = guard.context("training")
+        outer.__enter__()
+        with pytest.raises(ContextSwitchRefused), guard.micro_step():
+            outer.__exit__(None, None, None)
+            with guard.context("inference"), guard.sanctioned(SCOPE):
+                guard.module(x)
+        assert guard.count() == 0
+
+    def test_the_context_outside_took_over_an_open_micro_step(self, guard, x):
+        """Calls in inference are free, and meet no budget of training."""
+        with pytest.raises(BudgetUnmet), guard.context("inference"):
+            inner = guard.context("training")
+            inner.__enter__()
+            with guard.micro_step():
+                inner.__exit__(None, None, None)
+                guard.module(x)
+        assert (guard.count("inference"), guard.count("training")) == (1, 0)
+
+    def test_a_scope_whose_micro_step_has_ended_blamed_a_sanctioned_caller(self, guard, x):
+        """The message spoke of callers that the policy does not have."""
+        with guard.context("inference"):
+            step = guard.micro_step()
+            step.__enter__()
+        with guard.context("training"):
+            step = guard.micro_step()
+            step.__enter__()
+            with pytest.raises(UnsanctionedCall) as caught, guard.sanctioned(SCOPE):
+                with contextlib.suppress(BudgetUnmet):
+                    step.__exit__(None, None, None)
+                guard.module(x)
+        assert "sanctioned caller" not in str(caught.value)
+
+
 class TestOpenBlocks:
     def test_closed_frames_are_forgotten(self):
         """A thread that only looks drops the frames that were closed elsewhere."""

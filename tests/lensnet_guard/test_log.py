@@ -59,7 +59,7 @@ class TestEvents:
         }
         assert micro_step == {
             **{"event": "micro_step.end", "module": "Scorer", "context": "training", "step": 4},
-            **{"micro_step": 2, "calls": {SCOPE: 1}, "violations": 0},
+            **{"micro_step": 2, "calls": {SCOPE: 1}, "due": {SCOPE: 1}, "violations": 0},
         }
         assert last == {
             **{"event": "run.end", "module": "Scorer", "verdict": "clean"},
@@ -574,8 +574,8 @@ class TestLogThatCannotBeWritten:
     def test_violation_was_forgotten_when_its_warning_was_an_error(self, make_scorer, x, tmp_path):
         """With warnings as errors, a failing log hides no violation from its micro-step."""
         guard = guard_module(make_scorer(), log=tmp_path)
-        os.close(guard._history.log._fd)
-        guard._history.log._fd = os.open(os.devnull, os.O_RDONLY)
+        os.close(guard._history.log._file._fd)
+        guard._history.log._file._fd = os.open(os.devnull, os.O_RDONLY)
         with guard.context("training"), pytest.raises(BudgetExceeded):
             with guard.sanctioned(SCOPE) as ledger:
                 ledger.spend(SCOPE, None)
@@ -583,7 +583,7 @@ class TestLogThatCannotBeWritten:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     guard.module(x)
-                guard._history.log._warned = False
+                guard._history.log._file._warned = False
                 with pytest.raises(RuntimeWarning, match="Bad file descriptor"):
                     guard.module(x)
         with pytest.warns(RuntimeWarning, match="could not be written"):

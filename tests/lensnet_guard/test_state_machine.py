@@ -42,6 +42,7 @@ class Step:
     """A micro-step: what is due when it ends, what was spent and what was refused in it."""
 
     due: dict[str, int]
+    context: str
     spent: Counter[str] = field(default_factory=Counter)
     refusals: list[Refusal] = field(default_factory=list)
     ledger: Any = None  # the guard's own
@@ -72,20 +73,19 @@ class Model:
     def where(self):
         """Context, micro-step and scope: the sum of the open blocks, outermost first.
 
-        Inner blocks win; a new micro-step has no scope yet. A change of context hides the
-        micro-step and the scope outside it. Only open blocks count: when the outer of two contexts
-        is closed first, the inner one is no change any more and hides nothing.
+        Inner blocks win; a new micro-step has no scope yet. A micro-step counts in the context that
+        it was opened in and in no other, and a scope only with its micro-step.
         """
         context = step = scope = None
         for block in self.open_blocks:
             if block.context is not None:
-                if context is not None and context != block.context:
-                    step = scope = None
                 context = block.context
             if block.owns:
                 step, scope = block.step, None
             if block.scope is not None:
                 scope = block.scope
+        if step is None or step.context != context:
+            return context, None, None
         return context, step, scope
 
     def refuse(self, reason, context, step):
@@ -103,19 +103,20 @@ class Model:
         reasons = []
         if kind == "context":
             block = Block(context, context=word)
-            if step and (context, word) == ("training", "inference"):
+            steps = [b.step for b in self.open_blocks if b.step and b.owns]
+            if word == "inference" and any(s.context == "training" for s in steps):
                 reasons.append("ContextSwitchRefused")
         elif context is None:
             reasons.append("NoContext")
         if kind == "micro_step":
-            block = Block(context, step=Step(due), owns=True)
+            block = Block(context, step=Step(due, context), owns=True)
             if step:
                 reasons.append("ContextSwitchRefused")
         elif kind == "sanctioned" and step:
             block = Block(context, step=step, scope=word)
         elif kind == "sanctioned":  # outside any micro-step it is one of its own
             due = {word: due[word]} if due else {}
-            block = Block(context, step=Step(due), scope=word, owns=True)
+            block = Block(context, step=Step(due, context), scope=word, owns=True)
         for reason in reasons:
             if refusal := self.refuse(reason, context, step):
                 return None, refusal
