@@ -1,7 +1,7 @@
-"""The one file that touches private torch API.
+"""What is read from torch's private API, apart from three names that `tripwire` answers to.
 
-Each function says which torch it was read from and degrades to "unknown" (None or False) where
-torch has changed; tests/lensnet_guard/test_torch_internals.py fails then, so that it is noticed.
+Each function says which torch it was read from and degrades to "unknown" where torch has changed;
+tests/lensnet_guard/test_torch_internals.py fails then, so that it is noticed.
 """
 
 from collections.abc import Callable, Iterator
@@ -93,6 +93,14 @@ def recomputed_checkpoint(frame: FrameType | None) -> object | None:
             return frame.f_locals.get("ctx")
         frame = frame.f_back
     return None
+
+
+def recomputing(frame: FrameType | None) -> bool:
+    """Whether some activation checkpoint is being recomputed from ``frame`` outwards.
+
+    Not only inside backward: reading a saved tensor of the graph recomputes too.
+    """
+    return recomputed_checkpoint(frame) is not None
 
 
 def stops_recomputing(error: BaseException) -> bool:

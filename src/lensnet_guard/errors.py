@@ -135,7 +135,7 @@ def build_violation(
     lines.append(_row("scope", record.scope or "none open"))
     for scope, budget in policy.budgets.items():
         lines.append(_row("budget", f"{scope}: {made.get(scope, 0)} of {budget} spent"))
-    lines.extend(_row("spent by", f"call {call.seq} at {call.caller}") for call in earlier)
+    lines.extend(_row("spent by", f"call {c.seq} at {c.caller}{_end_of(c)}") for c in earlier)
     lines.append(_row("what to do", violation.remedy.format(sanction=_sanction(policy))))
     return violation("\n".join(lines), record, earlier)
 
@@ -145,6 +145,11 @@ def _sanction(policy: "CallPolicy") -> str:
     if policy.scopes:
         return " or ".join(f'`with guard.sanctioned("{scope}"):`' for scope in policy.scopes)
     return f"`with guard.micro_step(step):` around {' or '.join(policy.sanctioned_callers)}"
+
+
+def _end_of(call: "CallRecord") -> str:
+    """How a call ended, when it did not return: then its budget is spent all the same."""
+    return f", which {call.outcome}" if call.outcome and "raised" in call.outcome else ""
 
 
 def _row(title: str, text: object) -> str:

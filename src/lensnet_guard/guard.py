@@ -14,19 +14,14 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 from torch import nn
 
-from lensnet_guard._torch_internals import (
-    backward_pass,
-    eager_only,
-    may_be_in_checkpoint,
-    stops_recomputing,
-)
+from lensnet_guard._torch_internals import backward_pass, may_be_in_checkpoint, stops_recomputing
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Frame, OpenBlocks, Position
 from lensnet_guard.errors import build_violation
 from lensnet_guard.history import History
 from lensnet_guard.policy import CallPolicy, decide
-from lensnet_guard.proxy import EAGER, GuardedModule, guard_of
-from lensnet_guard.recompute import Recomputes, recomputing
+from lensnet_guard.proxy import GuardedModule, guard_of
+from lensnet_guard.recompute import Recomputes
 from lensnet_guard.record import CallRecord, Context, Kind, describe_inputs, find_caller
 from lensnet_guard.tripwire import Inside, Tripwire, describe_part
 
@@ -215,7 +210,6 @@ class Guard:
             detail = ": its sanctioned caller runs outside any micro-step, where no budget counts"
         return self._refuse("call", reason, here, frame, scope, inputs, detail)
 
-    @eager_only(EAGER)
     def _run_behind(
         self,
         part: nn.Module,
@@ -224,14 +218,7 @@ class Guard:
         kwargs: dict[str, Any],
     ) -> Any:
         """Refuse a run of the module, or of a part or copy of it, that nobody admitted."""
-        frame = sys._getframe().f_back
-        inside = self._inside
-        if recomputing(frame):  # of a checkpoint within the module's own forward
-            inside.here = True
-            try:
-                return run(*args, **kwargs)
-            finally:
-                inside.here = False
+        frame = sys._getframe(1)
         here = self._open.position()
         reason = decide(here.context, sanctioned=False, budget_left=0, bypass=True)
         inputs, detail = describe_inputs(args, kwargs), describe_part(self._raw, part)
@@ -249,10 +236,10 @@ class Guard:
         inside = self._inside
         already_inside = inside.here
         sinks = self._history.sinks
-        for sink in sinks:
-            sink.begin(record)
         start = time.perf_counter()
         try:
+            for sink in sinks:
+                sink.begin(record)
             inside.here = True
             result = run(*args, **kwargs)
             record.outcome = "returned"
@@ -318,9 +305,10 @@ class Guard:
             ledger: the micro-step that the block works in.
             settles: whether that micro-step ends with the block.
         """
-        inside = self._open.push(frame)  # kept, for the block may end in another thread
         enforced = ledger if self.mode == "enforce" else None
+        inside = self._open.position()
         try:
+            inside = self._open.push(frame)  # kept, for the block may end in another thread
             yield
             if enforced is not None:
                 enforced.raise_swallowed()

@@ -52,6 +52,7 @@ class History(Source):
         self.violations: deque[CallRecord] = deque(maxlen=RING_RECORDS)
         self.violation_count = 0
         self.log: RunLog | None = None
+        self._owns_log = False
         self._counts: Counter[tuple[Context | None, str | None]] = Counter()
         self._sequence = itertools.count(1)
         _alive.add(self)
@@ -140,20 +141,24 @@ class History(Source):
         if self.log is not None and not self.log.closed:
             raise ValueError(f"{self.module} already logs to {self.log.folder}")
         self.write_to(RunLog(folder, {"module": self.module, **header}))
+        self._owns_log = True
 
     def write_to(self, log: RunLog) -> None:
-        """Write to a log that others write to as well."""
+        """Write to a log that somebody else owns, and ends."""
         self.end_log()
         self.log = log
-        log.add_writer(self)
+        self._leave_log = log.add_writer(self)
         self.add_sink(log)
 
     def end_log(self) -> None:
-        """Write ``run.end`` and close the log, if there is one."""
+        """End the log: write ``run.end`` and close it, or only leave it when another owns it."""
         log, self.log = self.log, None
         if log is not None:
             self.remove_sink(log)
-            log.close()
+            self._leave_log()
+            if self._owns_log:
+                log.close()
+        self._owns_log = False
 
 
 _alive: weakref.WeakSet[History] = weakref.WeakSet()

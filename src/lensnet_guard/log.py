@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,7 @@ class RunLog(Sink):
             context_class=dict,
         ).bind()
         self._open()
+        _logs.add(self)
 
     @property
     def path(self) -> Path | None:
@@ -122,10 +123,13 @@ class RunLog(Sink):
         """Append one line; never raises for the file's sake."""
         self._append(event, fields)
 
-    def add_writer(self, writer: object) -> None:
-        """Keep the log open until this writer is gone too, or until the interpreter exits."""
+    def add_writer(self, writer: object) -> Callable[[], object]:
+        """Keep the log open until this writer is gone too, or until the interpreter exits.
+
+        What comes back says that it is gone.
+        """
         self._writers += 1
-        weakref.finalize(writer, self._remove_writer)
+        return weakref.finalize(writer, self._remove_writer)
 
     def _remove_writer(self) -> None:
         self._writers -= 1
@@ -137,8 +141,6 @@ class RunLog(Sink):
         if self.closed:
             return
         mine = self._file.pid == os.getpid()
-        if not mine:
-            self._lock = threading.RLock()  # a fork copies the lock as another thread held it
         with self._lock:  # so that no other thread writes to a number that is a new file by then
             if mine and self._file.path is not None:
                 self.write(
@@ -182,11 +184,10 @@ class RunLog(Sink):
     def _append(self, event: str, fields: dict[str, Any], counted: str | None = None) -> None:
         if self.closed:
             return
-        if self._file.pid != os.getpid():  # a fork shares the parent's file: leave that alone
-            self._lock = threading.RLock()
-            self._file.close()
-            self._open()
         with self._lock:
+            if self._file.pid != os.getpid():  # a fork shares the parent's file: leave that alone
+                self._file.close()
+                self._open()
             if self._file.full and (segment := self._file.next_segment()) is not None:
                 before = self._sums | {"lost_lines": self.lost_lines}
                 self._logger.info("segment.begin", **self._run, segment=segment, before=before)
@@ -196,6 +197,19 @@ class RunLog(Sink):
 
     def _write_line(self, line: bytes) -> None:
         self._file.write(line)
+
+
+_logs: weakref.WeakSet[RunLog] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """A fork copies a lock as another thread held it, and that thread is not in the child."""
+    for log in list(_logs):
+        log._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class _LineSink:

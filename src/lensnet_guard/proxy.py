@@ -1,11 +1,12 @@
 """The wrapt boundary: a module that looks, registers and saves like the raw one, and asks first.
 
-Everything but a call passes straight through to the raw module (parameters, ``state_dict`` keys,
+What is not a call passes straight through to the raw module (parameters, ``state_dict`` keys,
 hooks, ``named_modules``). What would hand out the raw module, and so drop the guard silently, is
 overridden here: fluent methods, copies and pickles. Runs of the raw module are `tripwire`'s.
 """
 
 import copy
+import functools
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +14,7 @@ import wrapt
 from torch import nn
 
 from lensnet_guard._torch_internals import eager_only
-from lensnet_guard.tripwire import guard_behind, refuse_scripting
+from lensnet_guard.tripwire import EAGER, guard_behind, refuse_scripting
 
 if TYPE_CHECKING:
     from lensnet_guard.guard import Guard
@@ -22,14 +23,6 @@ if TYPE_CHECKING:
 FLUENT_METHODS = (
     *("apply", "bfloat16", "cpu", "cuda", "double", "eval", "float", "half", "ipu", "mtia"),
     *("requires_grad_", "share_memory", "to", "to_empty", "train", "type", "xpu"),
-)
-
-
-# What torch prints where a guarded module stands in the way of a full graph.
-EAGER = (
-    "a module guarded by lensnet_guard is called in Python, so that every call is counted. Compile "
-    "the module itself before it is guarded (module.compile(); guard_module(module)) and leave "
-    "fullgraph=True out around its callers: they run with one graph break"
 )
 
 
@@ -47,10 +40,27 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._self_guard._run(self.__wrapped__, args, kwargs, sys._getframe().f_back)
 
-    @eager_only(EAGER)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module without its hooks, as ``nn.Module.forward`` does; guarded all the same."""
-        return self._self_guard._run(self.__wrapped__.forward, args, kwargs, sys._getframe().f_back)
+    @property
+    def forward(self) -> Any:
+        """The module without its hooks, as ``nn.Module.forward`` is; guarded all the same.
+
+        Raises:
+            AttributeError: when it is set: a call would not run what was set.
+        """
+        raw = self.__wrapped__.forward
+
+        @functools.wraps(raw, updated=())
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._self_guard._run(raw, args, kwargs, sys._getframe().f_back)
+
+        return forward
+
+    @forward.setter
+    def forward(self, _: Any) -> None:
+        raise AttributeError(
+            f"the forward of {self._self_guard.name} is guarded and cannot be replaced; wrap or "
+            "compile the module's forward first, and guard it afterwards"
+        )
 
     def __copy__(self) -> "GuardedModule":
         return self._self_guard._guard_copy(copy.copy(self.__wrapped__), shallow=True)

@@ -23,7 +23,7 @@ class Recomputes:
     def __init__(self) -> None:
         self._calls: WeakKeyDictionary[object, list[CallRecord]] = WeakKeyDictionary()
         # Of each checkpoint the backward pass seen last, and the recomputes that it has made.
-        self._passes: WeakKeyDictionary[object, tuple[int, int]] = WeakKeyDictionary()
+        self._passes: WeakKeyDictionary[object, tuple[int | None, int]] = WeakKeyDictionary()
 
     def remember(self, record: CallRecord, frame: FrameType | None) -> None:
         """Note a call that is made from ``frame``, for all checkpoints that are open there."""
@@ -36,19 +36,14 @@ class Recomputes:
         Several calls under one checkpoint are recomputed in their order, in every backward pass.
         """
         backward = backward_pass()
-        checkpoint = recomputed_checkpoint(frame) if backward is not None else None
+        checkpoint = recomputed_checkpoint(frame)
         calls = self._calls.get(checkpoint) if checkpoint is not None else None
-        if backward is None or not calls:
+        if not calls:
             return None
         last_pass, made = self._passes.get(checkpoint, (backward, 0))
         made = made if last_pass == backward else 0
-        self._passes[checkpoint] = (backward, made + 1)
+        self._passes[checkpoint] = backward, made + 1
         if made >= len(calls):
             return None
         self.remember(calls[made], frame)  # a checkpoint within this one starts anew
         return calls[made]
-
-
-def recomputing(frame: FrameType | None) -> bool:
-    """Whether some activation checkpoint is being recomputed from ``frame`` outwards."""
-    return backward_pass() is not None and recomputed_checkpoint(frame) is not None

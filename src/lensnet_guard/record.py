@@ -249,7 +249,7 @@ def _describe(value: Any, depth: int = 2) -> object:
     if isinstance(value, torch.Tensor):
         try:
             return value.shape, value.dtype, value.device
-        except RuntimeError:  # a strided nested tensor has no shape
+        except Exception:  # a strided nested tensor has no shape, nor has many a subclass
             return type(value).__name__
     if depth and isinstance(value, (tuple, list)):
         return [_describe(item, depth - 1) for item in value[:8]]
@@ -273,7 +273,10 @@ def _input_text(described: object) -> str:
     if isinstance(described, _Named):
         return f"{described.name}={_input_text(described.described)}"
     if isinstance(described, tuple):
-        return _tensor_text(*described)
+        try:
+            return _tensor_text(*described)
+        except TypeError:  # a symbolic shape, while torch traces
+            return _tensor_text.__wrapped__(*described)
     if isinstance(described, list):
         return f"({', '.join(map(_input_text, described))})"
     return str(described)

@@ -9,6 +9,7 @@ miss ``_call_impl``; a ``forward`` on the instance would make a copy run the ori
 
 import copyreg
 import functools
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,6 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+
+from lensnet_guard._torch_internals import eager_only, recomputing
+
+# What torch prints where a guarded module stands in the way of a full graph.
+EAGER = (
+    "a module guarded by lensnet_guard is called in Python, so that every call is counted. Compile "
+    "the module itself before it is guarded (module.compile(); guard_module(module)) and leave "
+    "fullgraph=True out around its callers: they run with one graph break"
+)
 
 
 class Inside(threading.local):
@@ -32,6 +42,8 @@ class Inside(threading.local):
         self.here = False
 
 
+# A forward that somebody put on an instance, and what stands there instead.
+_OwnForward = tuple[Callable[..., Any], Callable[..., Any]]
 Refuse = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -72,20 +84,22 @@ class Tripwire:
         for part in submodules.values():
             if isinstance(part, ParametrizationList):
                 spared.update(map(id, part.modules()))
-        self.module = module
-        self.guard = guard
+        self.module: nn.Module | None = module
+        self.guard: object | None = guard
         self._inside = inside
-        self._refuse = refuse
-        self._armed: dict[int, tuple[nn.Module, type, Callable[..., Any] | None]] = {}
+        self._refuse: Refuse | None = refuse
+        self._armed: dict[int, tuple[nn.Module, type, _OwnForward | None]] = {}
         classes: dict[type, type] = {}
         for part in submodules.values():
             if id(part) in spared or not _runs(part) or armed_by(part) is not None:
                 continue
             armed: type = type(part)
             original = armed._lensnet_original if isinstance(armed, _ArmedMeta) else armed
-            own_forward = part.__dict__.get("forward")  # as accelerate's hooks leave behind
-            if own_forward is not None:
-                part.__dict__["forward"] = self._checked(own_forward, part)
+            own_forward = None
+            if "forward" in part.__dict__:  # as accelerate's hooks leave behind
+                before = part.__dict__["forward"]
+                own_forward = before, self._checked(before, part)
+                part.__dict__["forward"] = own_forward[1]
             if original not in classes:
                 classes[original] = self._armed_class(original)
             part.__class__ = classes[original]
@@ -98,8 +112,8 @@ class Tripwire:
     def disarm(self) -> None:
         """Restore every class and every forward, the same objects as before."""
         for part, original, own_forward in self._armed.values():
-            if own_forward is not None:
-                part.__dict__["forward"] = own_forward
+            if own_forward is not None and part.__dict__.get("forward") is own_forward[1]:
+                part.__dict__["forward"] = own_forward[0]
             armed: type = type(part)
             if isinstance(armed, _ArmedMeta):
                 part.__class__ = armed._lensnet_original
@@ -111,17 +125,52 @@ class Tripwire:
                     stacklevel=3,
                 )
         self._armed.clear()
+        # Copies, and torch.compile's caches, keep the armed classes: they shall keep no more.
+        self.module = self.guard = self._refuse = None
+
+    @eager_only(EAGER)
+    def _behind(
+        self, part: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """A run that nobody admitted: refused, unless it is a part's in a recompute."""
+        if self._refuse is None:  # a copy that has outlived the guard
+            return run(*args, **kwargs)
+        if part is not self.module and recomputing(sys._getframe()):
+            return self._run_inside(run, args, kwargs)
+        return self._refuse(part, run, args, kwargs)
+
+    def _run_inside(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        self._inside.here = True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self._inside.here = False
+
+    @eager_only(EAGER)
+    def _compiled(self, part: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A compiled part called from outside: in a recompute it must run compiled again."""
+        if part is not self.module and recomputing(sys._getframe()):
+            return self._run_inside(run, args, kwargs)
+        return run(*args, **kwargs)
 
     def _armed_class(self, original: Any) -> type:
         """A subclass of the same name that asks first, and otherwise is the original."""
-        inside, refuse = self._inside, self._refuse
+        inside, tripwire = self._inside, self
 
         def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if inside.here:
                 return original.forward(part, *args, **kwargs)
             # __get__ and not MethodType(...), which torch.compile cannot trace
-            return refuse(part, original.forward.__get__(part), args, kwargs)
+            return tripwire._behind(part, original.forward.__get__(part), args, kwargs)
 
+        def __call__(part: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+            if inside.here or part._compiled_call_impl is None:
+                return original.__call__(part, *args, **kwargs)
+            return tripwire._compiled(part, original.__call__.__get__(part), args, kwargs)
+
+        # Code of its own, for torch.compile counts recompiles by code and gives up after eight.
+        forward.__code__ = forward.__code__.replace()
+        __call__.__code__ = __call__.__code__.replace()
         namespace = {
             "__slots__": (),
             "__module__": original.__module__,
@@ -131,7 +180,9 @@ class Tripwire:
             "__prepare_scriptable__": refuse_scripting,
             "_lensnet_tripwire": self,
             "_lensnet_original": original,
-            "forward": functools.wraps(original.forward)(forward),
+            # Without the function's attributes, by which torch.compile would look behind it.
+            "forward": functools.wraps(original.forward, updated=())(forward),
+            "__call__": __call__,
         }
         if "_wrapped_call" in vars(original):  # torch.fx looks for it in type(self) alone
             namespace["_wrapped_call"] = original._wrapped_call
@@ -147,11 +198,14 @@ class Tripwire:
 
     def _checked(self, run: Callable[..., Any], part: nn.Module) -> Callable[..., Any]:
         """A forward on the instance that asks first."""
-        inside, refuse = self._inside, self._refuse
+        inside, tripwire = self._inside, self
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return run(*args, **kwargs) if inside.here else refuse(part, run, args, kwargs)
+            if inside.here:
+                return run(*args, **kwargs)
+            return tripwire._behind(part, run, args, kwargs)
 
+        forward.__code__ = forward.__code__.replace()
         return forward
 
 
@@ -173,7 +227,7 @@ def guard_behind(module: object) -> object | None:
 def describe_part(module: nn.Module, part: nn.Module) -> str:
     """What ran, for the headline of a violation: nothing more to say when it was the module."""
     names = {id(inner): name for name, inner in module.named_modules()}
-    name = names.get(id(part), f"a copy of {type(part).__name__}")
+    name = names.get(id(part), f"{type(part).__name__}, a copy or a former part,")
     return f": {name} was run alone" if name else ""
 
 
@@ -182,6 +236,15 @@ class _ArmedMeta(type):
 
     _lensnet_tripwire: Tripwire
     _lensnet_original: type
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # type(part)(...) is a new, free module
+        return cls._lensnet_original(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, cls._lensnet_original)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls._lensnet_original)
 
     def __eq__(cls, other: object) -> bool:  # type(part) == nn.Linear, as torch's own docs write
         return other is cls or other is cls._lensnet_original

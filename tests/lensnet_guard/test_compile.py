@@ -1,6 +1,8 @@
 """torch.compile: every call is recorded and refused rightly, with at most one graph break."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -169,6 +171,106 @@ class TestCompiledThenGuarded:
         assert graph_breaks() == {}
         with pytest.raises(BypassedGuard):
             lens(X)
+
+
+class TestCompiledParts:
+    """Blocks compiled one by one, as large models are."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return x + self.outer(self.inner(x).sin().relu())
+
+    class Blocks(nn.Module):
+        def __init__(self, block, reentrant):
+            super().__init__()
+            self.blocks = nn.ModuleList([block(), block()])
+            self.reentrant = reentrant
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+            return x
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("guarded_first", [False, True])
+    def test_the_recompute_of_a_compiled_block_ran_eagerly(self, reentrant, guarded_first):
+        """It saved other tensors than the forward had, which torch refuses; now it is compiled."""
+        graphs = {}
+        for guarded in (False, True):
+            torch._dynamo.reset()
+            counter = CompileCounterWithBackend("aot_eager")
+            module = self.Blocks(self.Block, reentrant)
+            guard = guard_module(module) if guarded and guarded_first else None
+            for block in module.blocks:
+                block.compile(backend=counter)
+            guard = guard or (guard_module(module) if guarded else None)
+            for _ in range(3):
+                x = X.clone().requires_grad_()
+                if guard is None:
+                    out = module(x)
+                else:
+                    with guard.context("training"), guard.sanctioned(SCOPE):
+                        out = guard.module(x)
+                out.sum().backward()
+            graphs[guarded] = counter.frame_count
+        assert graphs[True] == graphs[False]
+
+    def test_a_bypass_of_a_compiled_block(self, count):
+        """Outside a recompute it is refused, compiled or not."""
+        module = self.Blocks(self.Block, False)
+        module.blocks[0].compile(backend=count)
+        guard_module(module)
+        for _ in range(2):
+            with pytest.raises(BypassedGuard):
+                module.blocks[0](X)
+
+
+class TestManyClasses:
+    def test_the_recompile_limit_was_shared_by_all_guarded_classes(self, count):
+        """Torch counts recompiles by code object, and gives up after eight."""
+        for number in range(12):
+            module = type(f"Lens{number}", (nn.Linear,), {})(3, 2)
+            module.compile(backend=count)
+            guard = guard_module(module)
+            with guard.context("inference"):
+                guard.module(X)
+        assert count.frame_count == 12
+
+    def test_a_decorated_forward_was_looked_through(self):
+        """The compiler went to the function behind ``@torch.compile``, past the tripwire."""
+
+        class Decorated(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.ones(3))
+
+            @torch.compile(backend="eager")
+            def forward(self, x):
+                return x * self.weight
+
+        module = Decorated()
+        guard = guard_module(module)
+        with pytest.raises(BypassedGuard):
+            torch.compile(lambda x: module(x), backend="eager")(X)
+        with guard.context("inference"):
+            guard.module(X)
+        assert guard.count() == 1
+
+    def test_compiled_modules_were_never_freed(self, lens, count):
+        """The compiler keeps classes; an armed one kept its module, also after `uninstall`."""
+        lens.compile(backend=count)
+        guard = guard_module(lens)
+        with guard.context("inference"):
+            guard.module(X)
+        guard.uninstall()
+        gone = weakref.ref(guard)
+        del guard
+        gc.collect()
+        assert gone() is None
 
 
 class TestCompiledBeforeItWasGuarded:

@@ -2,6 +2,7 @@
 
 # Blocks that end with an error are what is tested here, so `with` statements nest and do much.
 
+import contextlib
 import copy
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from lensnet_guard import (
@@ -327,6 +329,17 @@ class TestMessages:
             "  what to do   Call guard.module, not the module behind it or a part of it. A part "
             "that another model runs too is named in CallPolicy(shared_submodules=...).",
         ]
+
+    def test_an_earlier_call_that_raised(self, scorer, x):
+        """After an out-of-memory error the retry finds the budget spent, and reads why."""
+        guard = guard_module(scorer)
+        with pytest.raises(BudgetExceeded) as caught, guard.context("training"):
+            with guard.sanctioned("preference_scorer"):
+                with contextlib.suppress(RuntimeError):
+                    guard.module(torch.ones(1, 7))
+                guard.module(x)
+        (line,) = [line for line in str(caught.value).splitlines() if "spent by" in line]
+        assert line.endswith(", which raised RuntimeError")
 
     def test_name_of_the_guard_stands_in_the_message(self, x):
         """A module with a name of its own is called by it, also when the name has braces."""

@@ -452,6 +452,15 @@ class TestLifetime:
         copied.end_log()
         assert events(read(tmp_path / "b" / FILE)) == ["run.begin", "run.end"]
 
+    def test_a_copy_that_ended_closed_the_log_of_its_original(self, scorer, x, tmp_path):
+        """It only leaves it; whoever started the log ends it."""
+        guard = guard_module(scorer, log=tmp_path)
+        guard_of(copy.deepcopy(guard.module)).uninstall()
+        with guard.context("inference"):
+            guard.module(x)
+        guard.end_log()
+        assert events(read(tmp_path / FILE)) == ["run.begin", "call.begin", "call.end", "run.end"]
+
     def test_run_end_counted_what_was_before_the_log(self, guard, x, tmp_path):
         """The last line sums up its own file, not what the guard saw before."""
         with pytest.raises(NoContext):

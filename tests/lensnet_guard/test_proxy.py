@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import inspect
 import io
 import pickle
+import re
 import threading
 import weakref
 
@@ -247,6 +249,20 @@ class TestRegistersLikeTheModule:
 
 
 class TestForward:
+    def test_setting_it_was_ignored(self, proxy):
+        """Autocast wrappers and compiled forwards stood on the proxy and were never run."""
+        message = (
+            "the forward of critic is guarded and cannot be replaced; wrap or compile the module's "
+            "forward first, and guard it afterwards"
+        )
+        with pytest.raises(AttributeError, match=re.escape(message)):
+            proxy.forward = torch.compile(proxy.forward)
+
+    def test_its_signature_is_the_modules(self, proxy, linear):
+        """Trainers drop the columns of a data set that are not in it."""
+        assert inspect.signature(proxy.forward) == inspect.signature(linear.forward)
+        assert proxy.forward.__name__ == "forward"
+
     def test_is_guarded(self, proxy, guard):
         """forward called by name is a call like any other, without the hooks."""
         x = torch.ones(1, 3)

@@ -399,6 +399,29 @@ class TestPickling:
         assert copy.deepcopy(twice).inputs == lens.calls[0].inputs
 
 
+class TestStrangeInputs:
+    def test_a_log_broke_symbolic_tracing(self, scorer, x, tmp_path):
+        """A symbolic shape cannot be hashed, and was."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        guard = guard_module(scorer, log=tmp_path)
+        with guard.context("inference"):
+            make_fx(guard.module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+        guard.end_log()
+        assert guard.calls[0].inputs[0].startswith("float32[s")
+
+    def test_a_tensor_that_tells_nothing(self, lens):
+        """A subclass whose shape raises is named by its type, and called."""
+
+        class Secret(torch.Tensor):
+            @property
+            def shape(self):
+                raise AttributeError("secret")
+
+        lens.module(torch.ones(1, 3).as_subclass(Secret))
+        assert lens.calls[0].inputs == ("Secret",)
+
+
 class TestToLog:
     def test_fields(self, lens, x):
         """Every public attribute under its own name, frames by their OpenTelemetry names."""

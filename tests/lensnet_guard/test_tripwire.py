@@ -1,5 +1,6 @@
 """Runs behind the guard's back: refused before they compute, recorded with their caller."""
 
+import abc
 import contextlib
 import copy
 import gc
@@ -152,7 +153,7 @@ class TestBypasses:
         [
             ("a reference from before", ""),
             ("a leaf", ": blocks.0.linear was run alone"),
-            ("a deep copy", ": a copy of Lens was run alone"),
+            ("a deep copy", ": Lens, a copy or a former part, was run alone"),
         ],
     )
     def test_the_message_says_what_ran(self, guard, lens, way, detail):
@@ -350,6 +351,7 @@ class TestUninstall:
 
         lens.forward = forward
         guard = guard_module(lens)
+        assert lens.__dict__["forward"] is not forward
         with pytest.raises(BypassedGuard):
             lens(X)
         with guard.context("inference"):
@@ -357,6 +359,14 @@ class TestUninstall:
         assert calls == [1]
         guard.uninstall()
         assert lens.__dict__["forward"] is forward
+
+    def test_a_forward_that_was_replaced_meanwhile_is_left(self, lens):
+        """It is no longer the guard's to restore."""
+        lens.forward = lens.forward
+        guard = guard_module(lens)
+        lens.forward = newer = lambda x: x
+        guard.uninstall()
+        assert lens.__dict__["forward"] is newer
 
 
 class TestClasses:
@@ -412,6 +422,35 @@ class TestClasses:
         del module
         gc.collect()
         assert [ref() for ref in gone] == [None, None]
+
+    def test_an_abc_forgot_its_subclasses(self):
+        """The armed class shared the caches of isinstance with its original, for good."""
+
+        class Base(nn.Linear, abc.ABC):
+            pass
+
+        class Derived(Base):
+            pass
+
+        module, other = Base(3, 2), Derived(3, 2)
+        guard = guard_module(module)
+        assert isinstance(other, type(module))
+        assert issubclass(Derived, type(module))
+        guard.uninstall()
+        assert isinstance(other, Base)
+        assert issubclass(Derived, Base)
+
+    def test_a_new_module_of_the_same_class_is_free(self, guard, lens):
+        """`type(module)(...)`, as target networks are made."""
+        other = type(lens)()
+        assert type(other) is Lens
+        other(X)
+
+    def test_copies_run_again_when_the_guard_is_gone(self, guard, lens):
+        """They were refused for good, and the remedy was a guard that is not there."""
+        copied = copy.deepcopy(lens)
+        guard.uninstall()
+        copied(X)
 
     def test_modules_without_a_forward_are_left_alone(self, guard, lens):
         """A ModuleList cannot be run."""
