@@ -246,6 +246,7 @@ class Guard:
         except BaseException as error:
             stopped = stops_recomputing(error)
             record.outcome = "stopped early" if stopped else f"raised {type(error).__name__}"
+            self._history.name_log(error)
             raise
         finally:
             inside.here = already_inside
@@ -279,6 +280,7 @@ class Guard:
             sink.violation(violation)
         if self.mode == "observe":
             return record
+        self._history.name_log(violation)
         raise violation
 
     def _violate(self, reason: str, here: Position, detail: str) -> None:

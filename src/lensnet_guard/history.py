@@ -160,6 +160,13 @@ class History(Source):
                 log.close()
         self._owns_log = False
 
+    def name_log(self, error: BaseException) -> None:
+        """Say on an exception that is on its way out where its call is written down."""
+        if self.log is not None and self.log.path is not None and hasattr(error, "add_note"):
+            note = f"lensnet_guard: the calls of {self.module} are in {self.log.path}"
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+
 
 _alive: weakref.WeakSet[History] = weakref.WeakSet()
 

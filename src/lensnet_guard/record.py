@@ -96,12 +96,15 @@ class CallRecord:
         return next(outside, stack[0] if stack else Frame("<unknown>", 0, "<unknown>"))
 
     def to_log(self) -> dict[str, Any]:
-        """The record as JSON-ready fields, frames under ``stack`` by their OpenTelemetry names."""
+        """The record as JSON-ready fields, frames under ``stack`` by their OpenTelemetry names.
+
+        ``caller`` is the index of the caller's frame in it.
+        """
         fields = dict(zip(_LOGGED_FIELDS, _get_logged(self), strict=True))
         fields["inputs"] = list(self.inputs)
-        fields["stack"] = [
-            _symbol(*f).fields if len(f) == 2 else _frame_fields(f) for f in self._stack
-        ]
+        symbols = [_symbol(*f) if len(f) == 2 else _Symbol.of(f) for f in self._stack]
+        fields["caller"] = next((i for i, s in enumerate(symbols) if not s.internal), 0)
+        fields["stack"] = [symbol.fields for symbol in symbols]
         return fields
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,9 +190,19 @@ def derived_qualname(frame: FrameType) -> str:
 class _Symbol(NamedTuple):
     """A raw frame made readable; it keeps the code alive whose ``id`` it is filed under."""
 
-    code: CodeType
+    code: CodeType | None
     frame: Frame
     fields: dict[str, Any]
+    internal: bool
+
+    @classmethod
+    def of(cls, frame: Frame, code: CodeType | None = None) -> "_Symbol":
+        fields = {
+            "code.file.path": frame.file,
+            "code.line.number": frame.line,
+            "code.function.name": frame.function,
+        }
+        return cls(code, frame, fields, frame.file.startswith(_INTERNAL_PATHS))
 
 
 # By the code's id (its hash would go through all its constants), then by instruction.
@@ -203,8 +216,7 @@ def _symbol(code: CodeType, instruction: int) -> _Symbol:
     except KeyError:
         if len(_symbols) >= _MAX_CODES:
             _symbols.clear()
-        frame = _symbolise(code, instruction)
-        symbol = _Symbol(code, frame, _frame_fields(frame))
+        symbol = _Symbol.of(_symbolise(code, instruction), code)
         _symbols.setdefault(id(code), {})[instruction] = symbol
         return symbol
 
@@ -220,14 +232,6 @@ def _symbolise(code: CodeType, instruction: int) -> Frame:
         line,
         getattr(code, "co_qualname", code.co_name),
     )
-
-
-def _frame_fields(frame: Frame) -> dict[str, Any]:
-    return {
-        "code.file.path": frame.file,
-        "code.line.number": frame.line,
-        "code.function.name": frame.function,
-    }
 
 
 def _short_path(path: str) -> str:

@@ -23,7 +23,8 @@ SCOPE = "preference_scorer"
 FILE = "lensnet.rank0.jsonl"
 RECORD_FIELDS = [
     *("seq", "module", "kind", "verdict", "reason", "context", "scope", "step", "micro_step"),
-    *("thread", "grad_enabled", "duration_ms", "outcome", "recompute_of", "inputs", "stack"),
+    *("thread", "grad_enabled", "duration_ms", "outcome", "recompute_of", "inputs", "caller"),
+    "stack",
 ]
 
 

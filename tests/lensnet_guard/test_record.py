@@ -431,7 +431,7 @@ class TestToLog:
         assert list(fields) == [
             *("seq", "module", "kind", "verdict", "reason", "context", "scope", "step"),
             *("micro_step", "thread", "grad_enabled", "duration_ms", "outcome", "recompute_of"),
-            *("inputs", "stack"),
+            *("inputs", "caller", "stack"),
         ]
         assert fields["stack"][0] == {
             "code.file.path": HERE,

@@ -1,11 +1,10 @@
-"""The verdict on a run, from its log files alone."""
+"""The verdict on a run folder in a line of numbers, for programs that train."""
 
-import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from lensnet_guard.postmortem.analysis import analyse
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ class LogVerdict:
     def __str__(self) -> str:
         text = ", ".join(
             (
-                _count(self.micro_steps, "micro-step"),
-                _count(self.calls, f"{self.module} call"),
-                _count(self.violations, "violation"),
+                count(self.micro_steps, "micro-step"),
+                count(self.calls, f"{self.module} call"),
+                count(self.violations, "violation"),
             )
         )
         extras = {
@@ -56,7 +55,7 @@ class LogVerdict:
             "unreadable line": self.unreadable_lines,
             "lost line": self.lost_lines,
         }
-        text += "".join(f"; {_count(n, what)}" for what, n in extras.items() if n)
+        text += "".join(f"; {count(n, what)}" for what, n in extras.items() if n)
         return text if self.ended else f"{text}; the log stops before the end of the run"
 
     def to_json(self) -> dict[str, Any]:
@@ -72,64 +71,23 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
     Raises:
         FileNotFoundError: there is no log in the folder.
     """
-    paths = sorted(Path(folder).glob("lensnet.rank*.jsonl"))
-    if not paths:
-        raise FileNotFoundError(f"no lensnet.rank*.jsonl in {folder}")
-    module = "LensNet"
-    per_micro_step: list[int] = []
-    calls = inference_calls = violations = cut_off = unreadable = lost = 0
-    ended = True
-    for path in paths:
-        last_event = None
-        open_calls = 0  # calls since the last micro-step ended
-        for line in _objects(path):
-            event = line.get("event")
-            last_event = event or last_event
-            if event is None:
-                unreadable += 1
-            elif event == "run.begin":
-                module = str(line.get("module", module))
-                cut_off, open_calls = cut_off + open_calls, 0
-            elif event == "call.begin" and line.get("verdict") == "allow":
-                if line.get("kind") == "recompute":
-                    continue
-                if line.get("context") == "training":
-                    open_calls += 1
-                else:
-                    inference_calls += 1
-            elif event == "violation":
-                violations += 1
-            elif event == "micro_step.end" and line.get("context") == "training":
-                per_micro_step.append(sum(line.get("calls", {}).values()))
-                calls, open_calls = calls + open_calls, 0
-            elif event == "run.end":
-                lost += int(line.get("lost_lines", 0))
-        cut_off += open_calls
-        ended = ended and last_event == "run.end"
+    analysis = analyse([folder])
+    runs = analysis.runs
+    cut_off = sum(run.cut_off_calls for run in runs)
     return LogVerdict(
-        module=module,
-        micro_steps=len(per_micro_step),
-        calls=calls,
-        inference_calls=inference_calls,
-        violations=violations,
+        module=runs[-1].module,
+        micro_steps=sum(run.micro_steps for run in runs),
+        calls=sum(run.training_calls for run in runs) - cut_off,
+        inference_calls=sum(run.inference_calls for run in runs),
+        violations=sum(run.violation_count for run in runs),
         cut_off_calls=cut_off,
-        calls_per_micro_step=tuple(per_micro_step),
-        unreadable_lines=unreadable,
-        lost_lines=lost,
-        ended=ended,
+        calls_per_micro_step=tuple(n for run in runs for n in run.micro_step_calls),
+        unreadable_lines=sum(run.unreadable_count for run in runs),
+        lost_lines=sum(run.lost_lines for run in runs),
+        ended=all(run.ended for run in analysis.latest),
     )
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """``1 call``, ``2 calls``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The file's lines, an empty object for each that is none; lines are read one at a time."""
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                parsed = json.loads(line)
-            except ValueError:
-                parsed = None
-            yield parsed if isinstance(parsed, dict) else {}

@@ -1,0 +1,167 @@
+"""The command line: ``lensnet-guard postmortem``, ``report`` and ``trace``."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TypeVar
+
+import click
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from lensnet_guard.postmortem.analysis import analyse
+from lensnet_guard.postmortem.findings import Analysis
+from lensnet_guard.postmortem.reader import find_logs
+
+_T = TypeVar("_T")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Read the logs that guards have written.
+
+    Example: lensnet-guard postmortem runs/42
+    """
+
+
+@main.command("postmortem")
+@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def postmortem(targets: tuple[Path, ...], as_json: bool) -> None:
+    """What happened in a run: TARGETS are run folders or log files, also of several ranks.
+
+    The verdict comes first; then the calls by context, scope and call site, the budgets that were
+    missed, the calls in flight when the process died, and what set refused calls apart.
+
+    Exits with 0 when the run was clean, 1 on violations, a crash or a damaged log, 2 when nothing
+    could be read.
+
+    Example: lensnet-guard postmortem runs/42 --json
+    """
+    analysis = read(targets)
+    if as_json:
+        sys.stdout.buffer.write(orjson.dumps(to_json(analysis), option=orjson.OPT_APPEND_NEWLINE))
+    else:
+        from lensnet_guard.postmortem.render import render
+
+        render(analysis, Console(soft_wrap=True, highlight=False))
+    sys.exit(analysis.exit_code)
+
+
+@main.command("report")
+@click.argument("target", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Default: report.html in RUN_DIR."
+)
+def report(target: Path, output: Path | None) -> None:
+    """Write what happened in a run as one HTML page that needs no network.
+
+    Verdict, timeline, violations and call sites with their stacks, of all logs in RUN_DIR; and the
+    curves of metrics.jsonl and the picture overview.png where it has them.
+
+    Exits with 0 when the page is written, whatever it says, and 2 when it cannot be.
+
+    Example: lensnet-guard report runs/42 -o report.html
+    """
+    from lensnet_guard.postmortem.report import render_report
+    from lensnet_guard.postmortem.timeline import read_timelines
+
+    folder = target if target.is_dir() else target.parent
+    output = output or folder / "report.html"
+    analysis = read((target,))
+    timelines = _with_progress((target,), read_timelines)
+    with _replacing(output) as file:
+        for piece in render_report(analysis, timelines, folder):
+            file.write(piece.encode("utf-8", "backslashreplace"))
+    click.echo(f"{output}: {analysis.verdict}")
+
+
+@main.command("trace")
+@click.argument("target", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Default: trace.json in RUN_DIR."
+)
+def trace(target: Path, output: Path | None) -> None:
+    """Write the calls of a run as a trace for ui.perfetto.dev or chrome://tracing.
+
+    Calls and micro-steps of every thread, violations as instants, and calls in flight at death as
+    slices without an end, of all logs in RUN_DIR.
+
+    Exits with 0 when the trace is written and 2 when it cannot be.
+
+    Example: lensnet-guard trace runs/42 -o trace.json
+    """
+    from lensnet_guard.postmortem.trace import write_trace
+
+    output = output or (target if target.is_dir() else target.parent) / "trace.json"
+
+    def write(targets: tuple[Path, ...], progress: Callable[[int], object]) -> int:
+        find_logs(targets)  # before a file is made
+        with _replacing(output) as file:
+            return write_trace(targets, file, progress)
+
+    click.echo(f"{output}: {_with_progress((target,), write)} events")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when complete; exits with 2 when it cannot."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is there and is no file")
+        with temporary.open("xb") as file:
+            try:
+                yield file
+                file.close()
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink()
+                raise
+    except OSError as error:
+        _fail(error)
+
+
+def read(targets: tuple[Path, ...]) -> Analysis:
+    """Analyse with a progress bar; exits with 2 when there is nothing to read."""
+    return _with_progress(targets, analyse)
+
+
+def _with_progress(
+    targets: tuple[Path, ...],
+    work: Callable[[tuple[Path, ...], Callable[[int], object]], _T],
+) -> _T:
+    """Read all logs under a progress bar; exits with 2 when there is nothing to read."""
+    try:
+        total = sum(path.stat().st_size for paths in find_logs(targets).values() for path in paths)
+        columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("reading", total=total)
+            return work(targets, lambda read: progress.advance(task, read))
+    except OSError as error:
+        _fail(error)
+
+
+def _fail(error: OSError) -> NoReturn:
+    click.echo(f"lensnet-guard: {error}", err=True)
+    sys.exit(2)
+
+
+def to_json(analysis: Analysis) -> dict[str, Any]:
+    """The analysis as a JSON-ready object."""
+    runs = []
+    for run in analysis.runs:
+        fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
+        del fields["micro_step_calls"], fields["steps"]
+        fields["sites"] = [dataclasses.asdict(s) | {"times": n} for s, n in run.sites.most_common()]
+        runs.append(fields | {"died": run.died})
+    return {
+        "verdict": analysis.verdict,
+        "exit_code": analysis.exit_code,
+        "divergence": analysis.divergence,
+        "runs": runs,
+    }

@@ -1,0 +1,237 @@
+"""From log files to findings, in one pass, line by line.
+
+What is kept does not grow with the logs, but for twelve bytes per training micro-step.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lensnet_guard.postmortem.events import counts, number, read_call, read_site, text, texts, whole
+from lensnet_guard.postmortem.findings import (
+    Analysis,
+    Call,
+    Deviation,
+    Divergence,
+    Run,
+    Violation,
+)
+from lensnet_guard.postmortem.reader import Line, find_logs, read_lines
+
+try:
+    import fcntl
+except ImportError:  # Windows: a log that is still being written looks like that of a dead process
+    fcntl = None  # type: ignore[assignment]
+
+KEPT_VIOLATIONS = 200  # of each run, the first
+KEPT_DEVIATIONS = 200
+KEPT_LINE_NUMBERS = 20
+
+
+def analyse(
+    targets: Iterable[str | os.PathLike[str]], progress: Callable[[int], object] = lambda _: None
+) -> Analysis:
+    """Read run folders and log files.
+
+    Args:
+        progress: is told of the bytes that were read.
+
+    Raises:
+        FileNotFoundError: a target does not exist, or a folder holds no log.
+    """
+    runs: list[Run] = []
+    for log, paths in find_logs(targets).items():
+        reading = _Reading(log)
+        for path in paths:
+            for line in read_lines(path, progress):
+                reading.take(line)
+        reading.finish(running=_is_held(paths[-1]))
+        runs += reading.runs
+    return Analysis(tuple(runs), _divergence(runs))
+
+
+class _Reading:
+    """The lines of one log, taken in order."""
+
+    def __init__(self, log: str) -> None:
+        self.runs: list[Run] = []
+        self._log = log
+        self._new_run()
+
+    def _new_run(self) -> Run:
+        self._open: dict[tuple[str, int | None], Mapping[str, Any]] = {}
+        self._allowed: dict[str, Mapping[str, Any]] = {}
+        self._since_step = self._ran_since_step = 0
+        self.run = Run(self._log)
+        self.runs.append(self.run)
+        return self.run
+
+    def take(self, line: Line) -> None:
+        """Take one line; none of them raises."""
+        run = self.run
+        if line.torn:
+            run.torn_at = line.number
+        event = line.event
+        if event is None:
+            run.unreadable_count += 1
+            if len(run.unreadable) < KEPT_LINE_NUMBERS:
+                run.unreadable.append(line.number)
+            return
+        name = event["event"]
+        if name == "run.begin":
+            self._end_run()
+            run = self._new_run() if run.events else run
+        run.events += 1
+        run.ended = name == "run.end"
+        run.last = number(event.get("timestamp")) or run.last
+        take = _TAKERS.get(name)
+        if take is not None:
+            take(self, event)
+
+    def finish(self, *, running: bool) -> None:
+        """The last line has been taken."""
+        self.run.running = running and not self.run.ended
+        self._end_run()
+
+    def _end_run(self) -> None:
+        self.run.cut_off_calls = self._since_step
+        self.run.in_flight = list(map(read_call, self._open.values()))
+
+    # One method per event ----------------------------------------------------------------------
+
+    def _header(self, event: Mapping[str, Any]) -> None:
+        run = self.run
+        run.rank = text(event.get("rank")) or "?"
+        run.pid = whole(event.get("process.pid"))
+        run.host = text(event.get("host.name")) or "?"
+        run.module = text(event.get("module")) or run.module
+        run.mode = text(event.get("mode")) or "?"
+        run.argv = texts(event.get("process.command_args"))
+        versions = event.get("versions")
+        if isinstance(versions, dict):
+            run.versions = {str(k): str(v) for k, v in versions.items()}
+        run.started = run.started or number(event.get("timestamp"))
+
+    def _segment(self, event: Mapping[str, Any]) -> None:
+        run = self.run
+        self._header(event)
+        before = event.get("before")
+        if run.events == 1 and isinstance(before, dict):  # older segments were dropped
+            run.dropped_segments = True
+            run.training_calls = whole(before.get("calls")) or 0
+            run.inference_calls = whole(before.get("inference_calls")) or 0
+            run.micro_steps = whole(before.get("micro_steps")) or 0
+            run.violation_count = whole(before.get("violations")) or 0
+
+    def _begin(self, event: Mapping[str, Any]) -> None:
+        # The event itself is kept, and becomes a Call when somebody asks: most never do.
+        run, site = self.run, read_site(event)
+        self._open[site.module, whole(event.get("seq"))] = event
+        ran_in_training = site.context == "training" and site.kind != "recompute"
+        self._ran_since_step += ran_in_training
+        if site.reason is not None:  # observed: the violation's line has counted it
+            return
+        run.sites[site] += 1
+        if site.kind == "recompute":
+            run.recomputes += 1
+        elif ran_in_training:
+            run.training_calls += 1
+            self._since_step += 1
+            self._allowed[site.module] = event
+        else:
+            run.inference_calls += 1
+            self._allowed.setdefault(site.module, event)
+
+    def _end(self, event: Mapping[str, Any]) -> None:
+        self._open.pop((text(event.get("module")) or "?", whole(event.get("seq"))), None)
+
+    def _violation(self, event: Mapping[str, Any]) -> None:
+        run = self.run
+        run.violation_count += 1
+        run.sites[read_site(event)] += 1
+        if len(run.violations) < KEPT_VIOLATIONS:
+            call = read_call(event)
+            before = self._allowed.get(call.module)
+            allowed = read_call(before) if before is not None else None
+            run.violations.append(Violation(call, allowed, _differences(call, allowed)))
+
+    def _micro_step(self, event: Mapping[str, Any]) -> None:
+        if event.get("context") != "training":
+            return
+        run = self.run
+        made, due = counts(event.get("calls")), counts(event.get("due"))
+        run.micro_steps += 1
+        run.micro_step_calls.append(self._ran_since_step)
+        self._since_step = self._ran_since_step = 0
+        step, micro_step = whole(event.get("step")), whole(event.get("micro_step"))
+        run.steps.append(max(-(2**63), min(step if step is not None else -1, 2**63 - 1)))
+        if due and made != due:
+            run.deviation_count += 1
+            if len(run.deviations) < KEPT_DEVIATIONS:
+                run.deviations.append(Deviation(step, micro_step, made, due))
+
+    def _run_end(self, event: Mapping[str, Any]) -> None:
+        self.run.lost_lines = whole(event.get("lost_lines")) or 0
+
+
+_TAKERS: dict[str, Callable[[_Reading, Mapping[str, Any]], None]] = {
+    "run.begin": _Reading._header,
+    "segment.begin": _Reading._segment,
+    "call.begin": _Reading._begin,
+    "call.end": _Reading._end,
+    "violation": _Reading._violation,
+    "micro_step.end": _Reading._micro_step,
+    "run.end": _Reading._run_end,
+}
+
+
+def _differences(refused: Call, allowed: Call | None) -> tuple[str, ...]:
+    if allowed is None or refused.kind not in ("call", "bypass"):
+        return ()
+    pairs = {
+        "caller": (refused.caller, allowed.caller),
+        "context": (refused.context or "unset", allowed.context or "unset"),
+        "scope": (refused.scope or "none", allowed.scope or "none"),
+        "inputs": (", ".join(refused.inputs), ", ".join(allowed.inputs)),
+        "grad": (_on(refused.grad_enabled), _on(allowed.grad_enabled)),
+        "thread": (refused.thread, allowed.thread),
+    }
+    return tuple(f"{what}: {a} (allowed: {b})" for what, (a, b) in pairs.items() if a != b)
+
+
+def _on(enabled: bool) -> str:
+    return "enabled" if enabled else "disabled"
+
+
+def _divergence(runs: Iterable[Run]) -> Divergence | None:
+    """The first step in which ranks made different numbers of training calls.
+
+    Steps are compared by their numbers; those that a rank has not reached yet tell nothing.
+    """
+    by_rank: dict[str, Counter[int]] = {}
+    for run in runs:
+        by_step = by_rank.setdefault(run.rank, Counter())
+        for step, made in zip(run.steps, run.micro_step_calls, strict=True):
+            by_step[step] += made
+    if len(by_rank) < 2:
+        return None
+    for step in sorted(set.intersection(*map(set, by_rank.values()))):
+        calls = {rank: by_step[step] for rank, by_step in by_rank.items()}
+        if len(set(calls.values())) > 1:
+            return Divergence(step, calls)
+    return None
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a live process is writing the file."""
+    if fcntl is not None:
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            except OSError:  # a file system without locks
+                pass
+    return False

@@ -1,0 +1,80 @@
+"""The fields of a log's events, which may hold anything in a line that is foreign or damaged."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lensnet_guard.postmortem.findings import Call, CallSite
+
+
+def read_call(event: Mapping[str, Any]) -> Call:
+    """The call that a ``call.begin`` or ``violation`` line tells of."""
+    stack = event.get("stack")
+    frames = tuple(_frame(frame) for frame in stack) if isinstance(stack, list) else ()
+    caller = whole(event.get("caller"))
+    seq = whole(event.get("seq"))
+    return Call(
+        seq=-1 if seq is None else seq,
+        module=text(event.get("module")) or "?",
+        kind=text(event.get("kind")) or "?",
+        reason=text(event.get("reason")),
+        context=text(event.get("context")),
+        scope=text(event.get("scope")),
+        step=whole(event.get("step")),
+        micro_step=whole(event.get("micro_step")),
+        thread=text(event.get("thread")) or "?",
+        grad_enabled=event.get("grad_enabled") is True,
+        inputs=texts(event.get("inputs")),
+        stack=frames,
+        caller=frames[caller] if caller is not None and 0 <= caller < len(frames) else "unknown",
+        timestamp=number(event.get("timestamp")),
+        message=text(event.get("message")),
+    )
+
+
+def read_site(event: Mapping[str, Any]) -> CallSite:
+    """Where a call was made, without reading the rest of its line."""
+    stack, caller = event.get("stack"), whole(event.get("caller"))
+    known = isinstance(stack, list) and caller is not None and 0 <= caller < len(stack)
+    return CallSite(
+        module=text(event.get("module")) or "?",
+        context=text(event.get("context")),
+        scope=text(event.get("scope")),
+        kind=text(event.get("kind")) or "?",
+        reason=text(event.get("reason")),
+        caller=_frame(stack[caller]) if known else "unknown",  # type: ignore[index]
+    )
+
+
+def text(value: object) -> str | None:
+    """A string, or None for anything else."""
+    return value if isinstance(value, str) else None
+
+
+def texts(value: object) -> tuple[str, ...]:
+    """A list's items as text."""
+    return tuple(str(item) for item in value) if isinstance(value, list) else ()
+
+
+def whole(value: object) -> int | None:
+    """A whole number, or None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def number(value: object) -> float | None:
+    """A finite float, or None."""
+    return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+def counts(value: object) -> dict[str, int]:
+    """A dict of whole numbers."""
+    if not isinstance(value, dict):
+        return {}
+    return {str(name): count for name, count in value.items() if whole(count) is not None}
+
+
+def _frame(value: object) -> str:
+    if not isinstance(value, dict):
+        return "unknown"
+    path, line = value.get("code.file.path"), value.get("code.line.number")
+    return f"{path}:{line} in {value.get('code.function.name')}"

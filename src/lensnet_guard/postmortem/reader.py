@@ -1,0 +1,84 @@
+"""The lines of log files, one at a time and in bounded memory, whatever is in them."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+MAX_LINE_BYTES = 16 * 2**20  # a longer line is no log line
+_LOG_NAME = re.compile(r"(?P<log>lensnet\.rank.+?)(?:\.seg(?P<segment>\d+))?\.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a file.
+
+    Attributes:
+        number: from 1, in its file.
+        event: the JSON object; None when the line is none, or names no event.
+        torn: the file ends within it.
+    """
+
+    number: int
+    event: dict[str, Any] | None
+    torn: bool
+
+
+def find_logs(targets: Iterable[str | os.PathLike[str]]) -> dict[str, list[Path]]:
+    """The files of each log, full segments first, in the order in which they were written.
+
+    Args:
+        targets: run folders and log files.
+
+    Raises:
+        FileNotFoundError: a target does not exist, or a folder holds no log.
+    """
+    logs: dict[str, list[Path]] = {}
+    for target in map(Path, targets):
+        paths = sorted(target.glob("lensnet.rank*.jsonl")) if target.is_dir() else [target]
+        if not paths:
+            raise FileNotFoundError(f"no lensnet.rank*.jsonl in {target}")
+        for path in paths:
+            if not path.exists():
+                raise FileNotFoundError(f"no such file or folder: {path}")
+            name = _LOG_NAME.fullmatch(path.name)
+            logs.setdefault(str(path.parent / (name["log"] if name else path.name)), []).append(
+                path
+            )
+    return {log: sorted(set(paths), key=_segment) for log, paths in sorted(logs.items())}
+
+
+def _segment(path: Path) -> float:
+    """Its number; the current file, without one, comes last."""
+    name = _LOG_NAME.fullmatch(path.name)
+    return int(name["segment"]) if name and name["segment"] else float("inf")
+
+
+def read_lines(path: Path, progress: Callable[[int], object] = lambda _: None) -> Iterator[Line]:
+    """Read a file line by line; ``progress`` is told of every line's bytes."""
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(MAX_LINE_BYTES):
+            number += 1
+            progress(len(raw))
+            ended = raw.endswith(b"\n")
+            if len(raw) == MAX_LINE_BYTES and not ended:
+                while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                    progress(len(rest))
+                yield Line(number, None, torn=False)
+                continue
+            if raw.isspace():  # an empty line is nobody's loss
+                continue
+            yield Line(number, _event(raw), torn=not ended)
+
+
+def _event(raw: bytes) -> dict[str, Any] | None:
+    try:
+        parsed = orjson.loads(raw)
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, dict) and isinstance(parsed.get("event"), str) else None

@@ -1,0 +1,138 @@
+"""The findings in a terminal: the verdict first, then what led to it."""
+
+import os
+from collections.abc import Sequence
+from datetime import datetime
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lensnet_guard.postmortem.findings import Analysis, Call, Run
+from lensnet_guard.postmortem.verdict import count
+
+_SHOWN = 10  # of a long list
+_SHOWN_FRAMES = 8
+
+
+def render(analysis: Analysis, console: Console) -> None:
+    """Print everything that there is to say."""
+    good = analysis.exit_code == 0
+    style = "bold green" if good else "bold red"
+    console.print(Text(f"verdict: {short_paths(analysis.verdict)}", style))
+    for run in analysis.runs:
+        console.print(_head(run))
+        for part in (_sites(run), _budget(run), _in_flight(run), _violations(run), _damage(run)):
+            if part is not None:
+                console.print(part)
+    if analysis.divergence is not None:
+        calls = ", ".join(f"rank {r}: {n}" for r, n in sorted(analysis.divergence.calls.items()))
+        console.print(Text(f"ranks diverged at step {analysis.divergence.step}: {calls}", "red"))
+
+
+def _head(run: Run) -> Text:
+    began = datetime.fromtimestamp(run.started).isoformat(" ", "seconds") if run.started else "?"
+    state = "ended" if run.ended else "still running" if run.running else "died"
+    seconds = f" after {run.last - run.started:.1f} s" if run.started and run.last else ""
+    text = Text(f"\n{run.log}", "bold")
+    text.append(f"\n  {run.module}, mode {run.mode}, rank {run.rank}, process {run.pid}", "")
+    text.append(f" on {run.host}; began {began}, {state}{seconds}\n", "")
+    text.append(f"  {count(run.training_calls, 'training call')} in ", "")
+    text.append(f"{count(run.micro_steps, 'micro-step')}, ", "")
+    text.append(f"{count(run.inference_calls, 'inference call')}, ", "")
+    text.append(f"{count(run.recomputes, 'recompute')}, ", "")
+    text.append(count(run.violation_count, "violation"), "red" if run.violation_count else "")
+    return text
+
+
+def _sites(run: Run) -> Table | None:
+    if not run.sites:
+        return None
+    table = Table(box=None, pad_edge=False)
+    for title in ("times", "module", "context", "scope", "what"):
+        table.add_column(title)
+    table.add_column("called from", overflow="fold")
+    for site, times in run.sites.most_common(_SHOWN):
+        what = f"refused: {site.reason}" if site.reason else site.kind
+        style = "red" if site.reason else ""
+        where = (site.context or "unset", site.scope or "-")
+        row = (str(times), site.module, *where, what, short_paths(site.caller))
+        table.add_row(*map(Text, row), style=style)
+    if len(run.sites) > _SHOWN:
+        table.add_row("…", "", "", "", "", f"{len(run.sites) - _SHOWN} more call sites")
+    return table
+
+
+def _budget(run: Run) -> RenderableType | None:
+    if not run.deviation_count:
+        return None
+    lines = [Text(f"budget missed in {count(run.deviation_count, 'micro-step')}:", "red")]
+    for deviation in run.deviations[:_SHOWN]:
+        where = f"step {deviation.step}, micro-step {deviation.micro_step}"
+        made = ", ".join(
+            f"{s} made {n} of {deviation.due.get(s, 0)}"
+            for s, n in {**dict.fromkeys(deviation.due, 0), **deviation.made}.items()
+        )
+        lines.append(Text(f"  {where}: {made}"))
+    return Group(*lines)
+
+
+def _in_flight(run: Run) -> RenderableType | None:
+    if not (run.died and run.in_flight):
+        return None
+    lines: list[Text] = []
+    for call in run.in_flight:
+        lines.append(Text(f"in flight at death: call {call.seq} of {call.module}", "red"))
+        lines.extend(_details(call))
+    return Group(*lines)
+
+
+def _violations(run: Run) -> RenderableType | None:
+    lines: list[Text] = []
+    for violation in run.violations[:_SHOWN]:
+        call = violation.call
+        lines.append(Text(f"{call.reason} (record {call.seq})", "red"))
+        lines.extend(_details(call))
+        lines.extend(Text(f"  differs   {short_paths(d)}") for d in violation.differences)
+    if run.violation_count > _SHOWN:
+        lines.append(Text(f"… {run.violation_count - _SHOWN} more violations"))
+    return Group(*lines) if lines else None
+
+
+def _details(call: Call) -> Sequence[Text]:
+    where = call.context or "unset"
+    if call.scope is not None:
+        where += f", scope {call.scope}"
+    if call.step is not None:
+        where += f", step {call.step}, micro-step {call.micro_step}"
+    grad = "enabled" if call.grad_enabled else "disabled"
+    lines = [
+        Text(f"  called at {short_paths(call.caller)}"),
+        Text(f"  context   {where} (thread {call.thread}, grad {grad})"),
+        Text(f"  inputs    {', '.join(call.inputs) or 'none'}"),
+    ]
+    shown = call.stack[:_SHOWN_FRAMES]
+    title = ("stack", *[""] * len(shown))
+    lines += [Text(f"  {title[i]:9} {short_paths(frame)}") for i, frame in enumerate(shown)]
+    if len(call.stack) > len(shown):
+        lines.append(Text(f"            … {len(call.stack) - len(shown)} more frames; see --json"))
+    return lines
+
+
+def short_paths(text: str) -> str:
+    """Paths below the working directory relative to it, so that a terminal can open them."""
+    return text.replace(os.getcwd() + os.sep, "")
+
+
+def _damage(run: Run) -> RenderableType | None:
+    lines: list[str] = []
+    if run.torn_at is not None:
+        lines.append(f"the file ends inside line {run.torn_at}")
+    if run.unreadable_count:
+        numbers = ", ".join(map(str, run.unreadable))
+        lines.append(f"{count(run.unreadable_count, 'line')} unreadable: {numbers}")
+    if run.lost_lines:
+        lines.append(f"{count(run.lost_lines, 'line')} could not be written")
+    if run.dropped_segments:
+        lines.append("older segments were dropped: their sums count, their call sites are gone")
+    return Group(*map(Text, lines)) if lines else None

@@ -1,0 +1,261 @@
+"""When things happened: the calls and micro-steps of a run as a bounded number of marks.
+
+A log of a million calls gives as small a picture as one of ten: marks that fall into the same
+stretch of time are drawn as one, and say how many they stand for. None is dropped.
+"""
+
+import html
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lensnet_guard.postmortem.events import number as read_number
+from lensnet_guard.postmortem.events import read_call, read_site
+from lensnet_guard.postmortem.findings import Call, CallSite
+from lensnet_guard.postmortem.reader import find_logs, read_lines
+
+MARKS = 2_000  # that a timeline holds, and that a page shows
+_STRETCHES = 512  # that the time of a run is cut into, at most
+_KEPT_STACKS = 1_000
+_LAST_MOMENT = 1e11  # seconds since the epoch; a later time, or one before it, is damage
+
+MICRO_STEPS = "micro-steps"
+ROWS = (MICRO_STEPS, "training", "inference", "unset", "other contexts")
+OUTCOMES = {  # name -> CSS class; the last is drawn on top
+    "micro-step": "micro",
+    "returned": "returned",
+    "recompute": "recompute",
+    "raised": "raised",
+    "in flight": "flight",
+    "violation": "violation",
+}
+
+
+def numbered_events(
+    paths: Iterable[Path], progress: Callable[[int], object] = lambda _: None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The events of one log, each with its run's number from 0, as `analyse` counts runs."""
+    number, events = 0, 0
+    for path in paths:
+        for line in read_lines(path, progress):
+            if line.event is None:
+                continue
+            if line.event["event"] == "run.begin" and events:
+                number, events = number + 1, 0
+            events += 1
+            yield number, line.event
+
+
+def moment(event: Mapping[str, Any], before: float) -> float:
+    """When an event happened, seconds since the epoch; ``before`` where its line does not tell."""
+    at = read_number(event.get("timestamp"))
+    return at if at is not None and 0 <= at <= _LAST_MOMENT else before
+
+
+def call_key(event: Mapping[str, Any]) -> tuple[str, str]:
+    """What ``call.end`` has in common with its ``call.begin``."""
+    return str(event.get("module")), str(event.get("seq"))
+
+
+class MicroStepBegins:
+    """Where micro-steps began. No line tells, so the first call in each stands for it."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[tuple[object, ...], float]] = {}  # by thread
+
+    def call(self, call: Call, at: float) -> None:
+        """Take a call or a refused call that happened at ``at``."""
+        if call.kind not in ("call", "bypass") or (call.step is None and call.scope is None):
+            return  # a call outside every micro-step
+        key = (call.context, call.step, call.micro_step)
+        if call.thread not in self._open or self._open[call.thread][0] != key:
+            self._open[call.thread] = key, at
+
+    def end(self, event: Mapping[str, Any]) -> tuple[str, float] | None:
+        """Take ``micro_step.end``: thread and time of its first call, None when it had none."""
+        key = (event.get("context"), event.get("step"), event.get("micro_step"))
+        found = [(at, thread) for thread, (opened, at) in self._open.items() if opened == key]
+        for _, thread in found:
+            del self._open[thread]
+        at, thread = min(found, default=(0.0, ""))
+        return (thread, at) if found else None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One call or micro-step, or several in the same stretch of time.
+
+    Attributes:
+        row: of `ROWS`. outcome: of `OUTCOMES`.
+        start, length: seconds; start counts from the beginning of the timeline.
+        count: how many it stands for.
+        label: of the first of them.
+    """
+
+    row: str
+    outcome: str
+    start: float
+    length: float
+    count: int
+    label: str
+
+
+class Timeline:
+    """The timeline of one run, taken event by event.
+
+    Attributes:
+        stacks: of each call site, the stack of its first call, innermost frame first.
+        began, last: seconds since the epoch; 0 when nothing was taken.
+    """
+
+    def __init__(self) -> None:
+        self.stacks: dict[CallSite, tuple[str, ...]] = {}
+        self.began = self.last = 0.0
+        self._width = 1e-6  # seconds of a stretch; doubled when the run outgrows them
+        self._marks: dict[tuple[str, str, int, int], tuple[int, str]] = {}
+        self._open: dict[tuple[str, str], tuple[Call, float]] = {}
+        self._begins = MicroStepBegins()
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Take one event; none of them raises."""
+        at = moment(event, self.last)
+        self.began = self.began or at
+        self.last = max(self.last, at)
+        name = event["event"]
+        if name in ("call.begin", "violation"):
+            self._call(event, at, refused=name == "violation")
+        elif name == "call.end":
+            call, began = self._open.pop(call_key(event), (None, at))
+            if call is not None:
+                self._add_call(call, _outcome(call, event.get("outcome")), began, at)
+        elif name == "micro_step.end":
+            _, began = self._begins.end(event) or ("", at)
+            outcome = "violation" if event.get("violations") else "micro-step"
+            label = f"step {event.get('step')}, micro-step {event.get('micro_step')}"
+            self._add(MICRO_STEPS, outcome, began, at, label)
+
+    def finish(self) -> None:
+        """The last event has been taken: calls that are open now never ended."""
+        for call, began in self._open.values():
+            self._add_call(call, "in flight", began, self.last)
+        self._open.clear()
+
+    def marks(self, limit: int = MARKS) -> list[Mark]:
+        """At most ``limit`` marks, unless every row and outcome needs one of its own."""
+        while len(self._marks) > limit and self._coarsen():
+            pass
+        marks = [
+            Mark(row, outcome, first * width, (last - first + 1) * width, times, label)
+            for width in (self._width,)
+            for (row, outcome, first, last), (times, label) in self._marks.items()
+        ]
+        drawn = list(OUTCOMES)
+        return sorted(marks, key=lambda m: (ROWS.index(m.row), drawn.index(m.outcome), m.start))
+
+    def _call(self, event: Mapping[str, Any], at: float, *, refused: bool) -> None:
+        call = read_call(event)
+        self._begins.call(call, at)
+        told = refused or call.reason is None  # an observed call has a violation's line of its own
+        if told and len(self.stacks) < _KEPT_STACKS:
+            self.stacks.setdefault(read_site(event), call.stack)
+        if refused:
+            self._add_call(call, "violation", at, at)
+        else:
+            self._open[call_key(event)] = call, at
+
+    def _add_call(self, call: Call, outcome: str, began: float, ended: float) -> None:
+        if call.reason is not None and outcome not in ("violation", "in flight"):
+            return
+        row = call.context or "unset"
+        label = f"{call.reason or call.kind} {call.seq} at {call.caller}"
+        self._add(row if row in ROWS[1:4] else ROWS[-1], outcome, began, ended, label)
+
+    def _add(self, row: str, outcome: str, began: float, ended: float, label: str) -> None:
+        first, last = max(0.0, began - self.began), max(0.0, ended - self.began)  # clocks go back
+        while last >= self._width * _STRETCHES:
+            self._coarsen()
+        key = (row, outcome, int(first / self._width), int(max(first, last) / self._width))
+        times, label = self._marks.get(key, (0, label))
+        self._marks[key] = times + 1, label
+        while len(self._marks) > MARKS and self._coarsen():
+            pass
+
+    def _coarsen(self) -> bool:
+        """Make stretches twice as long; False when all of the run lies in the first one."""
+        fine, self._marks = self._marks, {}
+        self._width *= 2
+        for (row, outcome, first, last), (times, label) in fine.items():
+            key = (row, outcome, first // 2, last // 2)
+            before, label = self._marks.get(key, (0, label))
+            self._marks[key] = before + times, label
+        return any(last for _, _, _, last in self._marks)
+
+
+def read_timelines(
+    targets: Iterable[str | os.PathLike[str]], progress: Callable[[int], object] = lambda _: None
+) -> dict[str, list[Timeline]]:
+    """The timelines of every log's runs, in the order of `analyse`.
+
+    Args:
+        progress: is told of the bytes that were read.
+
+    Raises:
+        FileNotFoundError: a target does not exist, or a folder holds no log.
+    """
+    timelines: dict[str, list[Timeline]] = {}
+    for log, paths in find_logs(targets).items():
+        runs = timelines[log] = [Timeline()]
+        for number, event in numbered_events(paths, progress):
+            if number == len(runs):
+                runs.append(Timeline())
+            runs[number].take(event)
+        for timeline in runs:
+            timeline.finish()
+    return timelines
+
+
+def draw(timeline: Timeline, limit: int = MARKS) -> Iterator[str]:
+    """The timeline as HTML: legend, a stretchable SVG for each row, and seconds below."""
+    marks = timeline.marks(limit)
+    if not marks:
+        return
+    yield "<h3>Timeline</h3>"
+    for outcome, css in OUTCOMES.items():
+        if times := sum(mark.count for mark in marks if mark.outcome == outcome):
+            yield legend(css, f"{outcome} ({times})")
+    span = max(timeline.last - timeline.began, 1e-6)
+    for row in ROWS:
+        inside = [mark for mark in marks if mark.row == row]
+        if inside:
+            times = sum(mark.count for mark in inside)
+            yield f'<p class="row">{row} ({times})</p><svg class="lane" viewBox="0 0 1000 24" '
+            yield f'preserveAspectRatio="none" role="img" aria-label="{row}: {times}">'
+            yield from (_draw_mark(mark, span) for mark in inside)
+            yield "</svg>"
+    ticks = "".join(f"<span>{span * part / 4:.4g} s</span>" for part in range(5))
+    yield f'<p class="ticks">{ticks}</p>'
+    yield '<p class="soft">A micro-step is drawn from its first call to its end.</p>'
+
+
+def legend(css: str, text: str) -> str:
+    """A coloured square and what it means."""
+    box = f'<svg viewBox="0 0 1 1" aria-hidden="true"><rect class="{css}" width="1" height="1"/>'
+    return f'<span class="key soft">{box}</svg>{html.escape(text)}</span>'
+
+
+def _draw_mark(mark: Mark, span: float) -> str:
+    start = min(1000 * mark.start / span, 997)
+    width = min(max(1000 * mark.length / span, 3), 1000 - start)
+    box = 'y="0" height="24"' if mark.outcome in ("violation", "in flight") else 'y="5" height="14"'
+    title = mark.label if mark.count == 1 else f"{mark.count}, the first: {mark.label}"
+    title = html.escape(f"{mark.outcome}: {title}")
+    where = f'x="{start:.1f}" width="{width:.1f}" {box}'
+    return f'<rect class="{OUTCOMES[mark.outcome]}" {where}><title>{title}</title></rect>'
+
+
+def _outcome(call: Call, outcome: object) -> str:
+    if isinstance(outcome, str) and outcome.startswith("raised"):
+        return "raised"
+    return "recompute" if call.kind == "recompute" else "returned"

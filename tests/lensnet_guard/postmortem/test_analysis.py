@@ -1,0 +1,248 @@
+"""What the logs say, also when they are torn, foreign or garbage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lensnet_guard import CallPolicy, LensNetViolation, guard_module, log_file
+from lensnet_guard.postmortem.analysis import KEPT_VIOLATIONS, analyse
+from lensnet_guard.postmortem.reader import MAX_LINE_BYTES, find_logs, read_lines
+
+X = torch.ones(2, 3)
+SCOPE = "preference_scorer"
+FILE = "lensnet.rank0.jsonl"
+
+
+def train(guard, steps, calls=lambda step: 1):
+    with guard.context("training"):
+        for step in range(steps):
+            with guard.micro_step(step), guard.sanctioned(SCOPE):
+                for _ in range(calls(step)):
+                    guard.module(X)
+
+
+def logged(folder, **keywords):
+    return guard_module(nn.Linear(3, 2), log=folder, name="critic", **keywords)
+
+
+@pytest.fixture
+def log(tmp_path):
+    """A clean run of three steps and a call in inference."""
+    guard = logged(tmp_path)
+    train(guard, 3)
+    with guard.context("inference"):
+        guard.module(X)
+    guard.end_log()
+    return tmp_path / FILE
+
+
+class TestVerdict:
+    def test_clean(self, log):
+        """With its sums."""
+        analysis = analyse([log.parent])
+        assert (analysis.verdict, analysis.exit_code) == ("clean", 0)
+        (run,) = analysis.runs
+        assert (run.module, run.rank, run.mode, run.ended) == ("critic", "0", "enforce", True)
+        assert (run.training_calls, run.inference_calls, run.micro_steps) == (3, 1, 3)
+        assert list(run.micro_step_calls) == [1, 1, 1]
+
+    def test_violations(self, tmp_path):
+        """What was refused, and what set it apart from the call that was allowed."""
+        guard = logged(tmp_path)
+        train(guard, 1)
+        with pytest.raises(LensNetViolation), guard.context("training"), torch.no_grad():
+            guard.module(X[:1])
+        guard.end_log()
+        analysis = analyse([tmp_path])
+        assert analysis.exit_code == 1
+        assert analysis.verdict.startswith("1 violation, the first UnsanctionedCall at ")
+        assert analysis.verdict.endswith("in TestVerdict.test_violations")
+        (violation,) = analysis.runs[0].violations
+        assert violation.allowed.seq == 1
+        differences = [text.partition(":")[0] for text in violation.differences]
+        assert differences == ["caller", "scope", "inputs", "grad"]
+        assert "inputs: float32[1, 3] cpu (allowed: float32[2, 3] cpu)" in violation.differences
+        assert "grad: disabled (allowed: enabled)" in violation.differences
+
+    def test_a_budget_that_was_missed(self, tmp_path):
+        """Which micro-step, made and due."""
+        guard = logged(tmp_path, mode="observe", policy=CallPolicy(scopes={SCOPE: 2}))
+        train(guard, 4, calls=lambda step: 1 if step == 2 else 2)
+        guard.end_log()
+        (run,) = analyse([tmp_path]).runs
+        (deviation,) = run.deviations
+        assert (deviation.step, deviation.made, deviation.due) == (2, {SCOPE: 1}, {SCOPE: 2})
+        assert run.violation_count == 1
+
+    def test_torn_at_the_end(self, log):
+        """The process died while the disk took half a line."""
+        text = log.read_bytes()
+        log.write_bytes(text[:-20])
+        analysis = analyse([log])
+        torn = len(text[:-20].splitlines())
+        assert analysis.verdict == (
+            f"the process died outside any call of critic, log torn at line {torn}"
+        )
+        assert analysis.runs[0].torn_at == torn
+
+    def test_garbage_in_the_middle(self, log):
+        """The rest is read all the same."""
+        lines = log.read_bytes().splitlines(keepends=True)
+        log.write_bytes(b"".join([*lines[:2], b"\xff\x00garbage\n", b"[1]\n", *lines[2:]]))
+        analysis = analyse([log])
+        assert (analysis.verdict, analysis.exit_code) == ("log damaged at line 3", 1)
+        assert analysis.runs[0].unreadable == [3, 4]
+        assert analysis.runs[0].training_calls == 3
+
+    @pytest.mark.parametrize("content", [b"", b"\n\n", b"\x00" * 100, b"{}\n[]\n1\n", b"{"])
+    def test_nothing_readable(self, tmp_path, content):
+        """Exit code 2."""
+        (tmp_path / FILE).write_bytes(content)
+        analysis = analyse([tmp_path])
+        assert analysis.verdict == "unreadable: no line of the log is an event"
+        assert analysis.exit_code == 2
+
+    def test_a_killed_run_that_was_resumed(self, log):
+        """The last run decides; the one before is told."""
+        text = log.read_bytes()
+        killed = b"".join(text.splitlines(keepends=True)[:2])
+        log.write_bytes(killed + text)
+        analysis = analyse([log])
+        assert analysis.verdict == "clean"
+        assert [run.died for run in analysis.runs] == [True, False]
+        assert [call.seq for call in analysis.runs[0].in_flight] == [1]
+
+    def test_lost_lines(self, log):
+        """What could not be written is no clean run."""
+        log.write_text(log.read_text().replace('"lost_lines":0', '"lost_lines":7'))
+        assert analyse([log]).verdict == "7 lines of the log were lost"
+
+    def test_no_log(self, tmp_path):
+        """Neither a folder without one nor a path that does not exist."""
+        with pytest.raises(FileNotFoundError, match=r"no lensnet\.rank\*\.jsonl in"):
+            analyse([tmp_path])
+        with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*missing"):
+            analyse([tmp_path / "missing"])
+
+
+class TestRanks:
+    def rank(self, folder, rank, monkeypatch, calls):
+        monkeypatch.setenv("RANK", rank)
+        guard = logged(folder, mode="observe")
+        train(guard, 6, calls)
+        guard.end_log()
+
+    def test_divergence(self, tmp_path, monkeypatch):
+        """Which rank called more often, and from which step on."""
+        self.rank(tmp_path, "0", monkeypatch, lambda step: 1)
+        self.rank(tmp_path, "1", monkeypatch, lambda step: 2 if step >= 4 else 1)
+        analysis = analyse([tmp_path])
+        assert analysis.divergence.step == 4
+        assert analysis.divergence.calls == {"0": 1, "1": 2}
+
+    def test_a_rank_that_is_behind(self, tmp_path, monkeypatch):
+        """Steps that it has not reached tell nothing."""
+        self.rank(tmp_path, "0", monkeypatch, lambda step: 1)
+        self.rank(tmp_path, "1", monkeypatch, lambda step: 1)
+        lines = (tmp_path / "lensnet.rank1.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "lensnet.rank1.jsonl").write_text("".join(lines[:8]))
+        assert analyse([tmp_path]).divergence is None
+
+    def test_files_given_one_by_one(self, tmp_path, monkeypatch):
+        """As well as their folder."""
+        self.rank(tmp_path, "0", monkeypatch, lambda step: 1)
+        self.rank(tmp_path, "1", monkeypatch, lambda step: 1)
+        assert len(analyse(sorted(tmp_path.iterdir())).runs) == 2
+
+
+class TestSegments:
+    def test_sums_of_dropped_segments_count(self, tmp_path, monkeypatch):
+        """What is gone from the disk is in the header of what is left."""
+        monkeypatch.setattr(log_file, "SEGMENT_BYTES", 20_000)
+        monkeypatch.setattr(log_file, "KEPT_SEGMENTS", 2)
+        guard = logged(tmp_path)
+        train(guard, 200)
+        guard.end_log()
+        assert len(find_logs([tmp_path])[str(tmp_path / "lensnet.rank0")]) == 3
+        analysis = analyse([tmp_path])
+        (run,) = analysis.runs
+        assert run.dropped_segments
+        assert (run.training_calls, run.micro_steps, analysis.verdict) == (200, 200, "clean")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+EVENTS = st.sampled_from(
+    ["run.begin", "segment.begin", "call.begin", "call.end", "violation", "micro_step.end"]
+)
+FIELDS = st.sampled_from(
+    [
+        *("seq", "module", "kind", "reason", "context", "scope", "step", "micro_step", "calls"),
+        *("due", "stack", "caller", "inputs", "before", "versions", "rank", "timestamp"),
+        *("process.pid", "process.command_args", "lost_lines", "message", "thread"),
+    ]
+)
+LINES = st.builds(
+    lambda event, fields: json.dumps({"event": event, **fields}).encode() + b"\n",
+    EVENTS,
+    st.dictionaries(FIELDS, JSON, max_size=6),
+)
+
+
+class TestAnyBytes:
+    @given(st.lists(LINES | st.binary(max_size=40) | st.just(b"\n"), max_size=12))
+    @example([b'{"event":"micro_step.end","context":"training","calls":{"a":-5}}\n'])
+    @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_never_raises(self, tmp_path, parts):
+        """Torn, truncated, foreign or garbage: there is always a verdict."""
+        (tmp_path / FILE).write_bytes(b"".join(parts))
+        analysis = analyse([tmp_path])
+        assert analysis.exit_code in (0, 1, 2)
+        assert analysis.verdict
+
+    @given(st.data())
+    @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_a_log_cut_anywhere(self, log, data):
+        """Every prefix of a real log can be read, and no call is counted twice."""
+        text = log.read_bytes()
+        part = log.parent / "part.jsonl"
+        part.write_bytes(text[: data.draw(st.integers(0, len(text)))])
+        (run,) = analyse([part]).runs
+        assert run.training_calls <= 3
+
+    def test_a_line_without_end(self, tmp_path):
+        """A gigabyte in one line is read in pieces, and is one unreadable line."""
+        path = tmp_path / FILE
+        path.write_bytes(b"x" * (2 * MAX_LINE_BYTES + 5) + b'\n{"event":"run.end"}\n')
+        lines = list(read_lines(path))
+        assert [(line.number, line.event is None) for line in lines] == [(1, True), (2, False)]
+
+    def test_many_violations_are_kept_in_part(self, tmp_path):
+        """The count is whole."""
+        guard = logged(tmp_path, mode="observe")
+        for _ in range(KEPT_VIOLATIONS + 5):
+            guard.module(X)
+        guard.end_log()
+        (run,) = analyse([tmp_path]).runs
+        assert (len(run.violations), run.violation_count) == (200, 205)
+
+
+def test_reading_needs_no_torch(run_python: object, log: Path) -> None:
+    """A log is read where nothing is installed but this."""
+    result = run_python(  # type: ignore[operator]
+        """
+        import sys
+        from lensnet_guard.postmortem import analyse
+        print(analyse([sys.argv[1]]).verdict, "torch" in sys.modules)
+        """,
+        log,
+    )
+    assert result.stdout == "clean False\n", result.stderr
