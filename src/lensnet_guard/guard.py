@@ -16,7 +16,7 @@ from torch import nn
 
 from lensnet_guard._torch_internals import backward_pass, may_be_in_checkpoint, stops_recomputing
 from lensnet_guard.budget import MicroStep
-from lensnet_guard.context import Frame, OpenBlocks, Position
+from lensnet_guard.context import Block, OpenBlocks, Position
 from lensnet_guard.errors import build_violation
 from lensnet_guard.history import History
 from lensnet_guard.policy import CallPolicy, decide
@@ -79,7 +79,7 @@ class Guard:
         here = self._open.position()
         if context == "inference" and here.inside_training_step:
             self._violate("ContextSwitchRefused", here, ": inference was asked for")
-        with self._block(Frame(context=context)):
+        with self._block(Block(context=context)):
             yield
 
     @contextmanager
@@ -98,7 +98,7 @@ class Guard:
         numbers = operator.index(step), operator.index(micro_step)  # a record holds no tensor
         due = self._budgets if here.context == "training" else {}
         ledger = MicroStep(*numbers, due, here.context)
-        with self._block(Frame(micro_step=ledger), ledger, settles=True):
+        with self._block(Block(micro_step=ledger), ledger, settles=True):
             yield ledger
 
     @contextmanager
@@ -119,12 +119,12 @@ class Guard:
         here = self._require_context(f"the scope {scope!r} was opened")
         ledger = here.micro_step
         if ledger is not None:
-            with self._block(Frame(scope=scope), ledger):
+            with self._block(Block(scope=scope), ledger):
                 yield ledger
             return
         due = {scope: self.policy.scopes[scope]} if here.context == "training" else {}
         ledger = MicroStep(None, None, due, here.context)
-        with self._block(Frame(micro_step=ledger, scope=scope), ledger, settles=True):
+        with self._block(Block(micro_step=ledger, scope=scope), ledger, settles=True):
             yield ledger
 
     def carry(self, fn: Callable[P, R]) -> Callable[P, R]:
@@ -132,6 +132,9 @@ class Guard:
 
         The context holds in the thread for as long as ``fn`` runs; a carried micro-step and scope
         end with their own blocks.
+
+        Raises:
+            TypeError: a generator function, whose body runs only after the call has returned.
         """
         return self._open.carry(fn)
 
@@ -158,7 +161,13 @@ class Guard:
         return self._open.position().context
 
     def count(self, context: Context | None = None, scope: str | None = None) -> int:
-        """Allowed calls so far, of one context or scope if given; recomputes are not counted."""
+        """Allowed calls so far, of one context or scope if given; recomputes are not counted.
+
+        Raises:
+            ValueError: a context that there is not.
+        """
+        if context not in (None, *get_args(Context)):
+            raise ValueError(f'context must be "training" or "inference", not {context!r}')
         return self._history.count(context, scope)
 
     def __repr__(self) -> str:
@@ -299,33 +308,33 @@ class Guard:
 
     @contextmanager
     def _block(
-        self, frame: Frame, ledger: MicroStep | None = None, *, settles: bool = False
+        self, block: Block, ledger: MicroStep | None = None, *, settles: bool = False
     ) -> Iterator[None]:
-        """Hold a frame open; violations that its body swallowed come out again when it ends.
+        """Hold a block open; violations that its body swallowed come out again when it ends.
 
         Args:
             ledger: the micro-step that the block works in.
             settles: whether that micro-step ends with the block.
         """
         enforced = ledger if self.mode == "enforce" else None
-        inside = self._open.position()
+        here = self._open.position()
         try:
-            inside = self._open.push(frame)  # kept, for the block may end in another thread
+            here = self._open.push(block)  # kept, for the block may end in another thread
             yield
             if enforced is not None:
                 enforced.raise_swallowed()
             if ledger is not None and settles and (unmet := ledger.unmet()):
                 made = ", ".join(f"{s} made {n} of {due} calls" for s, (n, due) in unmet.items())
-                self._violate("BudgetUnmet", inside, f": {made}")
+                self._violate("BudgetUnmet", here, f": {made}")
         except BaseException as error:
             if enforced is not None:
                 enforced.note_swallowed(error)
             raise
         finally:
-            self._open.remove(frame)
+            self._open.remove(block)
             if ledger is not None and settles:
                 for sink in self._history.sinks:
-                    sink.micro_step(self.name, inside.context, ledger)
+                    sink.micro_step(self.name, here.context, ledger)
 
     # Copies, pickles, logs, the end -------------------------------------------------------------
 

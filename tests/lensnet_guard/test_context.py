@@ -21,7 +21,7 @@ from lensnet_guard import (
     NoContext,
     UnsanctionedCall,
 )
-from lensnet_guard.context import Frame, OpenBlocks
+from lensnet_guard.context import Block, OpenBlocks
 
 SCOPE = "preference_scorer"
 
@@ -714,6 +714,34 @@ class TestCarry:
         assert sorted(outcomes) == ["ran", "refused"]
 
 
+class TestCarryOfOtherFunctions:
+    def test_a_coroutine_function_lost_the_context_before_its_body_ran(self, guard, x):
+        """It is awaited inside the context, in whatever loop and thread."""
+
+        async def score():
+            await asyncio.sleep(0)
+            return guard.module(x)
+
+        with guard.context("inference"):
+            carried = guard.carry(score)
+        asyncio.run(carried())
+        assert guard.count("inference") == 1
+        assert guard.current_context is None
+
+    def test_generator_functions_are_refused(self, guard):
+        """Their body runs when nobody can say where."""
+
+        def batches():
+            yield 1
+
+        async def more():
+            yield 1
+
+        for function in (batches, more):
+            with pytest.raises(TypeError, match="carry the function that consumes the generator"):
+                guard.carry(function)
+
+
 class TestContextsThatEndFirst:
     """A context that ends before a block inside it changes nothing about that block's budget."""
 
@@ -765,17 +793,17 @@ class TestContextsThatEndFirst:
 class TestOpenBlocks:
     def test_closed_frames_are_forgotten(self):
         """A thread that only looks drops the frames that were closed elsewhere."""
-        blocks, frame = OpenBlocks(), Frame(context="training")
+        blocks, frame = OpenBlocks(), Block(context="training")
         blocks.push(frame)
         threading.Thread(target=blocks.remove, args=(frame,)).start()
         while not frame.closed:
             pass
-        assert blocks.position().frames == ()
-        assert blocks._position.get().frames == ()
+        assert blocks.position().blocks == ()
+        assert blocks._position.get().blocks == ()
 
     def test_remove_twice(self):
         """A frame that is closed already can be closed again."""
-        blocks, frame = OpenBlocks(), Frame(context="training")
+        blocks, frame = OpenBlocks(), Block(context="training")
         blocks.push(frame)
         blocks.remove(frame)
         blocks.remove(frame)

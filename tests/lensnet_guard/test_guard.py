@@ -173,6 +173,13 @@ class TestOutcomes:
         assert kwargs == {"run": mark, "self_guard": 1, "args": 2, "kwargs": 3, "frame": 4}
 
 
+class TestCount:
+    def test_a_misspelt_context_counted_nothing(self, guard):
+        """And the assertion on it passed."""
+        with pytest.raises(ValueError, match='must be "training" or "inference", not \'train\''):
+            guard.count("train")
+
+
 class TestBudgets:
     def test_exactly_one(self, guard, x):
         """One call is due, one is allowed."""

@@ -471,7 +471,7 @@ class GuardMachine(RuleBasedStateMachine):
             self.throw(self.holders[-(len(self.holders) % 2)], RuntimeError("the end"))
         self.the_guard_is_where_the_model_says()
         self.the_books_are_those_of_the_model()
-        assert self.guard._open.position().frames == ()
+        assert self.guard._open.position().blocks == ()
         assert in_thread(lambda: self.guard.current_context) is None
         self.seen.update(refusal.reason for refusal in self.model.refusals)
 
