@@ -139,7 +139,9 @@ def _with_progress(
     try:
         total = sum(path.stat().st_size for paths in find_logs(targets).values() for path in paths)
         columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        disable = not console.is_terminal  # there it would leave an empty line
+        with Progress(*columns, console=console, transient=True, disable=disable) as progress:
             task = progress.add_task("reading", total=total)
             return work(targets, lambda read: progress.advance(task, read))
     except OSError as error:

@@ -62,9 +62,8 @@ table { border-collapse:collapse; width:100% }
 th, td { text-align:left; vertical-align:top; padding:.25rem .6rem .25rem 0;
  border-top:1px solid var(--line) }
 th { color:var(--soft); font-weight:normal; font-size:.85rem; border:0 }
-.refused { color:var(--bad) } summary { cursor:pointer }
+.refused { color:var(--bad) } summary { cursor:pointer } img { max-width:100% }
 pre { white-space:pre-wrap; font-size:.85rem; margin:.3rem 0 .3rem 1rem }
-img { max-width:100%; background:#fff }
 @media (max-width:40rem) { body { padding:.5rem } thead { display:none }
  tr { display:block; border-top:1px solid var(--line); padding:.4rem 0 }
  td { display:block; border:0; padding:0 }

@@ -29,6 +29,7 @@ OUTCOMES = {  # name -> CSS class; the last is drawn on top
     "recompute": "recompute",
     "raised": "raised",
     "in flight": "flight",
+    "micro-step with violations": "violation",
     "violation": "violation",
 }
 
@@ -132,7 +133,7 @@ class Timeline:
                 self._add_call(call, _outcome(call, event.get("outcome")), began, at)
         elif name == "micro_step.end":
             _, began = self._begins.end(event) or ("", at)
-            outcome = "violation" if event.get("violations") else "micro-step"
+            outcome = "micro-step with violations" if event.get("violations") else "micro-step"
             label = f"step {event.get('step')}, micro-step {event.get('micro_step')}"
             self._add(MICRO_STEPS, outcome, began, at, label)
 
