@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UnsanctionedCall,
     )
     from lensnet_guard.guard import Guard
+    from lensnet_guard.hazards import LensNetHazard
     from lensnet_guard.install import guard_module, lensnet_guard
     from lensnet_guard.policy import CallPolicy
     from lensnet_guard.proxy import guard_of
@@ -35,6 +36,7 @@ __all__ = [
     "CallRecord",
     "ContextSwitchRefused",
     "Guard",
+    "LensNetHazard",
     "LensNetViolation",
     "MicroStep",
     "NoContext",
@@ -54,6 +56,7 @@ _HOMES = {
     "CallRecord": "record",
     "ContextSwitchRefused": "errors",
     "Guard": "guard",
+    "LensNetHazard": "hazards",
     "LensNetViolation": "errors",
     "MicroStep": "budget",
     "NoContext": "errors",

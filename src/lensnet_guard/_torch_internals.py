@@ -4,6 +4,7 @@ Each function says which torch it was read from and degrades to "unknown" where 
 tests/lensnet_guard/test_torch_internals.py fails then, so that it is noticed.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any, TypeVar
@@ -106,6 +107,24 @@ def recomputing(frame: FrameType | None) -> bool:
 def stops_recomputing(error: BaseException) -> bool:
     """Whether an exception only says that a checkpoint has recomputed all that it needs."""
     return _STOP_RECOMPUTING is not None and isinstance(error, _STOP_RECOMPUTING)
+
+
+def uses_cuda_graphs(module: torch.nn.Module) -> bool:
+    """Whether a module is compiled (``module.compile``) with CUDA graphs.
+
+    Read from torch 2.13, torch/_dynamo/eval_frame.py: the compiled call keeps its configuration.
+    """
+    compiled = getattr(module, "_compiled_call_impl", None)
+    config = getattr(compiled, "get_compiler_config", None)
+    options = config() if config is not None else None
+    return isinstance(options, dict) and options.get("triton.cudagraphs") is True
+
+
+def mark_counter() -> int:
+    """How often ``torch.compiler.cudagraph_mark_step_begin`` was called; 0 where unknown."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    box = getattr(trees, "MarkStepBox", None)
+    return int(getattr(box, "mark_step_counter", 0))
 
 
 def eager_only(reason: str) -> Callable[[_Function], _Function]:

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
 from lensnet_guard._torch_internals import backward_pass, may_be_in_checkpoint, stops_recomputing
 from lensnet_guard.budget import MicroStep
-from lensnet_guard.context import Block, OpenBlocks, Position
+from lensnet_guard.context import Block, OpenBlocks, P, Position, R
 from lensnet_guard.errors import build_violation
+from lensnet_guard.hazards import Outputs
 from lensnet_guard.history import History
 from lensnet_guard.policy import CallPolicy, decide
 from lensnet_guard.proxy import GuardedModule, guard_of
@@ -26,8 +27,6 @@ from lensnet_guard.record import CallRecord, Context, Kind, describe_inputs, fin
 from lensnet_guard.tripwire import Inside, Tripwire, describe_part
 
 Mode = Literal["enforce", "observe", "off"]
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Guard:
@@ -58,7 +57,7 @@ class Guard:
         self._open = OpenBlocks()
         self._history = History(name)
         self._recomputes = Recomputes()
-        self._inside = inside or Inside()
+        self._inside, self._outputs = inside or Inside(), Outputs(module)
         self._tripwire: Tripwire | None = None
         if mode != "off":
             shared = policy.shared_submodules
@@ -247,10 +246,14 @@ class Guard:
         sinks = self._history.sinks
         start = time.perf_counter()
         try:
+            earlier = self._outputs.before(record)
             for sink in sinks:
                 sink.begin(record)
+                if earlier is not None:
+                    sink.hazard(record, earlier)
             inside.here = True
             result = run(*args, **kwargs)
+            self._outputs.after(record, result)
             record.outcome = "returned"
         except BaseException as error:
             stopped = stops_recomputing(error)
@@ -327,6 +330,7 @@ class Guard:
                 made = ", ".join(f"{s} made {n} of {due} calls" for s, (n, due) in unmet.items())
                 self._violate("BudgetUnmet", here, f": {made}")
         except BaseException as error:
+            self._outputs.blame(error)
             if enforced is not None:
                 enforced.note_swallowed(error)
             raise

@@ -104,6 +104,17 @@ class RunLog(Sink):
         fields = error.record.to_log() if error.record is not None else {}
         self._append("violation", fields | {"message": str(error)}, "violations")
 
+    def hazard(self, record: "CallRecord", earlier: "CallRecord") -> None:
+        """Write down that a call is about to overwrite an output that is in use."""
+        self.write(
+            "hazard",
+            module=record.module,
+            seq=record.seq,
+            at=str(record.caller),
+            earlier_seq=earlier.seq,
+            earlier_at=str(earlier.caller),
+        )
+
     def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
         """Write down what a micro-step came to."""
         fields = {

@@ -30,6 +30,9 @@ class Sink:
     def violation(self, error: "LensNetViolation") -> None:
         """A violation that is about to be raised (in observe mode, that would be)."""
 
+    def hazard(self, record: "CallRecord", earlier: "CallRecord") -> None:
+        """A call that is about to run will overwrite an output of an earlier one."""
+
     def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
         """A micro-step has ended."""
 

@@ -172,6 +172,16 @@ class _Reading:
             if len(run.deviations) < KEPT_DEVIATIONS:
                 run.deviations.append(Deviation(step, micro_step, made, due))
 
+    def _hazard(self, event: Mapping[str, Any]) -> None:
+        run = self.run
+        run.hazard_count += 1
+        if len(run.hazards) < KEPT_VIOLATIONS:
+            run.hazards.append(
+                f"call {whole(event.get('seq'))} at {text(event.get('at'))} overwrote an output of "
+                f"call {whole(event.get('earlier_seq'))} at {text(event.get('earlier_at'))} that "
+                "was in use"
+            )
+
     def _run_end(self, event: Mapping[str, Any]) -> None:
         self.run.lost_lines = whole(event.get("lost_lines")) or 0
 
@@ -182,6 +192,7 @@ _TAKERS: dict[str, Callable[[_Reading, Mapping[str, Any]], None]] = {
     "call.begin": _Reading._begin,
     "call.end": _Reading._end,
     "violation": _Reading._violation,
+    "hazard": _Reading._hazard,
     "micro_step.end": _Reading._micro_step,
     "run.end": _Reading._run_end,
 }

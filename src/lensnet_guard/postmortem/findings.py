@@ -103,6 +103,8 @@ class Run:
     unreadable: list[int] = field(default_factory=list)
     unreadable_count: int = 0
     torn_at: int | None = None
+    hazards: list[str] = field(default_factory=list)
+    hazard_count: int = 0
     lost_lines: int = 0
     dropped_segments: bool = False
 

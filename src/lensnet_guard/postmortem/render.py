@@ -22,7 +22,8 @@ def render(analysis: Analysis, console: Console) -> None:
     console.print(Text(f"verdict: {short_paths(analysis.verdict)}", style))
     for run in analysis.runs:
         console.print(_head(run))
-        for part in (_sites(run), _budget(run), _in_flight(run), _violations(run), _damage(run)):
+        parts = (_sites, _budget, _in_flight, _violations, _hazards, _damage)
+        for part in (describe(run) for describe in parts):
             if part is not None:
                 console.print(part)
     if analysis.divergence is not None:
@@ -31,7 +32,10 @@ def render(analysis: Analysis, console: Console) -> None:
 
 
 def _head(run: Run) -> Text:
-    began = datetime.fromtimestamp(run.started).isoformat(" ", "seconds") if run.started else "?"
+    try:
+        began = datetime.fromtimestamp(run.started or 0).isoformat(" ", "seconds")
+    except (OverflowError, ValueError, OSError):  # a damaged line's idea of a time
+        began = "?"
     state = "ended" if run.ended else "still running" if run.running else "died"
     seconds = f" after {run.last - run.started:.1f} s" if run.started and run.last else ""
     text = Text(f"\n{run.log}", "bold")
@@ -97,6 +101,14 @@ def _violations(run: Run) -> RenderableType | None:
     if run.violation_count > _SHOWN:
         lines.append(Text(f"… {run.violation_count - _SHOWN} more violations"))
     return Group(*lines) if lines else None
+
+
+def _hazards(run: Run) -> RenderableType | None:
+    if not run.hazard_count:
+        return None
+    lines = [Text(f"CUDA graphs: {count(run.hazard_count, 'hazard')}", "yellow")]
+    lines += [Text(f"  {short_paths(hazard)}") for hazard in run.hazards[:_SHOWN]]
+    return Group(*lines)
 
 
 def _details(call: Call) -> Sequence[Text]:

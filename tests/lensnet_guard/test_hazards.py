@@ -1,0 +1,194 @@
+"""CUDA graphs on a machine without: a backend that writes every output to the same buffer."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lensnet_guard import LensNetHazard, guard_module
+from lensnet_guard.postmortem import analyse
+
+X = torch.ones(2, 3)
+
+
+class OneBuffer:
+    """What CUDA graphs do to outputs: each graph writes to memory of its own, call after call."""
+
+    def __call__(self, graph, _):
+        buffers = []
+
+        def run(*inputs):
+            outputs = graph(*inputs)
+            if torch.is_grad_enabled():
+                return outputs
+            if not buffers:
+                buffers.extend(output.numpy().copy() for output in outputs)
+            for buffer, output in zip(buffers, outputs, strict=True):
+                buffer[:] = output.numpy()
+            # A storage of its own for every call, as torch makes them, over the same memory.
+            return tuple(map(torch.from_numpy, buffers))
+
+        return run
+
+
+@pytest.fixture
+def guard():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    module.compile(backend=OneBuffer())
+    # Torch tells the configuration of inductor only; with reduce-overhead it says this.
+    module._compiled_call_impl.get_compiler_config = lambda: {"triton.cudagraphs": True}
+    guard = guard_module(module, name="critic")
+    with guard.context("inference"):
+        yield guard
+    torch._dynamo.reset()
+
+
+class TestHazard:
+    def test_the_backend_overwrites(self, guard):
+        """The premise: the first result changes under the caller's hands."""
+        with torch.no_grad(), pytest.warns(LensNetHazard):
+            first = guard.module(X)
+            before = first.clone()
+            guard.module(2 * X)
+        assert not torch.equal(first, before)
+
+    def test_an_output_that_is_in_use(self, guard):
+        """Both calls are named, with file and line."""
+        with torch.no_grad(), pytest.warns(LensNetHazard) as caught:
+            kept = guard.module(X)
+            guard.module(2 * X)
+        (warning,) = caught
+        pattern = (
+            r"critic: an output of call 1 at \S+test_hazards\.py:\d+ in \S+ is still in use as "
+            r"call 2 at \S+test_hazards\.py:\d+ in \S+ starts without grad\. The module is "
+            r"compiled with CUDA graphs, so the second call writes over it\. Copy what is still "
+            r"needed, or put both calls into one batch"
+        )
+        assert re.fullmatch(pattern, str(warning.message))
+        assert kept.shape == (2, 2)
+
+    def test_a_view_of_an_output(self, guard):
+        """It is the memory that counts."""
+        with torch.no_grad(), pytest.warns(LensNetHazard):
+            part = guard.module(X)[0]
+            guard.module(2 * X)
+        assert part.shape == (2,)
+
+    def test_an_output_that_was_dropped(self, guard):
+        """Nobody can read it any more."""
+        with torch.no_grad():
+            for _ in range(3):
+                guard.module(X).sum().item()
+
+    def test_calls_with_grad(self, guard):
+        """Torch keeps outputs apart that wait for a backward."""
+        first = guard.module(X)
+        second = guard.module(2 * X)
+        (first.sum() + second.sum()).backward()
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_after_a_mark(self, guard):
+        """The user has said that a new step begins."""
+        with torch.no_grad():
+            kept = guard.module(X)
+            torch.compiler.cudagraph_mark_step_begin()
+            guard.module(2 * X)
+        assert kept is not None
+
+    def test_a_module_without_cuda_graphs(self):
+        """Eager or compiled otherwise, every call has memory of its own."""
+        for compile_it in (lambda m: None, lambda m: m.compile(backend="eager")):
+            torch._dynamo.reset()
+            module = nn.Linear(3, 2)
+            compile_it(module)
+            guard = guard_module(module)
+            with torch.no_grad(), guard.context("inference"):
+                kept = [guard.module(X) for _ in range(3)]
+            assert len(kept) == 3
+
+    def test_as_an_error(self, guard):
+        """On request the second call does not run."""
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error", LensNetHazard)
+            kept = guard.module(X)
+            before = copy.deepcopy(kept)
+            with pytest.raises(LensNetHazard):
+                guard.module(2 * X)
+        assert torch.equal(kept, before)
+        assert not guard._inside.here
+
+    def test_in_the_log(self, guard, tmp_path):
+        """And in the post-mortem, which names both lines."""
+        guard.start_log(tmp_path)
+        with torch.no_grad(), pytest.warns(LensNetHazard):
+            kept = guard.module(X)
+            guard.module(2 * X)
+        guard.end_log()
+        (run,) = analyse([tmp_path]).runs
+        (hazard,) = run.hazards
+        assert re.fullmatch(
+            r"call 2 at \S+:\d+ in \S+ overwrote an output of call 1 at \S+:\d+ in \S+ that was in "
+            r"use",
+            hazard,
+        )
+        assert kept is not None
+
+
+class TestBlame:
+    ERROR = (
+        "Error: accessing tensor output of CUDAGraphs that has been overwritten by a subsequent "
+        "run. Stack trace: unknown"
+    )
+
+    def test_torchs_error_gets_both_calls(self, guard):
+        """Torch names the producer at most, the guard also the call that wrote over it."""
+        with (
+            pytest.raises(RuntimeError) as caught,
+            pytest.warns(LensNetHazard),
+            torch.no_grad(),
+            guard.context("inference"),
+        ):
+            kept = guard.module(X)
+            guard.module(2 * X)
+            raise RuntimeError(self.ERROR)
+        (note,) = caught.value.__notes__
+        assert re.fullmatch(
+            r"lensnet_guard: the output of call 1 of critic at \S+:\d+ in \S+ was overwritten by "
+            r"call 2 at \S+:\d+ in \S+",
+            note,
+        )
+        assert kept is not None
+
+    def test_other_errors_are_left_alone(self, guard):
+        """The guard does not guess."""
+        with pytest.raises(RuntimeError) as caught, guard.context("inference"):
+            raise RuntimeError("something else")
+        assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.gpu
+class TestOnCuda:
+    def test_the_real_error(self):
+        """`mode="reduce-overhead"`: torch raises, and the note names both lines."""
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        module = nn.Linear(3, 2).cuda()
+        module.compile(mode="reduce-overhead")
+        guard = guard_module(module)
+        x = X.cuda()
+        with (
+            pytest.raises(RuntimeError, match="overwritten by a subsequent run") as caught,
+            pytest.warns(LensNetHazard),
+            guard.context("inference"),
+            torch.no_grad(),
+        ):
+            for _ in range(3):
+                kept = guard.module(x)
+                guard.module(2 * x)
+                kept.sum().item()
+        assert any("was overwritten by call" in note for note in caught.value.__notes__)
