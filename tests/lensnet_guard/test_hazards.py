@@ -10,6 +10,7 @@ from torch import nn
 
 from lensnet_guard import LensNetHazard, guard_module
 from lensnet_guard.postmortem import analyse
+from lensnet_guard.postmortem.report import render_report
 
 X = torch.ones(2, 3)
 
@@ -129,8 +130,10 @@ class TestHazard:
             kept = guard.module(X)
             guard.module(2 * X)
         guard.end_log()
-        (run,) = analyse([tmp_path]).runs
-        (hazard,) = run.hazards
+        analysis = analyse([tmp_path])
+        (hazard,) = analysis.runs[0].hazards
+        page = "".join(render_report(analysis, {}, tmp_path))
+        assert f'<li class="hazard">{hazard}</li>' in page
         assert re.fullmatch(
             r"call 2 at \S+:\d+ in \S+ overwrote an output of call 1 at \S+:\d+ in \S+ that was in "
             r"use",

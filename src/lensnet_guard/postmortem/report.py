@@ -98,7 +98,7 @@ def render_report(
         yield "<section>"
         for part in (_run(run), draw(timeline, limit), _violations(run), _in_flight(run)):
             yield from part
-        for part in (_sites(run, timeline), _budget(run), _damage(run)):
+        for part in (_hazards(run), _sites(run, timeline), _budget(run), _damage(run)):
             yield from part
         yield "</section>"
     yield from _training(folder)
@@ -182,6 +182,13 @@ def _budget(run: Run) -> Iterator[str]:
         where = f"step {deviation.step}, micro-step {deviation.micro_step}"
         yield f"<li>{escape(f'{where}: {made}')}</li>"
     yield "</ul>" + _more(run.deviation_count - _DEVIATIONS, "micro-step")
+
+
+def _hazards(run: Run) -> Iterator[str]:
+    if run.hazard_count:
+        yield f"<h3>CUDA graphs: {count(run.hazard_count, 'hazard')}</h3><ul>"
+        yield from (f'<li class="hazard">{escape(hazard)}</li>' for hazard in run.hazards)
+        yield "</ul>" + _more(run.hazard_count - len(run.hazards), "hazard")
 
 
 def _damage(run: Run) -> Iterator[str]:
