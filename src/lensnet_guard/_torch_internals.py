@@ -115,6 +115,8 @@ def uses_cuda_graphs(module: torch.nn.Module) -> bool:
     Read from torch 2.13, torch/_dynamo/eval_frame.py: the compiled call keeps its configuration.
     """
     compiled = getattr(module, "_compiled_call_impl", None)
+    if compiled is None:
+        return False
     config = getattr(compiled, "get_compiler_config", None)
     options = config() if config is not None else None
     return isinstance(options, dict) and options.get("triton.cudagraphs") is True

@@ -1,6 +1,7 @@
 """The command line: ``lensnet-guard postmortem``, ``report`` and ``trace``."""
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -42,9 +43,9 @@ def postmortem(targets: tuple[Path, ...], as_json: bool) -> None:
 
     Example: lensnet-guard postmortem runs/42 --json
     """
-    analysis = read(targets)
+    analysis = read(targets, as_json=as_json)
     if as_json:
-        sys.stdout.buffer.write(orjson.dumps(to_json(analysis), option=orjson.OPT_APPEND_NEWLINE))
+        print_json(to_json(analysis))
     else:
         from lensnet_guard.postmortem.render import render
 
@@ -126,9 +127,23 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         _fail(error)
 
 
-def read(targets: tuple[Path, ...]) -> Analysis:
+def read(targets: tuple[Path, ...], *, as_json: bool = False) -> Analysis:
     """Analyse with a progress bar; exits with 2 when there is nothing to read."""
-    return _with_progress(targets, analyse)
+    try:
+        return _with_progress(targets, analyse)
+    except SystemExit:
+        if as_json:  # a program reads stdout
+            print_json({"verdict": "unreadable: no log", "exit_code": 2, "runs": []})
+        raise
+
+
+def print_json(found: dict[str, Any]) -> None:
+    """One line of JSON, whatever a damaged log has put into it."""
+    try:
+        line = orjson.dumps(found, default=vars)
+    except TypeError:  # a lone surrogate, or a number above 64 bits
+        line = json.dumps(found, default=vars).encode()
+    sys.stdout.buffer.write(line + b"\n")
 
 
 def _with_progress(

@@ -17,7 +17,6 @@ import socket
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, MutableMapping
 from importlib.metadata import version
@@ -29,7 +28,7 @@ import structlog
 import torch
 
 from lensnet_guard._version import __version__
-from lensnet_guard.log_file import LogFile
+from lensnet_guard.log_file import LogFile, warn
 from lensnet_guard.sinks import Sink
 
 if TYPE_CHECKING:
@@ -67,6 +66,7 @@ class RunLog(Sink):
             wrapper_class=structlog.BoundLogger,
             context_class=dict,
         ).bind()
+        self._first_pid = os.getpid()
         self._open()
         _logs.add(self)
 
@@ -165,11 +165,9 @@ class RunLog(Sink):
             self.closed = True
             self._file.close()
         if mine and self.lost_lines:
-            warnings.warn(
+            warn(
                 f"lensnet_guard: {self.lost_lines} log lines could not be written to "
-                f"{self.path or self.folder}; enforcement was not affected",
-                RuntimeWarning,
-                stacklevel=2,
+                f"{self.path or self.folder}; enforcement was not affected"
             )
 
     def _open(self) -> None:
@@ -180,6 +178,7 @@ class RunLog(Sink):
             "host.name": socket.gethostname(),
             "process.pid": self._file.pid,
             "process.command_args": sys.argv,
+            "process.forked": self._file.pid != self._first_pid,
             "rank": rank,
             "versions": {
                 "python": platform.python_version(),
@@ -217,6 +216,7 @@ def _renew_locks() -> None:
     """A fork copies a lock as another thread held it, and that thread is not in the child."""
     for log in list(_logs):
         log._lock = threading.RLock()
+        log._file.close()  # the parent's: as long as a child holds it, it looks alive
 
 
 if hasattr(os, "register_at_fork"):

@@ -5,6 +5,8 @@ Nothing here ever raises for the file's sake: one warning, then lost lines are c
 
 import itertools
 import os
+import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +43,10 @@ class LogFile:
         self._warned = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in _file_names(rank, self.pid):
+            for name in _file_names(re.sub(r"[^\w-]", "_", rank), self.pid):
                 if self._take(folder / name):
                     break
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             self._warn(error)
 
     @property
@@ -111,15 +113,21 @@ class LogFile:
         self._torn = self._size > 0 and os.pread(fd, 1, self._size - 1) != b"\n"
         return True
 
-    def _warn(self, error: OSError) -> None:
+    def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"lensnet_guard: cannot write the log in {self._folder}: {error}. Enforcement and "
-                "the ring buffer go on; lost lines are counted.",
-                RuntimeWarning,
-                stacklevel=2,
+                "the ring buffer go on; lost lines are counted."
             )
+
+
+def warn(message: str) -> None:
+    """Warn, but never raise: where warnings are errors, say it on stderr."""
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    except RuntimeWarning:
+        print(message, file=sys.stderr)
 
 
 def segments_of(path: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """The pytest plugin: call contracts as one line of a test. See docs/testing.md.
 
-Options, markers and fixtures; what happens around every test is in `pytest_session`. Nothing
-imports torch before a guard exists or a fixture is asked for.
+Options, markers and fixtures; what happens around every test is in `pytest_session`. Torch is
+imported by nothing but a fixture, the ``lensnet_calls`` marker or a log that is asked for.
 """
 
 import os
@@ -134,8 +134,11 @@ def lensnet_guard(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Gua
                 stack.callback(made._history.remove_sink, raised)
             return made
 
-        yield guard
-    fail_if_swallowed(request.node)
+        try:
+            yield guard
+            fail_if_swallowed(request.node)
+        finally:  # an exception keeps the frames of the test, and they its tensors
+            raised.errors.clear()
 
 
 @contextmanager

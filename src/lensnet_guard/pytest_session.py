@@ -90,7 +90,9 @@ class Session:
             stack.callback(remove_from_all, tally)
             if folder is not None:
                 stack.enter_context(self._logged(folder, item.nodeid))
-            return (yield)
+            result = yield
+        del item.stash[TALLY]  # its records are of no use to the rest of the session
+        return result
 
     @contextmanager
     def _logged(self, folder: Path, test: str) -> Iterator[None]:
@@ -201,29 +203,47 @@ def fail_if_swallowed(item: pytest.Item) -> None:
         told = "\n\n".join(f"{type(error).__name__}: {error}" for error in swallowed)
         pytest.fail(
             f"{len(swallowed)} violation{plural} did not reach the test: swallowed on the way, or "
-            f"raised in another thread.\n\n{told}",
+            f"raised in another thread. Where it is meant to happen, let the test itself catch it "
+            f'(pytest.raises), or guard with mode="observe".\n\n{told}',
             pytrace=False,
         )
 
 
 def _reached(item: pytest.Item, error: "LensNetViolation") -> bool:
-    """Whether an exception was raised through the test itself or one of its fixtures."""
-    codes = _codes(item)
+    """Whether the test has seen an exception, as far as its traceback tells.
+
+    It was raised through code of the test's file, or pytest has caught it for the test; or somebody
+    took the traceback off, as unittest does with what its assertRaises has caught.
+    """
     traceback = error.__traceback__
+    if traceback is None:
+        return True
+    codes = _codes(item)
     while traceback is not None:
-        if traceback.tb_frame.f_code in codes:
+        code = traceback.tb_frame.f_code
+        if code in codes or code.co_filename == _RAISES:
             return True
         traceback = traceback.tb_next
     return False
 
 
+_RAISES = inspect.getsourcefile(pytest.RaisesExc)  # pytest.raises(Violation, function)
+
+
 def _codes(item: pytest.Item) -> set[CodeType]:
+    """The code of the test and its fixtures, with the functions that are written inside them."""
     test = getattr(item, "obj", None)
     functions = [test, getattr(getattr(test, "hypothesis", None), "inner_test", None)]
     fixtures = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
     functions += [definition.func for defs in fixtures.values() for definition in defs]
-    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in functions if callable(f))
-    return {code for code in codes if code is not None}
+    found = (getattr(inspect.unwrap(f), "__code__", None) for f in functions if callable(f))
+    todo = [code for code in found if code is not None]
+    codes: set[CodeType] = set()
+    while todo:
+        code = todo.pop()
+        codes.add(code)
+        todo += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return codes
 
 
 # Settings ----------------------------------------------------------------------------------------
@@ -244,6 +264,10 @@ def _marked_settings(item: pytest.Item) -> tuple[str | None, Any]:
         raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.lensnet_guard: {error}") from None
     if mode is not None:
         _checked_mode(mode, f"{item.nodeid}: @pytest.mark.lensnet_guard")
+    if log is not None and (not isinstance(log, (str, os.PathLike)) or "\0" in str(log)):
+        raise pytest.UsageError(
+            f"{item.nodeid}: @pytest.mark.lensnet_guard: log must be a folder's path, not {log!r}"
+        )
     return mode, log
 
 
@@ -276,7 +300,7 @@ def _mode_set(mode: str | None) -> Iterator[None]:
         yield
     finally:
         if mode is not None:
-            os.environ.pop("LENSNET_GUARD")
+            os.environ.pop("LENSNET_GUARD", None)
             if before is not None:
                 os.environ["LENSNET_GUARD"] = before
 

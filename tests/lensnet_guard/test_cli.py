@@ -64,6 +64,24 @@ class TestPostmortem:
         assert result.exit_code == 2
         assert result.stderr.startswith("lensnet-guard: no ")
 
+    def test_json_of_nothing(self, tmp_path):
+        """A program gets an object in any case."""
+        result = run("postmortem", tmp_path / "missing", "--json")
+        assert result.exit_code == 2
+        assert json.loads(result.stdout)["exit_code"] == 2
+
+    @pytest.mark.parametrize("name", ["é\udc80", "plain"])
+    def test_json_of_odd_logs(self, tmp_path, name):
+        """Names in no encoding, numbers above 64 bits, times beyond all calendars."""
+        guard_module(nn.Linear(3, 2), log=tmp_path, name=name).end_log()
+        path = tmp_path / "lensnet.rank0.jsonl"
+        odd = (
+            '{"event":"segment.begin","before":{"calls":18446744073709551615},"timestamp":1e300}\n'
+        )
+        path.write_text(odd + path.read_text())
+        assert json.loads(run("postmortem", tmp_path, "--json").stdout)["runs"]
+        assert run("postmortem", tmp_path).exit_code in (0, 1)
+
     def test_a_module_with_a_markup_name(self, tmp_path):
         """What a terminal library takes for markup is text."""
         guard_module(nn.Linear(3, 2), log=tmp_path, name="[bold]x[/nope]").end_log()

@@ -355,7 +355,8 @@ class TestLensnetGuard:
         result.stdout.fnmatch_lines(
             [
                 "1 violation did not reach the test: swallowed on the way, or raised in another "
-                "thread.",
+                "thread. Where it is meant to happen, let the test itself catch it "
+                '(pytest.raises), or guard with mode="observe".',
                 "NoContext: Linear was used in a thread that has declared neither*",
                 "  called from  test_it.py:18 in sneaky",
             ]
@@ -443,6 +444,105 @@ class TestLensnetGuard:
             """
         )
         result.assert_outcomes(passed=1, errors=1)
+
+
+class TestWhatReachedTheTest:
+    @pytest.mark.parametrize(
+        "seen",
+        [
+            "pytest.raises(NoContext, guard.module, X)",
+            "pytest.raises(NoContext, lambda: guard.module(X))",
+            "(lambda: [check() for check in [lambda: expect(guard)]])()",
+        ],
+    )
+    def test_other_ways_to_expect_a_violation_failed(self, run, seen):
+        """What pytest itself has caught, or code of the test, was seen."""
+        result = run(
+            f"""
+            def test(lensnet_guard):
+                def expect(guard):
+                    with pytest.raises(NoContext):
+                        guard.module(X)
+
+                guard = lensnet_guard(nn.Linear(3, 2))
+                {seen}
+            """
+        )
+        result.assert_outcomes(passed=1)
+
+    def test_unittest_failed(self, run):
+        """assertRaises takes the traceback off what it has caught."""
+        result = run(
+            """
+            import unittest
+
+            class Test(unittest.TestCase):
+                @pytest.fixture(autouse=True)
+                def _guard(self, lensnet_guard):
+                    self.guard = lensnet_guard(nn.Linear(3, 2))
+
+                def test(self):
+                    with self.assertRaises(NoContext):
+                        self.guard.module(X)
+            """
+        )
+        result.assert_outcomes(passed=1)
+
+    def test_a_test_that_was_over_kept_its_tensors(self, run):
+        """By the tracebacks of the violations that it had provoked."""
+        result = run(
+            """
+            import gc, weakref
+            seen = []
+
+            def test_first(lensnet_guard):
+                guard = lensnet_guard(nn.Linear(3, 2))
+                large = torch.ones(1000)
+                seen.append(weakref.ref(large))
+                with pytest.raises(NoContext):
+                    guard.module(X)
+
+            def test_second():
+                gc.collect()
+                assert seen[0]() is None
+            """
+        )
+        result.assert_outcomes(passed=2)
+
+
+class TestHostileSessions:
+    def test_a_test_that_removed_the_variable_ended_the_session(self, run):
+        """The mode is put back all the same."""
+        result = run(
+            """
+            @pytest.mark.lensnet_guard("off")
+            def test():
+                os.environ.pop("LENSNET_GUARD", None)
+
+            def test_next():
+                assert new().mode == "enforce"
+            """
+        )
+        result.assert_outcomes(passed=2)
+
+    def test_a_log_that_cannot_be_written_ended_the_session(self, run, pytester):
+        """Where warnings are errors it is told on stderr."""
+        pytester.path.joinpath("file").touch()
+        result = run("def test(): call(new())", "-Werror", "--lensnet-log=file/x", subprocess=True)
+        result.assert_outcomes(passed=1)
+
+    @pytest.mark.parametrize("log", ["123", "'a\\0b'"])
+    def test_a_marker_with_a_wrong_log_ended_the_session(self, run, log):
+        """It is refused before anything runs."""
+        result = run(
+            f"""
+            @pytest.mark.lensnet_guard(log={log})
+            def test():
+                pass
+            """
+        )
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines(["*@pytest.mark.lensnet_guard: log must be a folder's path*"])
 
 
 class TestMarker:

@@ -45,11 +45,10 @@ def analyse(
     for log, paths in find_logs(targets).items():
         reading = _Reading(log)
         for path in paths:
-            for line in read_lines(path, progress):
-                reading.take(line)
-        reading.finish(running=_is_held(paths[-1]))
-        runs += reading.runs
-    return Analysis(tuple(runs), _divergence(runs))
+            reading.take_file(path, progress)
+        runs += reading.finish()
+    analysis = Analysis(tuple(runs), None)
+    return Analysis(analysis.runs, _divergence(analysis.latest))
 
 
 class _Reading:
@@ -58,15 +57,27 @@ class _Reading:
     def __init__(self, log: str) -> None:
         self.runs: list[Run] = []
         self._log = log
+        self._held = False
         self._new_run()
 
     def _new_run(self) -> Run:
-        self._open: dict[tuple[str, int | None], Mapping[str, Any]] = {}
+        # Lists, because guards of the same name may share a log.
+        self._open: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
         self._allowed: dict[str, Mapping[str, Any]] = {}
         self._since_step = self._ran_since_step = 0
         self.run = Run(self._log)
         self.runs.append(self.run)
         return self.run
+
+    def take_file(self, path: Path, progress: Callable[[int], object]) -> None:
+        """Take all lines of a file; one that cannot be read hides no other."""
+        self._held = False
+        try:
+            for line in read_lines(path, progress):
+                self.take(line)
+            self._held = _is_held(path)
+        except OSError as error:
+            self.run.unreadable_files.append(f"{path}: {error.strerror or error}")
 
     def take(self, line: Line) -> None:
         """Take one line; none of them raises."""
@@ -90,14 +101,16 @@ class _Reading:
         if take is not None:
             take(self, event)
 
-    def finish(self, *, running: bool) -> None:
-        """The last line has been taken."""
-        self.run.running = running and not self.run.ended
+    def finish(self) -> list[Run]:
+        """The last file has been taken: all runs."""
+        self.run.running = self._held and not self.run.ended
         self._end_run()
+        return self.runs
 
     def _end_run(self) -> None:
         self.run.cut_off_calls = self._since_step
-        self.run.in_flight = list(map(read_call, self._open.values()))
+        still_open = (event for events in self._open.values() for event in events)
+        self.run.in_flight = list(map(read_call, still_open))
 
     # One method per event ----------------------------------------------------------------------
 
@@ -105,6 +118,7 @@ class _Reading:
         run = self.run
         run.rank = text(event.get("rank")) or "?"
         run.pid = whole(event.get("process.pid"))
+        run.forked = event.get("process.forked") is True
         run.host = text(event.get("host.name")) or "?"
         run.module = text(event.get("module")) or run.module
         run.mode = text(event.get("mode")) or "?"
@@ -128,7 +142,7 @@ class _Reading:
     def _begin(self, event: Mapping[str, Any]) -> None:
         # The event itself is kept, and becomes a Call when somebody asks: most never do.
         run, site = self.run, read_site(event)
-        self._open[site.module, whole(event.get("seq"))] = event
+        self._open.setdefault((site.module, whole(event.get("seq"))), []).append(event)
         ran_in_training = site.context == "training" and site.kind != "recompute"
         self._ran_since_step += ran_in_training
         if site.reason is not None:  # observed: the violation's line has counted it
@@ -145,7 +159,10 @@ class _Reading:
             self._allowed.setdefault(site.module, event)
 
     def _end(self, event: Mapping[str, Any]) -> None:
-        self._open.pop((text(event.get("module")) or "?", whole(event.get("seq"))), None)
+        key = text(event.get("module")) or "?", whole(event.get("seq"))
+        events = self._open.pop(key, [])[:-1]
+        if events:
+            self._open[key] = events
 
     def _violation(self, event: Mapping[str, Any]) -> None:
         run = self.run
@@ -166,7 +183,7 @@ class _Reading:
         run.micro_step_calls.append(self._ran_since_step)
         self._since_step = self._ran_since_step = 0
         step, micro_step = whole(event.get("step")), whole(event.get("micro_step"))
-        run.steps.append(max(-(2**63), min(step if step is not None else -1, 2**63 - 1)))
+        run.steps.extend(_fitting(number) for number in (step, micro_step))
         if due and made != due:
             run.deviation_count += 1
             if len(run.deviations) < KEPT_DEVIATIONS:
@@ -184,6 +201,9 @@ class _Reading:
 
     def _run_end(self, event: Mapping[str, Any]) -> None:
         self.run.lost_lines = whole(event.get("lost_lines")) or 0
+        # The run's own sum counts, where lines of its violations have gone.
+        told = whole(event.get("violations")) or 0
+        self.run.violation_count = max(self.run.violation_count, told)
 
 
 _TAKERS: dict[str, Callable[[_Reading, Mapping[str, Any]], None]] = {
@@ -217,22 +237,30 @@ def _on(enabled: bool) -> str:
 
 
 def _divergence(runs: Iterable[Run]) -> Divergence | None:
-    """The first step in which ranks made different numbers of training calls.
+    """The first micro-step in which ranks made different numbers of training calls.
 
-    Steps are compared by their numbers; those that a rank has not reached yet tell nothing.
+    Micro-steps are compared by step and number; what a rank has not ended yet tells nothing, nor
+    does a scope that stands alone and has no number.
     """
-    by_rank: dict[str, Counter[int]] = {}
+    by_rank: dict[str, Counter[tuple[int, int]]] = {}
     for run in runs:
-        by_step = by_rank.setdefault(run.rank, Counter())
-        for step, made in zip(run.steps, run.micro_step_calls, strict=True):
-            by_step[step] += made
+        made = by_rank.setdefault(run.rank, Counter())
+        steps = zip(run.steps[::2], run.steps[1::2], run.micro_step_calls, strict=True)
+        for step, micro_step, calls in steps:
+            if step >= 0:
+                made[step, micro_step] += calls
     if len(by_rank) < 2:
         return None
-    for step in sorted(set.intersection(*map(set, by_rank.values()))):
-        calls = {rank: by_step[step] for rank, by_step in by_rank.items()}
-        if len(set(calls.values())) > 1:
-            return Divergence(step, calls)
+    for key in sorted(set.intersection(*map(set, by_rank.values()))):
+        calls_of = {rank: made[key] for rank, made in by_rank.items()}
+        if len(set(calls_of.values())) > 1:
+            return Divergence(key[0], calls_of)
     return None
+
+
+def _fitting(number: int | None) -> int:
+    """A number that an array takes; -1 for none."""
+    return -1 if number is None else max(-1, min(number, 2**62))
 
 
 def _is_held(path: Path) -> bool:

@@ -67,6 +67,8 @@ class Run:
         ended: ``run.end`` is there. running: the process still holds the file.
         training_calls, inference_calls: allowed ones; recomputes are counted apart.
         cut_off_calls: training calls in micro-steps that never ended.
+        steps: step and number of every training micro-step, one after the other.
+        forked: a worker forked from the process that had opened the log.
         micro_step_calls: calls that ran in every training micro-step, in order; in observe mode
             the violations among them too.
         in_flight: calls that had begun and not ended when the log stopped.
@@ -107,11 +109,16 @@ class Run:
     hazard_count: int = 0
     lost_lines: int = 0
     dropped_segments: bool = False
+    forked: bool = False
+    unreadable_files: list[str] = field(default_factory=list)
 
     @property
     def died(self) -> bool:
-        """The log stops before the end of the run, and nobody is writing it."""
-        return not self.ended and not self.running
+        """The log stops before the end of the run, and nobody is writing it.
+
+        A forked worker ends without a word; it has died only when a call was in flight.
+        """
+        return not (self.ended or self.running or (self.forked and not self.in_flight))
 
 
 @dataclass(frozen=True)
@@ -131,29 +138,38 @@ class Analysis:
 
     @property
     def latest(self) -> tuple[Run, ...]:
-        """The last run of every log: the ones that the verdict is about."""
-        return tuple({run.log: run for run in self.runs}.values())
+        """The last run of every log that says anything: the ones that the verdict is about."""
+        return tuple({run.log: run for run in self.runs if run.events}.values())
 
     @property
     def verdict(self) -> str:
         """One line: clean, violations, a crash and where, a damaged log, or still running."""
         runs = self.latest
-        if not any(run.events for run in runs):
+        if not runs:
             return "unreadable: no line of the log is an event"
         for run in runs:
             if run.died and run.in_flight:
                 call = run.in_flight[-1]
-                return f"crash in call {call.seq} of {call.module}, called from {call.caller}"
+                where = f"call {call.seq} of {call.module}, called from {call.caller}"
+                others = len(run.in_flight) - 1
+                return f"crash in {where}" + (f", or in {others} more in flight" if others else "")
         for run in runs:
             if run.died:
                 torn = f", log torn at line {run.torn_at}" if run.torn_at else ""
                 return f"the process died outside any call of {run.module}{torn}"
         if violations := sum(run.violation_count for run in runs):
-            first = next(run.violations[0].call for run in runs if run.violations)
             plural = "violation" if violations == 1 else "violations"
-            return f"{violations} {plural}, the first {first.reason} at {first.caller}"
+            kept = [run.violations[0].call for run in runs if run.violations]
+            if not kept:
+                return f"{violations} {plural}, in lines that are gone"
+            return f"{violations} {plural}, the first {kept[0].reason} at {kept[0].caller}"
         if self.divergence is not None:
             return f"ranks diverged at step {self.divergence.step}"
+        if missed := sum(run.deviation_count for run in runs):
+            return f"budget missed in {missed} micro-step{'' if missed == 1 else 's'}"
+        for run in self.runs:
+            if run.unreadable_files:
+                return f"log damaged: {run.unreadable_files[0]}"
         for run in runs:
             if run.torn_at or run.unreadable_count:
                 line = run.torn_at or run.unreadable[0]

@@ -1,5 +1,6 @@
 """The lines of log files, one at a time and in bounded memory, whatever is in them."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -38,18 +39,21 @@ def find_logs(targets: Iterable[str | os.PathLike[str]]) -> dict[str, list[Path]
         FileNotFoundError: a target does not exist, or a folder holds no log.
     """
     logs: dict[str, list[Path]] = {}
+    seen: set[Path] = set()
     for target in map(Path, targets):
-        paths = sorted(target.glob("lensnet.rank*.jsonl")) if target.is_dir() else [target]
-        if not paths:
+        found = sorted(target.glob("lensnet.rank*.jsonl")) if target.is_dir() else [target]
+        paths = [path for path in found if path.is_file()]  # a pipe would be waited for
+        if not paths and target.is_dir():
             raise FileNotFoundError(f"no lensnet.rank*.jsonl in {target}")
+        if not paths:
+            raise FileNotFoundError(f"no such file or folder: {target}")
         for path in paths:
-            if not path.exists():
-                raise FileNotFoundError(f"no such file or folder: {path}")
             name = _LOG_NAME.fullmatch(path.name)
-            logs.setdefault(str(path.parent / (name["log"] if name else path.name)), []).append(
-                path
-            )
-    return {log: sorted(set(paths), key=_segment) for log, paths in sorted(logs.items())}
+            log = path.parent / (name["log"] if name else path.name)
+            if path.resolve() not in seen:
+                logs.setdefault(str(log), []).append(path)
+            seen.add(path.resolve())
+    return {log: sorted(paths, key=_segment) for log, paths in sorted(logs.items())}
 
 
 def _segment(path: Path) -> float:
@@ -80,5 +84,8 @@ def _event(raw: bytes) -> dict[str, Any] | None:
     try:
         parsed = orjson.loads(raw)
     except ValueError:
-        return None
+        try:  # the standard library reads what orjson refuses: a lone surrogate in a file name
+            parsed = json.loads(raw)
+        except (ValueError, RecursionError):
+            return None
     return parsed if isinstance(parsed, dict) and isinstance(parsed.get("event"), str) else None

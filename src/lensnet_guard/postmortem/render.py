@@ -1,6 +1,7 @@
 """The findings in a terminal: the verdict first, then what led to it."""
 
 import os
+import re
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -133,7 +134,11 @@ def _details(call: Call) -> Sequence[Text]:
 
 def short_paths(text: str) -> str:
     """Paths below the working directory relative to it, so that a terminal can open them."""
-    return text.replace(os.getcwd() + os.sep, "")
+    try:
+        here = os.getcwd() + os.sep
+    except FileNotFoundError:  # the working directory is gone
+        return text
+    return re.sub(r"(?<![^\s(])" + re.escape(here), "", text)
 
 
 def _damage(run: Run) -> RenderableType | None:

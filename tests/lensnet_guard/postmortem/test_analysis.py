@@ -1,6 +1,7 @@
 """What the logs say, also when they are torn, foreign or garbage."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,75 @@ class TestRanks:
         self.rank(tmp_path, "0", monkeypatch, lambda step: 1)
         self.rank(tmp_path, "1", monkeypatch, lambda step: 1)
         assert len(analyse(sorted(tmp_path.iterdir())).runs) == 2
+
+    def test_accumulation_was_called_divergence(self, tmp_path, monkeypatch):
+        """A rank that has yet to make the second micro-step of a step is only behind."""
+        for rank, micro_steps in (("0", 2), ("1", 1)):
+            monkeypatch.setenv("RANK", rank)
+            guard = logged(tmp_path)
+            with guard.context("training"):
+                for micro_step in range(micro_steps):
+                    with guard.micro_step(0, micro_step), guard.sanctioned(SCOPE):
+                        guard.module(X)
+            guard.end_log()
+        assert analyse([tmp_path]).divergence is None
+
+    def test_scopes_without_a_number_were_called_divergence(self, tmp_path, monkeypatch):
+        """There is nothing to compare them by."""
+        for rank, times in (("0", 3), ("1", 2)):
+            monkeypatch.setenv("RANK", rank)
+            guard = logged(tmp_path)
+            with guard.context("training"):
+                for _ in range(times):
+                    with guard.sanctioned(SCOPE):
+                        guard.module(X)
+            guard.end_log()
+        assert analyse([tmp_path]).divergence is None
+
+    def test_a_log_that_was_named_twice(self, tmp_path, monkeypatch):
+        """By its folder and by itself, it is one log."""
+        self.rank(tmp_path, "0", monkeypatch, lambda step: 1)
+        assert len(analyse([tmp_path, tmp_path / FILE]).runs) == 1
+
+
+class TestOddLogs:
+    def test_violations_in_dropped_segments_ended_the_reader(self, tmp_path, monkeypatch):
+        """Their number is known, their lines are gone."""
+        monkeypatch.setattr(log_file, "SEGMENT_BYTES", 20_000)
+        monkeypatch.setattr(log_file, "KEPT_SEGMENTS", 1)
+        guard = logged(tmp_path, mode="observe")
+        guard.module(X)
+        train(guard, 100)
+        guard.end_log()
+        assert analyse([tmp_path]).verdict == "1 violation, in lines that are gone"
+
+    def test_guards_of_one_name_in_one_log_hid_a_call_in_flight(self, tmp_path):
+        """Each counts from 1: the inner one's end was taken for the outer one's."""
+        header = {"event": "run.begin", "module": "Net", "timestamp": 1.0}
+        begin = {"event": "call.begin", "module": "Net", "seq": 1, "kind": "call", "thread": "t"}
+        end = {"event": "call.end", "module": "Net", "seq": 1}
+        lines = [header, begin, begin, end]
+        (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        analysis = analyse([tmp_path])
+        assert analysis.verdict == "crash in call 1 of Net, called from unknown"
+
+    def test_a_name_with_a_lone_surrogate_was_damage(self, tmp_path):
+        """As argv has them for file names in another encoding."""
+        guard_module(nn.Linear(3, 2), log=tmp_path, name="é\udc80").end_log()
+        analysis = analyse([tmp_path])
+        assert (analysis.verdict, analysis.runs[0].module) == ("clean", "é\udc80")
+
+    def test_a_folder_with_the_name_of_a_log_hid_the_others(self, log):
+        """And a pipe was waited for."""
+        (log.parent / "lensnet.rank7.jsonl").mkdir()
+        os.mkfifo(log.parent / "lensnet.rank8.jsonl")
+        (log.parent / "lensnet.rank9.jsonl").symlink_to("nowhere")
+        assert analyse([log.parent]).verdict == "clean"
+
+    def test_a_budget_that_was_missed_without_a_violation(self, log):
+        """The micro-step's own line says so."""
+        log.write_text(log.read_text().replace('"due":{"preference_scorer":1}', '"due":{"x":1}'))
+        assert analyse([log]).verdict == "budget missed in 3 micro-steps"
 
 
 class TestSegments:

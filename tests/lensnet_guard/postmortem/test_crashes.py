@@ -164,6 +164,53 @@ class TestStillRunning:
         assert analyse([tmp_path]).verdict == "clean"
 
 
+class TestForks:
+    def test_a_crash_was_called_running_while_a_child_lived(self, run_python, tmp_path):
+        """The child inherits the file, and with it the lock by which a writer is known."""
+        run_python(
+            ZYGOTE
+            + """
+def die():
+    child = os.fork()
+    if child == 0:
+        time.sleep(20)
+        os._exit(0)
+    open("child", "w").write(str(child))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+os.waitpid(fork(lambda: train("run", Victim(2, die))), 0)
+"""
+        )
+        try:
+            analysis = analyse([tmp_path / "run"])
+        finally:
+            os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+        assert analysis.verdict.startswith("crash in call 2 of victim")
+
+    def test_a_worker_that_ended_in_order_was_called_dead(self, run_python, tmp_path):
+        """Multiprocessing leaves by os._exit, without a last line."""
+        run_python(
+            ZYGOTE
+            + """
+import multiprocessing
+guard = guard_module(nn.Linear(3, 2), log="run")
+
+def work():
+    with guard.context("inference"):
+        guard.module(torch.ones(1, 3))
+
+worker = multiprocessing.get_context("fork").Process(target=work)
+worker.start()
+worker.join()
+work()
+guard.end_log()
+"""
+        )
+        analysis = analyse([tmp_path / "run"])
+        assert analysis.verdict == "clean"
+        assert [run.inference_calls for run in analysis.runs] == [1, 1]
+
+
 class TestDisks:
     def test_a_file_that_may_grow_no_further(self, run_python, tmp_path):
         """As under a quota: enforcement goes on, the loss is counted and told."""
