@@ -212,8 +212,8 @@ def fail_if_swallowed(item: pytest.Item) -> None:
 def _reached(item: pytest.Item, error: "LensNetViolation") -> bool:
     """Whether the test has seen an exception, as far as its traceback tells.
 
-    It was raised through code of the test's file, or pytest has caught it for the test; or somebody
-    took the traceback off, as unittest does with what its assertRaises has caught.
+    It was raised through the test or a fixture, or pytest.raises has caught it; or somebody took
+    the traceback off, as unittest does with what its assertRaises has caught.
     """
     traceback = error.__traceback__
     if traceback is None:
