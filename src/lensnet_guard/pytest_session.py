@@ -72,16 +72,27 @@ class Session:
         return base / folder if folder else None
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Refuse wrong markers before anything runs."""
+        """Refuse wrong markers before anything runs.
+
+        A worker of xdist cannot tell its controller of a usage error: there the test fails.
+        """
         for item in items:
-            _marked_settings(item)
-            if (marker := item.get_closest_marker("lensnet_calls")) is not None:
-                _expected_by(item, marker)
+            wrong = _wrong_marker(item)
+            if wrong is not None and not hasattr(self._config, "workerinput"):
+                raise wrong
+            if wrong is not None:
+                item.stash[_WRONG] = str(wrong)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Fail where a worker has found a wrong marker."""
+        if _WRONG in item.stash:
+            pytest.fail(item.stash[_WRONG], pytrace=False)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """Settings, tally and log of one test, from its setup to its teardown."""
-        mode, log = _marked_settings(item)
+        mode, log = (None, None) if _WRONG in item.stash else _marked_settings(item)
         folder = self._log_folder(log)
         tally = item.stash[TALLY] = _Tally()
         with ExitStack() as stack:
@@ -247,6 +258,19 @@ def _codes(item: pytest.Item) -> set[CodeType]:
 
 
 # Settings ----------------------------------------------------------------------------------------
+
+
+_WRONG: pytest.StashKey[str] = pytest.StashKey()
+
+
+def _wrong_marker(item: pytest.Item) -> pytest.UsageError | None:
+    try:
+        _marked_settings(item)
+        if (marker := item.get_closest_marker("lensnet_calls")) is not None:
+            _expected_by(item, marker)
+    except pytest.UsageError as error:
+        return error
+    return None
 
 
 def _marked_settings(item: pytest.Item) -> tuple[str | None, Any]:

@@ -858,6 +858,27 @@ class TestXdist:
         assert len(tests) == len(set(tests)) == 15
         assert calls == 68
 
+    @pytest.mark.parametrize(
+        ("marker", "message"),
+        [
+            ("lensnet_calls(min=2, max=1)", "at least 2 and at most 1 calls cannot be"),
+            ('lensnet_guard("on")', "must be one of enforce, observe, off, not 'on'"),
+        ],
+    )
+    def test_a_wrong_marker_ended_in_an_assertion_of_xdist(self, run, marker, message):
+        """A worker cannot tell of a usage error: the test fails with it."""
+        result = run(
+            f"""
+            @pytest.mark.{marker}
+            def test():
+                raise AssertionError("ran")
+            """,
+            "-n2",
+            subprocess=True,
+        )
+        result.assert_outcomes(errors=1)
+        result.stdout.fnmatch_lines([f"test_it.py::test: @pytest.mark.*{message}"])
+
     def test_a_worker_that_dies(self, run):
         """What it had reported is in the sum."""
         result = run(

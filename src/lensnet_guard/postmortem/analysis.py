@@ -1,6 +1,6 @@
 """From log files to findings, in one pass, line by line.
 
-What is kept does not grow with the logs, but for twelve bytes per training micro-step.
+What is kept does not grow with the logs, but for twenty bytes per training micro-step.
 """
 
 import os
