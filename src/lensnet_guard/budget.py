@@ -1,12 +1,9 @@
 """The ledger of one micro-step: which calls spent which budget, and what went wrong meanwhile."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from lensnet_guard.errors import LensNetViolation, add_note
 from lensnet_guard.record import CallRecord, Context
-
-if TYPE_CHECKING:
-    from lensnet_guard.errors import LensNetViolation
 
 
 class MicroStep:
@@ -62,13 +59,12 @@ class MicroStep:
 
     def note_swallowed(self, error: BaseException) -> None:
         """Tell of swallowed violations on an unrelated exception that is on its way out."""
-        if not self.violations or not hasattr(error, "add_note"):  # Python 3.10 has no notes
+        if not self.violations:
             return
         headline = str(self.violations[0]).partition("\n")[0]
         note = f"Before this, a LensNetViolation was swallowed: {headline}"
-        told = note in getattr(error, "__notes__", ())  # by a block inside this one
-        if not told and not any(shown in self.violations for shown in _traceback_of(error)):
-            error.add_note(note)
+        if not any(shown in self.violations for shown in _traceback_of(error)):
+            add_note(error, note)  # once: a block inside this one may have told
 
 
 def _traceback_of(error: BaseException) -> list[BaseException]:

@@ -140,6 +140,12 @@ def build_violation(
     return violation("\n".join(lines), record, earlier)
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception, once, where Python has notes (3.10 has none)."""
+    if hasattr(error, "add_note") and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
 def _sanction(policy: "CallPolicy") -> str:
     """The code that makes a training call legal."""
     if policy.scopes:

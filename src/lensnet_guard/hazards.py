@@ -14,6 +14,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lensnet_guard._torch_internals import mark_counter, uses_cuda_graphs
+from lensnet_guard.errors import add_note
 from lensnet_guard.record import CallRecord
 
 _OVERWRITTEN = "has been overwritten by a subsequent run"  # torch 2.13, cudagraph_trees.py
@@ -69,15 +70,14 @@ class Outputs:
 
     def blame(self, error: BaseException) -> None:
         """Say on torch's error about an overwritten output which call made it and which wrote."""
-        if _OVERWRITTEN not in str(error) or len(self._calls) < 2 or not hasattr(error, "add_note"):
+        if len(self._calls) < 2 or _OVERWRITTEN not in str(error):
             return
         (first, _), (last, _) = self._calls[-2:]
-        note = (
+        add_note(
+            error,
             f"lensnet_guard: the output of call {first.seq} of {first.module} at {first.caller} "
-            f"was overwritten by call {last.seq} at {last.caller}"
+            f"was overwritten by call {last.seq} at {last.caller}",
         )
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
 
 
 def _alive(storage: Any) -> bool:

@@ -3,7 +3,6 @@
 import itertools
 import os
 import threading
-import weakref
 from collections import Counter, deque
 from types import FrameType
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from lensnet_guard.context import Position
+from lensnet_guard.errors import add_note
 from lensnet_guard.log import RunLog
 from lensnet_guard.record import CallRecord, Context, Kind, Stack, capture_stack
 from lensnet_guard.sinks import Source
@@ -36,8 +36,7 @@ class History(Source):
 
     Attributes:
         module: the guard's name for the module.
-        lock: held from reading a budget to spending it. Re-entrant: a garbage collection inside
-            the locked region may run code that calls again.
+        lock: held from reading a budget to spending it.
         calls: the newest records of calls, allowed and refused.
         violations: the newest records of violations.
         violation_count: violations so far, also those that the ring no longer holds.
@@ -47,7 +46,6 @@ class History(Source):
     def __init__(self, module: str) -> None:
         super().__init__()
         self.module = module
-        self.lock = threading.RLock()
         self.calls: deque[CallRecord] = deque(maxlen=RING_RECORDS)
         self.violations: deque[CallRecord] = deque(maxlen=RING_RECORDS)
         self.violation_count = 0
@@ -55,7 +53,6 @@ class History(Source):
         self._owns_log = False
         self._counts: Counter[tuple[Context | None, str | None]] = Counter()
         self._sequence = itertools.count(1)
-        _alive.add(self)
 
     def count(self, context: Context | None, scope: str | None) -> int:
         """Allowed calls so far, of one context or scope if given; recomputes are not counted."""
@@ -162,20 +159,5 @@ class History(Source):
 
     def name_log(self, error: BaseException) -> None:
         """Say on an exception that is on its way out where its call is written down."""
-        if self.log is not None and self.log.path is not None and hasattr(error, "add_note"):
-            note = f"lensnet_guard: the calls of {self.module} are in {self.log.path}"
-            if note not in getattr(error, "__notes__", ()):
-                error.add_note(note)
-
-
-_alive: weakref.WeakSet[History] = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    """A fork copies a lock as another thread held it, and that thread is not in the child."""
-    for history in list(_alive):
-        history.lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
+        if self.log is not None and self.log.path is not None:
+            add_note(error, f"lensnet_guard: the calls of {self.module} are in {self.log.path}")

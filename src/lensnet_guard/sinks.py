@@ -38,9 +38,14 @@ class Sink:
 
 
 class Source:
-    """What tells sinks. `sinks` is replaced, never changed: it may be read without a lock."""
+    """What tells sinks. `sinks` is replaced, never changed: it may be read without a lock.
+
+    ``lock`` is for whoever derives from this. Re-entrant: a garbage collection inside the locked
+    region may run code that calls again. A forked process gets a new one.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         with _registry:
             self.sinks: tuple[Sink, ...] = _sinks_of_all
             _sources.add(self)
@@ -79,11 +84,13 @@ def remove_from_all(sink: Sink) -> None:
             source.remove_sink(sink)
 
 
-def _renew_lock() -> None:
+def _renew_locks() -> None:
     """A fork copies a lock as another thread held it, and that thread is not in the child."""
     global _registry
     _registry = threading.RLock()
+    for source in list(_sources):
+        source.lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(after_in_child=_renew_locks)
