@@ -1,8 +1,7 @@
 """What a test expects of a module's calls, and the words in which it fails."""
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, get_args
@@ -60,11 +59,9 @@ class Expectation:
                 )
             object.__setattr__(self, "guard", found)
 
-    @contextmanager
-    def watch(self) -> Iterator[CapturedCalls]:
+    def watch(self) -> AbstractContextManager[CapturedCalls]:
         """Capture the calls that count."""
-        with capture(self.guard, context=self.context, scope=self.scope) as captured:
-            yield captured
+        return capture(self.guard, context=self.context, scope=self.scope)
 
     def failure(self, calls: CapturedCalls, *, full_stacks: bool) -> str | None:
         """What is wrong with these calls, or None when they are as expected."""
@@ -116,10 +113,10 @@ class Asserted:
         except (TypeError, ValueError) as error:
             raise type(error)(*error.args) from None  # without the frames that found it
         self._full_stacks = config.get_verbosity() > 0
-        self._stack = ExitStack()
+        self._watch = self._expected.watch()
 
     def __enter__(self) -> CapturedCalls:
-        self._calls = self._stack.enter_context(self._expected.watch())
+        self._calls = self._watch.__enter__()
         return self._calls
 
     def __exit__(
@@ -129,7 +126,7 @@ class Asserted:
         traceback: TracebackType | None,
     ) -> None:
         __tracebackhide__ = True
-        self._stack.close()
+        self._watch.__exit__(None, None, None)
         if kind is None:
             failure = self._expected.failure(self._calls, full_stacks=self._full_stacks)
             if failure is not None:
