@@ -85,12 +85,14 @@ class TestHazard:
         with torch.no_grad():
             for _ in range(3):
                 guard.module(X).sum().item()
+        assert len(guard._outputs._calls) == 1  # the earlier ones are forgotten; no warning
 
     def test_calls_with_grad(self, guard):
         """Torch keeps outputs apart that wait for a backward."""
         first = guard.module(X)
         second = guard.module(2 * X)
         (first.sum() + second.sum()).backward()
+        assert len(guard._outputs._calls) == 2  # both in use, and no warning
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_after_a_mark(self, guard):

@@ -214,6 +214,7 @@ class TestRegistersLikeTheModule:
         """A checkpoint of weights holds no trace of the guard."""
         torch.save(parents[1].state_dict(), tmp_path / "weights.pt")
         loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
+        assert list(loaded) == list(parents[0].state_dict())
         parents[0].load_state_dict(loaded)
 
     def test_trains_like_the_plain_one(self, parents):
