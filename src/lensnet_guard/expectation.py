@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
+from lensnet_guard._text import count
 from lensnet_guard.capture import CapturedCalls, capture, list_calls
 from lensnet_guard.guard import Guard
 from lensnet_guard.proxy import guard_of
@@ -83,21 +84,17 @@ class Expectation:
 
     def _bounds(self) -> str:
         if self.exact is not None:
-            return f"exactly {_calls(self.exact)}" if self.exact else "no call"
+            return f"exactly {count(self.exact, 'call')}" if self.exact else "no call"
         if self.max is None:
-            return f"at least {_calls(self.min or 0)}"
+            return f"at least {count(self.min or 0, 'call')}"
         if self.min is None:
-            return f"at most {_calls(self.max)}"
-        return f"{self.min} to {_calls(self.max)}"
+            return f"at most {count(self.max, 'call')}"
+        return f"{self.min} to {count(self.max, 'call')}"
 
     def _filter(self) -> str:
         text = f" of {self.guard.name}" if self.guard is not None else ""
         text += f" in {self.context}" if self.context is not None else ""
         return text + (f" in scope {self.scope}" if self.scope is not None else "")
-
-
-def _calls(number: int) -> str:
-    return f"{number} call{'' if number == 1 else 's'}"
 
 
 class Asserted:

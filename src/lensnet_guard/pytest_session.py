@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lensnet_guard._text import count
 from lensnet_guard.sinks import Sink, add_to_all, remove_from_all
 
 if TYPE_CHECKING:
@@ -162,8 +163,8 @@ class Session:
         """Add up, in the process that prints."""
         counts = getattr(report, "lensnet_guard", None)
         if counts is not None:
-            for name, count in counts.items():
-                self._sums[name] += count
+            for name, number in counts.items():
+                self._sums[name] += number
             self._tests.add(report.nodeid)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -171,8 +172,8 @@ class Session:
         if self._tests:
             text = ", ".join(
                 (
-                    f"{_count(self._sums['calls'], 'call')} in {_count(len(self._tests), 'test')}",
-                    _count(self._sums["violations"], "violation"),
+                    f"{count(self._sums['calls'], 'call')} in {count(len(self._tests), 'test')}",
+                    count(self._sums["violations"], "violation"),
                 )
             )
             provoked = self._sums["provoked"]
@@ -210,11 +211,10 @@ def fail_if_swallowed(item: pytest.Item) -> None:
     swallowed = [error for error in errors if not _reached(item, error)]
     if swallowed and raised is not None:
         raised.errors.clear()  # told once
-        plural = "" if len(swallowed) == 1 else "s"
         told = "\n\n".join(f"{type(error).__name__}: {error}" for error in swallowed)
         pytest.fail(
-            f"{len(swallowed)} violation{plural} did not reach the test: swallowed on the way, or "
-            f"raised in another thread. Where it is meant to happen, let the test itself catch it "
+            f"{count(len(swallowed), 'violation')} did not reach the test: swallowed on the way, "
+            f"or raised in another thread. Where it is meant to happen, let the test itself catch it "
             f'(pytest.raises), or guard with mode="observe".\n\n{told}',
             pytrace=False,
         )
@@ -327,7 +327,3 @@ def _mode_set(mode: str | None) -> Iterator[None]:
             os.environ.pop("LENSNET_GUARD", None)
             if before is not None:
                 os.environ["LENSNET_GUARD"] = before
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

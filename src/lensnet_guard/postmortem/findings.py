@@ -4,6 +4,8 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 
+from lensnet_guard._text import count
+
 
 @dataclass(frozen=True)
 class Call:
@@ -158,15 +160,15 @@ class Analysis:
                 torn = f", log torn at line {run.torn_at}" if run.torn_at else ""
                 return f"the process died outside any call of {run.module}{torn}"
         if violations := sum(run.violation_count for run in runs):
-            plural = "violation" if violations == 1 else "violations"
+            told = count(violations, "violation")
             kept = [run.violations[0].call for run in runs if run.violations]
             if not kept:
-                return f"{violations} {plural}, in lines that are gone"
-            return f"{violations} {plural}, the first {kept[0].reason} at {kept[0].caller}"
+                return f"{told}, in lines that are gone"
+            return f"{told}, the first {kept[0].reason} at {kept[0].caller}"
         if self.divergence is not None:
             return f"ranks diverged at step {self.divergence.step}"
         if missed := sum(run.deviation_count for run in runs):
-            return f"budget missed in {missed} micro-step{'' if missed == 1 else 's'}"
+            return f"budget missed in {count(missed, 'micro-step')}"
         for run in self.runs:
             if run.unreadable_files:
                 return f"log damaged: {run.unreadable_files[0]}"

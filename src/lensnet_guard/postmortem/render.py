@@ -9,8 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lensnet_guard._text import count
 from lensnet_guard.postmortem.findings import Analysis, Call, Run
-from lensnet_guard.postmortem.verdict import count
 
 _SHOWN = 10  # of a long list
 _SHOWN_FRAMES = 8

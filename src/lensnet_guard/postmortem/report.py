@@ -13,9 +13,9 @@ from pathlib import Path
 
 import orjson
 
+from lensnet_guard._text import count
 from lensnet_guard.postmortem.findings import Analysis, Call, Run
 from lensnet_guard.postmortem.timeline import MARKS, Timeline, draw, legend
-from lensnet_guard.postmortem.verdict import count
 
 _SITES = 500  # shown of a run, the most frequent
 _SITE_COLUMNS = ("times", "module", "context", "scope", "what", "from")

@@ -4,6 +4,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lensnet_guard._text import count
 from lensnet_guard.postmortem.analysis import analyse
 
 
@@ -86,8 +87,3 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
         lost_lines=sum(run.lost_lines for run in runs),
         ended=all(run.ended for run in analysis.latest),
     )
-
-
-def count(number: int, noun: str) -> str:
-    """``1 call``, ``2 calls``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
