@@ -214,8 +214,8 @@ def fail_if_swallowed(item: pytest.Item) -> None:
         told = "\n\n".join(f"{type(error).__name__}: {error}" for error in swallowed)
         pytest.fail(
             f"{count(len(swallowed), 'violation')} did not reach the test: swallowed on the way, "
-            f"or raised in another thread. Where it is meant to happen, let the test itself catch it "
-            f'(pytest.raises), or guard with mode="observe".\n\n{told}',
+            f"or raised in another thread. Where it is meant to happen, let the test itself catch "
+            f'it (pytest.raises), or guard with mode="observe".\n\n{told}',
             pytrace=False,
         )
 
