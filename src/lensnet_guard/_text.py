@@ -1,6 +1,17 @@
 """Words that more than one module writes. Light to import."""
 
+from datetime import datetime, timezone
+
 
 def count(number: int, noun: str) -> str:
     """``1 call``, ``2 calls``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def moment(seconds: float | None) -> str:
+    """Seconds since the epoch as a date in UTC, for logs of machines in many places."""
+    try:
+        at = datetime.fromtimestamp(seconds, timezone.utc) if seconds else None
+    except (OverflowError, ValueError, OSError):  # a damaged line's idea of a time
+        at = None
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC" if at else "at an unknown time"

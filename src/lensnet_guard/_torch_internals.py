@@ -5,13 +5,14 @@ tests/lensnet_guard/test_torch_internals.py fails then, so that it is noticed.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.autograd.graph
 import torch.utils.checkpoint as checkpointing
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -109,24 +110,105 @@ def stops_recomputing(error: BaseException) -> bool:
     return _STOP_RECOMPUTING is not None and isinstance(error, _STOP_RECOMPUTING)
 
 
-def uses_cuda_graphs(module: torch.nn.Module) -> bool:
-    """Whether a module is compiled (``module.compile``) with CUDA graphs.
+def compiler_options(module: torch.nn.Module) -> Mapping[str, object] | None:
+    """How a module was compiled: None when it was not, empty where its backend does not tell.
 
-    Read from torch 2.13, torch/_dynamo/eval_frame.py: the compiled call keeps its configuration.
+    Read from torch 2.13, torch/nn/modules/module.py and torch/_dynamo/eval_frame.py: a module
+    compiled in place keeps a function that tells, a wrapper made by ``torch.compile`` tells itself.
     """
-    compiled = getattr(module, "_compiled_call_impl", None)
-    if compiled is None:
-        return False
-    config = getattr(compiled, "get_compiler_config", None)
-    options = config() if config is not None else None
-    return isinstance(options, dict) and options.get("triton.cudagraphs") is True
+    in_place: Any = module._compiled_call_impl
+    tell = getattr(in_place, "get_compiler_config", vars(module).get("get_compiler_config"))
+    options = tell() if tell is not None else None
+    if isinstance(options, Mapping):
+        return options
+    return None if in_place is None and tell is None else {}
 
 
 def mark_counter() -> int:
-    """How often ``torch.compiler.cudagraph_mark_step_begin`` was called; 0 where unknown."""
-    trees = sys.modules.get("torch._inductor.cudagraph_trees")
-    box = getattr(trees, "MarkStepBox", None)
-    return int(getattr(box, "mark_step_counter", 0))
+    """How often ``torch.compiler.cudagraph_mark_step_begin`` was called; 0 where unknown.
+
+    Read from torch 2.13, torch/_inductor/cudagraph_trees.py, as are the next two.
+    """
+    box = getattr(_loaded("torch._inductor.cudagraph_trees"), "MarkStepBox", None)
+    return abs(int(getattr(box, "mark_step_counter", 0)))
+
+
+def generation() -> int | None:
+    """Torch's number of compiled calls so far: outputs of an older one may be overwritten."""
+    tracker = getattr(_loaded("torch._dynamo.mutation_guard"), "GenerationTracker", None)
+    number = getattr(tracker, "generation", None)
+    return number if isinstance(number, int) else None
+
+
+class GraphTree(NamedTuple):
+    """The CUDA graphs of one device, as this thread runs them.
+
+    Attributes:
+        phase: what ran last: ``"warmup"``, ``"recording"``, ``"execution"``, or ``"none"``.
+        pending_backward: a forward waits for its backward: until then no output is overwritten.
+        live: outputs of the calls that share memory now and that are in use, each by the ``cdata``
+            of a weak reference to its storage.
+    """
+
+    phase: str
+    pending_backward: bool
+    live: frozenset[int]
+
+
+def graph_tree(device: torch.device) -> GraphTree | None:
+    """The graphs that torch has recorded for a device; None where there are none, or unknown."""
+    trees: Any = _loaded("torch._inductor.cudagraph_trees")
+    if trees is None or device.index is None:
+        return None
+    try:
+        containers = trees.get_obj(trees.local, "tree_manager_containers")
+        manager = containers[device.index].tree_manager
+        return GraphTree(
+            manager.path_state.name.lower(),
+            bool(manager.running_forwards_with_pending_backwards),
+            frozenset(manager.live_cudagraph_pool_storages_in_curr_execution()),
+        )
+    except (AttributeError, KeyError):
+        return None
+
+
+def is_overwritten(storage: StorageWeakRef) -> bool:
+    """Whether torch refuses to read a storage, because a later run has written over it."""
+    try:
+        found: Any = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
+        if found is not None:
+            found.data_ptr()
+    except RuntimeError as error:
+        return OVERWRITTEN in str(error)
+    except AttributeError:
+        pass
+    return False
+
+
+OVERWRITTEN = "has been overwritten by a subsequent run"  # what torch's error says
+
+
+def compile_counters() -> tuple[int, int]:
+    """Graphs that torch has compiled so far in this process, and CUDA graphs that it skipped.
+
+    Read from torch 2.13, torch/_dynamo/output_graph.py and torch/_inductor/cudagraph_utils.py.
+    """
+    counters = getattr(_loaded("torch._dynamo.utils"), "counters", {})
+    stats, inductor = counters.get("stats", {}), counters.get("inductor", {})
+    return stats.get("unique_graphs", 0), inductor.get("cudagraph_skips", 0)
+
+
+def capturing() -> bool:
+    """Whether the user captures a CUDA graph: its replays will run no Python."""
+    return _has_cuda and torch.cuda.is_current_stream_capturing()
+
+
+_has_cuda = torch.version.cuda is not None or torch.version.hip is not None
+
+
+def _loaded(module: str) -> object | None:
+    """A module of torch's if something has imported it: the guard must not, they are large."""
+    return sys.modules.get(module)
 
 
 def eager_only(reason: str) -> Callable[[_Function], _Function]:

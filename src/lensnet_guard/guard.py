@@ -18,7 +18,7 @@ from lensnet_guard._torch_internals import backward_pass, may_be_in_checkpoint, 
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Block, OpenBlocks, P, Position, R
 from lensnet_guard.errors import build_violation
-from lensnet_guard.hazards import Outputs
+from lensnet_guard.hazards import CompiledCalls
 from lensnet_guard.history import History
 from lensnet_guard.policy import CallPolicy, decide
 from lensnet_guard.proxy import GuardedModule, guard_of
@@ -57,7 +57,7 @@ class Guard:
         self._open = OpenBlocks()
         self._history = History(name)
         self._recomputes = Recomputes()
-        self._inside, self._outputs = inside or Inside(), Outputs(module)
+        self._inside, self._compiled = inside or Inside(), CompiledCalls(module)
         self._tripwire: Tripwire | None = None
         if mode != "off":
             shared = policy.shared_submodules
@@ -246,18 +246,19 @@ class Guard:
         sinks = self._history.sinks
         start = time.perf_counter()
         try:
-            earlier = self._outputs.before(record)
+            earlier = self._compiled.begin(record)
             for sink in sinks:
                 sink.begin(record)
                 if earlier is not None:
                     sink.hazard(record, earlier)
             inside.here = True
             result = run(*args, **kwargs)
-            self._outputs.after(record, result)
+            self._compiled.end(record, result)
             record.outcome = "returned"
         except BaseException as error:
             stopped = stops_recomputing(error)
             record.outcome = "stopped early" if stopped else f"raised {type(error).__name__}"
+            self._compiled.end(record)
             self._history.name_log(error)
             raise
         finally:
@@ -330,7 +331,9 @@ class Guard:
                 made = ", ".join(f"{s} made {n} of {due} calls" for s, (n, due) in unmet.items())
                 self._violate("BudgetUnmet", here, f": {made}")
         except BaseException as error:
-            self._outputs.blame(error)
+            for earlier, last in self._compiled.blame(error):
+                for sink in self._history.sinks:
+                    sink.overwritten(last, earlier, error)
             if enforced is not None:
                 enforced.note_swallowed(error)
             raise

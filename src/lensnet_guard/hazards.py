@@ -6,87 +6,181 @@ error while it records, and in steady execution the numbers change silently. Its
 producer of the overwritten tensor and never the call that overwrote it; the guard knows both.
 """
 
+import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lensnet_guard._torch_internals import mark_counter, uses_cuda_graphs
+from lensnet_guard._torch_internals import (
+    OVERWRITTEN,
+    GraphTree,
+    capturing,
+    compiler_options,
+    graph_tree,
+    is_overwritten,
+)
+from lensnet_guard.compiled import CompileState, compile_state
 from lensnet_guard.errors import add_note
-from lensnet_guard.record import CallRecord
+from lensnet_guard.record import CallRecord, Frame
 
-_OVERWRITTEN = "has been overwritten by a subsequent run"  # torch 2.13, cudagraph_trees.py
+_KEPT_SIGNATURES = 1_024
+_KEPT_WARNINGS = 1_024
+_KEPT_OVERWRITTEN = 16
 
 
 class LensNetHazard(UserWarning):
     """An output of an earlier call is alive as a call starts that will overwrite it.
 
-    Make it an error with ``warnings.simplefilter("error", LensNetHazard)``.
+    Warned of once for each pair of lines. Make it an error with
+    ``warnings.simplefilter("error", LensNetHazard)``.
     """
 
 
-class Outputs:
-    """The outputs of one module's calls, while it is compiled with CUDA graphs."""
+@dataclass(slots=True, eq=False)
+class _Output:
+    """What one call gave out, held as weakly as torch holds it."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    call: CallRecord
+    storages: list[Any]  # StorageWeakRef, whose methods torch gives no types
+
+    def in_use(self, tree: GraphTree | None) -> bool:
+        if tree is None:
+            return not all(storage.expired() for storage in self.storages)
+        # Torch keeps the outputs of a recorded graph itself, and knows whether anybody else does.
+        return any(storage.cdata in tree.live for storage in self.storages)
+
+
+class CompiledCalls:
+    """The calls of one module, as long as it is compiled; costs next to nothing while it is not."""
+
+    def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._calls: list[tuple[CallRecord, list[StorageWeakRef]]] = []
-        self._marks = mark_counter()
+        self._lock = threading.Lock()
+        self._outputs: list[_Output] = []  # of the calls that share memory now
+        # Those that were in use when a call wrote over them, with that call; the newest.
+        self._written: deque[tuple[_Output, CallRecord]] = deque(maxlen=_KEPT_OVERWRITTEN)
+        self._signatures: set[tuple[str, ...]] = set()
+        self._told: set[tuple[Frame, Frame]] = set()
 
-    def before(self, record: CallRecord) -> CallRecord | None:
-        """The newest earlier call whose output this one will overwrite while it is in use.
+    def begin(self, record: CallRecord) -> CallRecord | None:
+        """Note the state of compilation in ``record``, before it runs.
+
+        Returns:
+            The newest earlier call whose output this one will overwrite while it is in use.
 
         Warns:
-            LensNetHazard: when there is one.
+            LensNetHazard: when there is one, once for each pair of lines.
         """
-        if not self._calls:
+        options, captured = compiler_options(self._module), capturing()
+        if options is None and not captured:
             return None
-        if self._marks != mark_counter():  # the user says that a new step has begun
-            self._marks = mark_counter()
-            self._calls.clear()
+        graphs = options is not None and options.get("triton.cudagraphs") is True
+        tree = self._tree() if graphs else None
+        record.compiled = state = compile_state(
+            cuda_graphs=graphs,
+            capturing=captured,
+            tree=tree,
+            new_inputs=self._is_new(record.inputs),
+        )
+        with self._lock:
+            alive = [output for output in self._outputs if output.in_use(tree)]
+            self._outputs = alive
+        state.live_outputs = tuple(output.call.seq for output in alive)
+        if not graphs or not alive or not _overwrites(record, state, alive[-1].call):
             return None
-        self._calls = [(call, s) for call, s in self._calls if any(map(_alive, s))]
-        if record.grad_enabled or not self._calls or not uses_cuda_graphs(self._module):
-            return None  # outputs that wait for a backward are kept apart by torch
-        earlier = self._calls[-1][0]
-        warnings.warn(
+        earlier = None
+        if not record.grad_enabled and not state.marks:  # else torch, or the user, says when
+            earlier = alive[-1].call
+            self._warn(record, earlier)
+        with self._lock:
+            self._written += ((output, record) for output in alive)
+            self._outputs = [output for output in self._outputs if output not in alive]
+        return earlier
+
+    def end(self, record: CallRecord, result: Any = None) -> None:
+        """Note what the call made of it, and remember what it gave out, if it returned."""
+        state = record.compiled
+        if state is None:
+            return
+        state.end(self._tree() if state.cuda_graphs else None)
+        if state.cuda_graphs:
+            make: Any = StorageWeakRef  # of a storage, and not of a tensor, which may be a view
+            storages = [make(tensor.untyped_storage()) for tensor in _tensors(result)]
+            with self._lock:
+                self._outputs.append(_Output(record, storages))
+
+    def blame(self, error: BaseException) -> list[tuple[CallRecord, CallRecord]]:
+        """Say on torch's error about an overwritten output which call made it and which wrote.
+
+        Returns:
+            Producer and overwriter of every output that it can be, each pair once.
+        """
+        if not self._written or OVERWRITTEN not in str(error):
+            return []
+        with self._lock:
+            held = [(output, by) for output, by in self._written if output.in_use(None)]
+            # Torch tells which one it is where it can; otherwise it may be any of them.
+            blamed = [pair for pair in held if any(map(is_overwritten, pair[0].storages))] or held
+            self._written.clear()
+        pairs = [(output.call, by) for output, by in blamed]
+        for first, last in pairs:
+            add_note(
+                error,
+                f"lensnet_guard: the output of call {first.seq} of {first.module} at "
+                f"{first.caller} was overwritten by call {last.seq} at {last.caller}",
+            )
+        return pairs
+
+    def _tree(self) -> GraphTree | None:
+        parameter = next(self._module.parameters(), None)
+        return graph_tree(parameter.device) if parameter is not None else None
+
+    def _is_new(self, inputs: tuple[str, ...]) -> bool:
+        if inputs in self._signatures:
+            return False
+        if len(self._signatures) < _KEPT_SIGNATURES:
+            self._signatures.add(inputs)
+        return True
+
+    def _warn(self, record: CallRecord, earlier: CallRecord) -> None:
+        lines = earlier.caller, record.caller
+        if lines in self._told:
+            return
+        message = (
             f"{record.module}: an output of call {earlier.seq} at {earlier.caller} is still in use "
             f"as call {record.seq} at {record.caller} starts without grad. The module is compiled "
             "with CUDA graphs, so the second call writes over it. Copy what is still needed, or "
-            "put both calls into one batch",
-            LensNetHazard,
-            stacklevel=4,
+            "put both calls into one batch"
         )
-        return earlier
-
-    def after(self, record: CallRecord, result: Any) -> None:
-        """Remember what a call gave out, as weakly as torch does."""
-        if uses_cuda_graphs(self._module):
-            make: Any = StorageWeakRef  # of a storage, and not of a tensor, which may be a view
-            storages = [make(tensor.untyped_storage()) for tensor in _tensors(result)]
-            self._calls.append((record, storages))
-
-    def blame(self, error: BaseException) -> None:
-        """Say on torch's error about an overwritten output which call made it and which wrote."""
-        if len(self._calls) < 2 or _OVERWRITTEN not in str(error):
-            return
-        (first, _), (last, _) = self._calls[-2:]
-        add_note(
-            error,
-            f"lensnet_guard: the output of call {first.seq} of {first.module} at {first.caller} "
-            f"was overwritten by call {last.seq} at {last.caller}",
-        )
+        warnings.warn(message, LensNetHazard, stacklevel=6)
+        if len(self._told) < _KEPT_WARNINGS:
+            self._told.add(lines)
 
 
-def _alive(storage: Any) -> bool:
-    return not storage.expired()
+def _overwrites(record: CallRecord, state: CompileState, newest: CallRecord) -> bool:
+    """Whether a call starts over with the memory of those before it.
+
+    Read from torch 2.13, torch/_inductor/cudagraph_trees.py (``can_start_new_generation``).
+    """
+    before = newest.compiled.marks if newest.compiled is not None else 0
+    if state.marks:  # since the first mark, only a mark ends what shares memory
+        return state.marks != before
+    if state.pending_backward is None:  # unknown: outputs with grad wait for a backward
+        return not record.grad_enabled
+    return not state.pending_backward
 
 
 def _tensors(result: Any, depth: int = 3) -> Iterator[torch.Tensor]:
     if isinstance(result, torch.Tensor):
-        if result.layout == torch.strided and not result.is_nested:
+        # A module that gives out one of its parameters gives out no buffer of a graph.
+        plain = result.layout == torch.strided and not result.is_nested
+        if plain and not isinstance(result, nn.Parameter):
             yield result
     elif depth and isinstance(result, (tuple, list)):
         for item in result:

@@ -20,6 +20,8 @@ CALL_FRAMES = 16  # frames kept of an allowed call: enough to see the caller, ch
 VIOLATION_FRAMES = 64
 
 
+_guards = itertools.count(1)
+
 # context, scope, step, micro_step
 _Where = tuple[Context | None, str | None, int | None, int | None]
 
@@ -35,6 +37,7 @@ class History(Source):
     """The records of one guard, numbered in one sequence over all threads.
 
     Attributes:
+        guard: its number within the process.
         module: the guard's name for the module.
         lock: held from reading a budget to spending it.
         calls: the newest records of calls, allowed and refused.
@@ -45,6 +48,7 @@ class History(Source):
 
     def __init__(self, module: str) -> None:
         super().__init__()
+        self.guard = next(_guards)
         self.module = module
         self.calls: deque[CallRecord] = deque(maxlen=RING_RECORDS)
         self.violations: deque[CallRecord] = deque(maxlen=RING_RECORDS)
@@ -112,6 +116,7 @@ class History(Source):
     ) -> CallRecord:
         return CallRecord(  # by position: names would cost a third more
             next(self._sequence),
+            self.guard,
             self.module,
             kind,
             "allow" if reason is None else "refuse",
@@ -121,6 +126,7 @@ class History(Source):
             torch.is_grad_enabled(),
             None,
             None if reason is None else "refused",
+            None,
             None,
             stack,
             inputs,

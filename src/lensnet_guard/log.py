@@ -17,8 +17,10 @@ import socket
 import sys
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, MutableMapping
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,12 +93,15 @@ class RunLog(Sink):
 
     def end(self, record: "CallRecord") -> None:
         """Write down how a call ended."""
+        compiled = {} if record.compiled is None else {"compiled": record.compiled.to_log()}
         self.write(
             "call.end",
+            guard=record.guard,
             module=record.module,
             seq=record.seq,
             outcome=record.outcome,
             duration_ms=record.duration_ms,
+            **compiled,
         )
 
     def violation(self, error: "LensNetViolation") -> None:
@@ -106,14 +111,16 @@ class RunLog(Sink):
 
     def hazard(self, record: "CallRecord", earlier: "CallRecord") -> None:
         """Write down that a call is about to overwrite an output that is in use."""
-        self.write(
-            "hazard",
-            module=record.module,
-            seq=record.seq,
-            at=str(record.caller),
-            earlier_seq=earlier.seq,
-            earlier_at=str(earlier.caller),
-        )
+        self._append("hazard", _pair(record, earlier))
+
+    def overwritten(
+        self, record: "CallRecord", earlier: "CallRecord", error: BaseException
+    ) -> None:
+        """Write down torch's error with the two calls that it is about."""
+        fields = _pair(record, earlier)
+        fields["exception.type"] = type(error).__name__
+        fields["exception.message"] = str(error)
+        self._append("overwritten", fields)
 
     def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
         """Write down what a micro-step came to."""
@@ -177,6 +184,7 @@ class RunLog(Sink):
         process = {
             "host.name": socket.gethostname(),
             "process.pid": self._file.pid,
+            "service.instance.id": _process_id(),
             "process.command_args": sys.argv,
             "process.forked": self._file.pid != self._first_pid,
             "rank": rank,
@@ -209,11 +217,18 @@ class RunLog(Sink):
         self._file.write(line)
 
 
+@lru_cache(maxsize=1)
+def _process_id() -> str:
+    """What tells this process from one that has its pid later, as in a restarted container."""
+    return uuid.uuid4().hex
+
+
 _logs: weakref.WeakSet[RunLog] = weakref.WeakSet()
 
 
 def _renew_locks() -> None:
     """A fork copies a lock as another thread held it, and that thread is not in the child."""
+    _process_id.cache_clear()
     for log in list(_logs):
         log._lock = threading.RLock()
         log._file.close()  # the parent's: as long as a child holds it, it looks alive
@@ -221,6 +236,18 @@ def _renew_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
+
+
+def _pair(record: "CallRecord", earlier: "CallRecord") -> dict[str, Any]:
+    """Two calls, the later of which wrote over the other's output."""
+    return {
+        "guard": record.guard,
+        "module": record.module,
+        "seq": record.seq,
+        "at": str(record.caller),
+        "earlier_seq": earlier.seq,
+        "earlier_at": str(earlier.caller),
+    }
 
 
 class _LineSink:

@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import repeat
 from types import CodeType, FrameType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import wrapt
+
+if TYPE_CHECKING:
+    from lensnet_guard.compiled import CompileState
 
 Context = Literal["training", "inference"]
 Kind = Literal["call", "recompute", "bypass", "micro_step", "context"]
@@ -45,6 +48,7 @@ class CallRecord:
 
     Attributes:
         seq: number of the record within its guard, from 1, in order of admission.
+        guard: number of the guard within its process; guards may share a name and a log.
         module: the guard's name for the module.
         kind: ``"call"``; ``"recompute"`` of a call by activation checkpointing; ``"bypass"``, a
             run that did not come through the proxy; ``"micro_step"``, an unmet budget;
@@ -60,9 +64,12 @@ class CallRecord:
         outcome: ``"returned"``, ``"raised <type>"``, ``"refused"``, ``"stopped early"`` (a
             recompute that had all that backward needs), or None while it runs.
         recompute_of: ``seq`` of the call that a recompute runs again, else None.
+        compiled: what torch tells of compilation and CUDA graphs around the call; None for a module
+            that is not compiled (``module.compile()``), and for what never ran.
     """
 
     seq: int
+    guard: int
     module: str
     kind: Kind
     verdict: Verdict
@@ -76,6 +83,7 @@ class CallRecord:
     duration_ms: float | None = None
     outcome: str | None = None
     recompute_of: int | None = None
+    compiled: "CompileState | None" = None
     _stack: tuple[_RawFrame | Frame, ...] = field(default=(), repr=False)
     _inputs: tuple[object, ...] = field(default=(), repr=False)
 
@@ -102,6 +110,8 @@ class CallRecord:
         """
         fields = dict(zip(_LOGGED_FIELDS, _get_logged(self), strict=True))
         fields["inputs"] = list(self.inputs)
+        if self.compiled is not None:
+            fields["compiled"] = self.compiled.to_log()
         symbols = [_symbol(*f) if len(f) == 2 else _Symbol.of(f) for f in self._stack]
         fields["caller"] = next((i for i, s in enumerate(symbols) if not s.internal), 0)
         fields["stack"] = [symbol.fields for symbol in symbols]

@@ -33,6 +33,11 @@ class Sink:
     def hazard(self, record: "CallRecord", earlier: "CallRecord") -> None:
         """A call that is about to run will overwrite an output of an earlier one."""
 
+    def overwritten(
+        self, record: "CallRecord", earlier: "CallRecord", error: BaseException
+    ) -> None:
+        """Torch has raised ``error``: ``record`` wrote over an output of ``earlier``."""
+
     def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
         """A micro-step has ended."""
 

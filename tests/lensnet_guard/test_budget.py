@@ -12,7 +12,7 @@ from lensnet_guard.record import CallRecord
 
 
 def record(seq=1):
-    return CallRecord(seq, "m", "call", "allow", None, "training", "a", 0, 0, "t", True)
+    return CallRecord(seq, 1, "m", "call", "allow", None, "training", "a", 0, 0, "t", True)
 
 
 def violation(text="refused"):

@@ -318,7 +318,7 @@ class TestMessages:
     def test_bypassed_guard(self):
         """The text for a run behind the guard's back, which a later tripwire will raise."""
         record = CallRecord(
-            *(1, "Scorer", "bypass", "refuse", "BypassedGuard", "training", None, None, None),
+            *(1, 1, "Scorer", "bypass", "refuse", "BypassedGuard", "training", None, None, None),
             *("MainThread", True),
         )
         assert str(build_violation(record, CallPolicy())).splitlines() == [
@@ -411,7 +411,7 @@ class TestEvidence:
 
     def test_bypassed_guard_pickles(self):
         """The one violation that nothing raises yet pickles like the others."""
-        record = CallRecord(1, "m", "bypass", "refuse", "BypassedGuard", *[None] * 4, "t", True)
+        record = CallRecord(1, 1, "m", "bypass", "refuse", "BypassedGuard", *[None] * 4, "t", True)
         loaded = pickle.loads(pickle.dumps(BypassedGuard("text", record, [record])))
         assert (type(loaded), str(loaded)) == (BypassedGuard, "text")
         assert loaded.earlier == (loaded.record,)

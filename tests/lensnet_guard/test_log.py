@@ -22,9 +22,9 @@ from lensnet_guard.log import RunLog
 SCOPE = "preference_scorer"
 FILE = "lensnet.rank0.jsonl"
 RECORD_FIELDS = [
-    *("seq", "module", "kind", "verdict", "reason", "context", "scope", "step", "micro_step"),
-    *("thread", "grad_enabled", "duration_ms", "outcome", "recompute_of", "inputs", "caller"),
-    "stack",
+    *("seq", "guard", "module", "kind", "verdict", "reason", "context", "scope", "step"),
+    *("micro_step", "thread", "grad_enabled", "duration_ms", "outcome", "recompute_of"),
+    *("compiled", "inputs", "caller", "stack"),
 ]
 
 
@@ -55,7 +55,13 @@ class TestEvents:
             "outcome": None,
         }
         assert end == {
-            **{"event": "call.end", "seq": 1, "outcome": "returned", "module": "Scorer"},
+            **{
+                "event": "call.end",
+                "guard": record.guard,
+                "seq": 1,
+                "outcome": "returned",
+                "module": "Scorer",
+            },
             "duration_ms": record.duration_ms,
         }
         assert micro_step == {

@@ -44,7 +44,7 @@ def lens():
 def inputs_of(*args, **kwargs):
     """The text of the inputs, in the way that a record gives it."""
     record = CallRecord(
-        *(1, "m", "call", "allow", None, None, None, None, None, "t", True),
+        *(1, 1, "m", "call", "allow", None, None, None, None, None, "t", True),
         _inputs=describe_inputs(args, kwargs),
     )
     return record.inputs
@@ -296,7 +296,7 @@ class TestStack:
 
     def test_no_python_frame_at_all(self, lens):
         """Without any frame the caller is unknown, not an error."""
-        record = CallRecord(1, "m", "call", "allow", None, None, None, None, None, "t", True)
+        record = CallRecord(1, 1, "m", "call", "allow", None, None, None, None, None, "t", True)
         assert capture_stack(None, 8) == ()
         assert record.stack() == []
         assert record.caller == Frame("<unknown>", 0, "<unknown>")
@@ -429,9 +429,9 @@ class TestToLog:
         (record,) = lens.calls
         fields = json.loads(json.dumps(record.to_log()))
         assert list(fields) == [
-            *("seq", "module", "kind", "verdict", "reason", "context", "scope", "step"),
+            *("seq", "guard", "module", "kind", "verdict", "reason", "context", "scope", "step"),
             *("micro_step", "thread", "grad_enabled", "duration_ms", "outcome", "recompute_of"),
-            *("inputs", "caller", "stack"),
+            *("compiled", "inputs", "caller", "stack"),
         ]
         assert fields["stack"][0] == {
             "code.file.path": HERE,

@@ -6,10 +6,21 @@ What is kept does not grow with the logs, but for twenty bytes per training micr
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lensnet_guard.postmortem.events import counts, number, read_call, read_site, text, texts, whole
+from lensnet_guard._text import count
+from lensnet_guard.postmortem.events import (
+    call_key,
+    counts,
+    number,
+    read_call,
+    read_site,
+    text,
+    texts,
+    whole,
+)
 from lensnet_guard.postmortem.findings import (
     Analysis,
     Call,
@@ -18,6 +29,7 @@ from lensnet_guard.postmortem.findings import (
     Run,
     Violation,
 )
+from lensnet_guard.postmortem.judge import current_runs, judge
 from lensnet_guard.postmortem.reader import Line, find_logs, read_lines
 
 try:
@@ -27,7 +39,7 @@ except ImportError:  # Windows: a log that is still being written looks like tha
 
 KEPT_VIOLATIONS = 200  # of each run, the first
 KEPT_DEVIATIONS = 200
-KEPT_LINE_NUMBERS = 20
+SCHEMA_VERSION = 1  # of the logs that are read; `lensnet_guard.log` writes it
 
 
 def analyse(
@@ -47,8 +59,8 @@ def analyse(
         for path in paths:
             reading.take_file(path, progress)
         runs += reading.finish()
-    analysis = Analysis(tuple(runs), None)
-    return Analysis(analysis.runs, _divergence(analysis.latest))
+    divergence = _divergence(current_runs(runs))
+    return Analysis(tuple(runs), divergence, *judge(runs, divergence))
 
 
 class _Reading:
@@ -57,12 +69,12 @@ class _Reading:
     def __init__(self, log: str) -> None:
         self.runs: list[Run] = []
         self._log = log
+        self._file = ""
         self._held = False
         self._new_run()
 
     def _new_run(self) -> Run:
-        # Lists, because guards of the same name may share a log.
-        self._open: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
+        self._open: dict[tuple[object, ...], Mapping[str, Any]] = {}
         self._allowed: dict[str, Mapping[str, Any]] = {}
         self._since_step = self._ran_since_step = 0
         self.run = Run(self._log)
@@ -71,24 +83,23 @@ class _Reading:
 
     def take_file(self, path: Path, progress: Callable[[int], object]) -> None:
         """Take all lines of a file; one that cannot be read hides no other."""
-        self._held = False
+        self._held, self._file = False, path.name
         try:
             for line in read_lines(path, progress):
                 self.take(line)
             self._held = _is_held(path)
         except OSError as error:
-            self.run.unreadable_files.append(f"{path}: {error.strerror or error}")
+            self.run.damage.add(f"{path}: {error.strerror or error}")
 
     def take(self, line: Line) -> None:
         """Take one line; none of them raises."""
         run = self.run
-        if line.torn:
-            run.torn_at = line.number
         event = line.event
         if event is None:
-            run.unreadable_count += 1
-            if len(run.unreadable) < KEPT_LINE_NUMBERS:
-                run.unreadable.append(line.number)
+            where = f"{line.number} of {self._file}"
+            run.unreadable.add(where)
+            if line.torn:
+                run.torn_at = where
             return
         name = event["event"]
         if name == "run.begin":
@@ -109,8 +120,7 @@ class _Reading:
 
     def _end_run(self) -> None:
         self.run.cut_off_calls = self._since_step
-        still_open = (event for events in self._open.values() for event in events)
-        self.run.in_flight = list(map(read_call, still_open))
+        self.run.in_flight = list(map(read_call, self._open.values()))
 
     # One method per event ----------------------------------------------------------------------
 
@@ -118,6 +128,7 @@ class _Reading:
         run = self.run
         run.rank = text(event.get("rank")) or "?"
         run.pid = whole(event.get("process.pid"))
+        run.process = text(event.get("service.instance.id"))
         run.forked = event.get("process.forked") is True
         run.host = text(event.get("host.name")) or "?"
         run.module = text(event.get("module")) or run.module
@@ -127,22 +138,30 @@ class _Reading:
         if isinstance(versions, dict):
             run.versions = {str(k): str(v) for k, v in versions.items()}
         run.started = run.started or number(event.get("timestamp"))
+        if (schema := event.get("schema_version")) != SCHEMA_VERSION:
+            run.damage.add(f"it has schema {schema!r}, and this is a reader of {SCHEMA_VERSION}")
 
     def _segment(self, event: Mapping[str, Any]) -> None:
         run = self.run
         self._header(event)
-        before = event.get("before")
-        if run.events == 1 and isinstance(before, dict):  # older segments were dropped
+        before = counts(event.get("before"))
+        names = ("calls", "inference_calls", "micro_steps", "violations")
+        sums = tuple(before.get(name, 0) for name in names)
+        found = run.training_calls, run.inference_calls, run.micro_steps, run.violation_count
+        if run.events == 1:  # older segments were dropped
             run.dropped_segments = True
-            run.training_calls = whole(before.get("calls")) or 0
-            run.inference_calls = whole(before.get("inference_calls")) or 0
-            run.micro_steps = whole(before.get("micro_steps")) or 0
-            run.violation_count = whole(before.get("violations")) or 0
+        elif found != sums and not before.get("lost_lines"):
+            told, read = sums[0] + sums[1], found[0] + found[1]
+            run.damage.add(
+                f"{self._file} tells of {count(told, 'call')} before it, {read} are there"
+            )
+        run.training_calls, run.inference_calls, run.micro_steps, run.violation_count = sums
 
     def _begin(self, event: Mapping[str, Any]) -> None:
         # The event itself is kept, and becomes a Call when somebody asks: most never do.
         run, site = self.run, read_site(event)
-        self._open.setdefault((site.module, whole(event.get("seq"))), []).append(event)
+        self._open[call_key(event)] = event
+        run.raised = None
         ran_in_training = site.context == "training" and site.kind != "recompute"
         self._ran_since_step += ran_in_training
         if site.reason is not None:  # observed: the violation's line has counted it
@@ -159,10 +178,28 @@ class _Reading:
             self._allowed.setdefault(site.module, event)
 
     def _end(self, event: Mapping[str, Any]) -> None:
-        key = text(event.get("module")) or "?", whole(event.get("seq"))
-        events = self._open.pop(key, [])[:-1]
-        if events:
-            self._open[key] = events
+        begin = self._open.pop(call_key(event), None)
+        outcome, compiled = text(event.get("outcome")) or "", event.get("compiled")
+        if begin is None:
+            return
+        if outcome.startswith("raised"):
+            self.run.raised_count += 1
+            self.run.raised = replace(read_call(begin), message=outcome)
+        if isinstance(compiled, dict):
+            self._compiled(begin, compiled)
+
+    def _compiled(self, begin: Mapping[str, Any], end: Mapping[str, Any]) -> None:
+        run, phase = self.run, text(end.get("phase"))
+        if phase is not None:
+            run.phases[phase] += 1
+        graphs, skipped = (whole(end.get(k)) for k in ("graphs_compiled", "cuda_graphs_skipped"))
+        if graphs or skipped:
+            call = read_call(begin)
+            what = f"compiled {count(graphs, 'graph')}" if graphs else "gave up CUDA graphs"
+            if graphs and skipped:
+                what += f", {skipped} without CUDA graphs"
+            inputs = ", ".join(call.inputs)
+            run.compilations.add(f"call {call.seq} at {call.caller} {what}; inputs {inputs}")
 
     def _violation(self, event: Mapping[str, Any]) -> None:
         run = self.run
@@ -190,14 +227,12 @@ class _Reading:
                 run.deviations.append(Deviation(step, micro_step, made, due))
 
     def _hazard(self, event: Mapping[str, Any]) -> None:
-        run = self.run
-        run.hazard_count += 1
-        if len(run.hazards) < KEPT_VIOLATIONS:
-            run.hazards.append(
-                f"call {whole(event.get('seq'))} at {text(event.get('at'))} overwrote an output of "
-                f"call {whole(event.get('earlier_seq'))} at {text(event.get('earlier_at'))} that "
-                "was in use"
-            )
+        earlier, call = _pair(event)
+        self.run.hazards.add(f"{call} wrote over an output of {earlier} that was in use")
+
+    def _overwritten(self, event: Mapping[str, Any]) -> None:
+        earlier, call = _pair(event)
+        self.run.overwritten.add(f"the output of {earlier} was overwritten by {call}")
 
     def _run_end(self, event: Mapping[str, Any]) -> None:
         self.run.lost_lines = whole(event.get("lost_lines")) or 0
@@ -213,9 +248,18 @@ _TAKERS: dict[str, Callable[[_Reading, Mapping[str, Any]], None]] = {
     "call.end": _Reading._end,
     "violation": _Reading._violation,
     "hazard": _Reading._hazard,
+    "overwritten": _Reading._overwritten,
     "micro_step.end": _Reading._micro_step,
     "run.end": _Reading._run_end,
 }
+
+
+def _pair(event: Mapping[str, Any]) -> tuple[str, str]:
+    """The earlier and the later call of a line that tells of two."""
+    return (
+        f"call {whole(event.get('earlier_seq'))} at {text(event.get('earlier_at'))}",
+        f"call {whole(event.get('seq'))} at {text(event.get('at'))}",
+    )
 
 
 def _differences(refused: Call, allowed: Call | None) -> tuple[str, ...]:

@@ -1,10 +1,14 @@
 """The fields of a log's events, which may hold anything in a line that is foreign or damaged."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from lensnet_guard._text import count
 from lensnet_guard.postmortem.findings import Call, CallSite
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 def read_call(event: Mapping[str, Any]) -> Call:
@@ -29,7 +33,13 @@ def read_call(event: Mapping[str, Any]) -> Call:
         caller=frames[caller] if caller is not None and 0 <= caller < len(frames) else "unknown",
         timestamp=number(event.get("timestamp")),
         message=text(event.get("message")),
+        compiled=_compiled(event.get("compiled")),
     )
+
+
+def call_key(event: Mapping[str, Any]) -> tuple[object, ...]:
+    """What ``call.end`` has in common with its ``call.begin``."""
+    return whole(event.get("guard")), text(event.get("module")), whole(event.get("seq"))
 
 
 def read_site(event: Mapping[str, Any]) -> CallSite:
@@ -47,13 +57,15 @@ def read_site(event: Mapping[str, Any]) -> CallSite:
 
 
 def text(value: object) -> str | None:
-    """A string, or None for anything else."""
-    return value if isinstance(value, str) else None
+    """A string, or None for anything else. What would steer a terminal comes out as its escape."""
+    if not isinstance(value, str):
+        return None
+    return value if value.isprintable() else _CONTROL.sub(lambda c: ascii(c[0])[1:-1], value)
 
 
 def texts(value: object) -> tuple[str, ...]:
     """A list's items as text."""
-    return tuple(str(item) for item in value) if isinstance(value, list) else ()
+    return tuple(text(str(item)) or "" for item in value) if isinstance(value, list) else ()
 
 
 def whole(value: object) -> int | None:
@@ -77,4 +89,25 @@ def _frame(value: object) -> str:
     if not isinstance(value, dict):
         return "unknown"
     path, line = value.get("code.file.path"), value.get("code.line.number")
-    return f"{path}:{line} in {value.get('code.function.name')}"
+    return text(f"{path}:{line} in {value.get('code.function.name')}") or ""
+
+
+def _compiled(value: object) -> str | None:
+    """What a line tells of compilation and CUDA graphs, in words."""
+    if not isinstance(value, dict):
+        return None
+    graphs = value.get("cuda_graphs") is True
+    words = ["compiled with CUDA graphs" if graphs else "compiled"]
+    if value.get("capturing") is True:
+        words.append("captured by the caller's own CUDA graph, whose replays are not seen")
+    if (generation := whole(value.get("generation"))) is not None:
+        words.append(f"generation {generation}")
+    if marks := whole(value.get("marks")):
+        words.append(count(marks, "step mark"))
+    if value.get("pending_backward") is True:
+        words.append("a backward was pending")
+    if value.get("new_inputs") is True:
+        words.append("the first inputs of these shapes")
+    if live := value.get("live_outputs"):
+        words.append(f"outputs in use of call {', '.join(texts(live))}")
+    return ", ".join(words)

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from lensnet_guard._text import count
 
+KEPT_NOTES = 200
+KEPT_LINES = 20  # that are named where lines are unreadable
+
 
 @dataclass(frozen=True)
 class Call:
@@ -26,6 +29,7 @@ class Call:
     caller: str
     timestamp: float | None
     message: str | None = None
+    compiled: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,20 @@ class CallSite:
 
 
 @dataclass
+class Notes:
+    """Sentences of one kind: how many there are, and the first of them."""
+
+    count: int = 0
+    kept: list[str] = field(default_factory=list)
+
+    def add(self, note: str) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.kept) < KEPT_NOTES:
+            self.kept.append(note)
+
+
+@dataclass
 class Run:
     """One run of one guard in one process.
 
@@ -74,8 +92,15 @@ class Run:
         micro_step_calls: calls that ran in every training micro-step, in order; in observe mode
             the violations among them too.
         in_flight: calls that had begun and not ended when the log stopped.
-        unreadable: numbers of lines that are no event, the first of them.
-        torn_at: number of the line in which the file ends.
+        raised: the last call, if it raised and nothing came after; raised_count: all that raised.
+        unreadable: lines that are no event, as ``file:line``, the first of them.
+        torn_at: the line in which a file ends, as ``file:line``.
+        hazards: outputs in use that a call was about to overwrite.
+        overwritten: outputs that torch says have been overwritten.
+        compilations: calls that made torch compile, or give up CUDA graphs for a function.
+        phases: calls by what torch's CUDA graphs did in them.
+        damage: files that cannot be read, and lines that ought to be there.
+        process: identifies the process among those that wrote to the folder.
     """
 
     log: str
@@ -104,15 +129,19 @@ class Run:
     violations: list[Violation] = field(default_factory=list)
     violation_count: int = 0
     in_flight: list[Call] = field(default_factory=list)
-    unreadable: list[int] = field(default_factory=list)
-    unreadable_count: int = 0
-    torn_at: int | None = None
-    hazards: list[str] = field(default_factory=list)
-    hazard_count: int = 0
+    raised: Call | None = None
+    raised_count: int = 0
+    unreadable: Notes = field(default_factory=Notes)
+    torn_at: str | None = None
+    hazards: Notes = field(default_factory=Notes)
+    overwritten: Notes = field(default_factory=Notes)
+    compilations: Notes = field(default_factory=Notes)
+    phases: Counter[str] = field(default_factory=Counter)
+    damage: Notes = field(default_factory=Notes)
     lost_lines: int = 0
     dropped_segments: bool = False
     forked: bool = False
-    unreadable_files: list[str] = field(default_factory=list)
+    process: str | None = None
 
     @property
     def died(self) -> bool:
@@ -121,6 +150,36 @@ class Run:
         A forked worker ends without a word; it has died only when a call was in flight.
         """
         return not (self.ended or self.running or (self.forked and not self.in_flight))
+
+    @property
+    def state(self) -> str:
+        """How it stands with the run, in a word."""
+        return "ended" if self.ended else "still running" if self.running else "died"
+
+    @property
+    def remarks(self) -> list[tuple[str, Notes]]:
+        """What there is to say about compilation and CUDA graphs, with a title for each list."""
+        lists = (
+            ("outputs overwritten", self.overwritten),
+            ("CUDA graph hazards", self.hazards),
+            ("calls that compiled", self.compilations),
+        )
+        return [(title, notes) for title, notes in lists if notes.count]
+
+    @property
+    def log_faults(self) -> list[str]:
+        """What is wrong with the log itself."""
+        faults = list(self.damage.kept)
+        if self.torn_at is not None:
+            faults.append(f"a file ends inside line {self.torn_at}")
+        if self.unreadable.count:
+            where = ", ".join(self.unreadable.kept[:KEPT_LINES])
+            faults.append(f"{count(self.unreadable.count, 'line')} unreadable: {where}")
+        if self.lost_lines:
+            faults.append(f"{count(self.lost_lines, 'line')} could not be written")
+        if self.dropped_segments:
+            faults.append("older segments were dropped: sums count, call sites are gone")
+        return faults
 
 
 @dataclass(frozen=True)
@@ -133,56 +192,14 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All runs of all logs, oldest first in each log."""
+    """All runs of all logs, oldest first in each log.
+
+    Attributes:
+        verdict: one line: clean, violations, a crash and where, a damaged log, or still running.
+        exit_code: 0 clean (or still running), 1 violations, crash or damage, 2 unreadable.
+    """
 
     runs: tuple[Run, ...]
     divergence: Divergence | None
-
-    @property
-    def latest(self) -> tuple[Run, ...]:
-        """The last run of every log that says anything: the ones that the verdict is about."""
-        return tuple({run.log: run for run in self.runs if run.events}.values())
-
-    @property
-    def verdict(self) -> str:
-        """One line: clean, violations, a crash and where, a damaged log, or still running."""
-        runs = self.latest
-        if not runs:
-            return "unreadable: no line of the log is an event"
-        for run in runs:
-            if run.died and run.in_flight:
-                call = run.in_flight[-1]
-                where = f"call {call.seq} of {call.module}, called from {call.caller}"
-                others = len(run.in_flight) - 1
-                return f"crash in {where}" + (f", or in {others} more in flight" if others else "")
-        for run in runs:
-            if run.died:
-                torn = f", log torn at line {run.torn_at}" if run.torn_at else ""
-                return f"the process died outside any call of {run.module}{torn}"
-        if violations := sum(run.violation_count for run in runs):
-            told = count(violations, "violation")
-            kept = [run.violations[0].call for run in runs if run.violations]
-            if not kept:
-                return f"{told}, in lines that are gone"
-            return f"{told}, the first {kept[0].reason} at {kept[0].caller}"
-        if self.divergence is not None:
-            return f"ranks diverged at step {self.divergence.step}"
-        if missed := sum(run.deviation_count for run in runs):
-            return f"budget missed in {count(missed, 'micro-step')}"
-        for run in self.runs:
-            if run.unreadable_files:
-                return f"log damaged: {run.unreadable_files[0]}"
-        for run in runs:
-            if run.torn_at or run.unreadable_count:
-                line = run.torn_at or run.unreadable[0]
-                return f"log damaged at line {line}"
-            if run.lost_lines:
-                return f"{run.lost_lines} lines of the log were lost"
-        return "still running, clean so far" if any(run.running for run in runs) else "clean"
-
-    @property
-    def exit_code(self) -> int:
-        """0 clean (or still running), 1 violations, crash or damage, 2 unreadable."""
-        if self.verdict.startswith("unreadable"):
-            return 2
-        return 0 if self.verdict in ("clean", "still running, clean so far") else 1
+    verdict: str
+    exit_code: int

@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+_BOM = b"\xef\xbb\xbf"  # what some editors put in front of a file that they save
 MAX_LINE_BYTES = 16 * 2**20  # a longer line is no log line
 _LOG_NAME = re.compile(r"(?P<log>lensnet\.rank.+?)(?:\.seg(?P<segment>\d+))?\.jsonl")
 
@@ -21,7 +22,7 @@ class Line:
     Attributes:
         number: from 1, in its file.
         event: the JSON object; None when the line is none, or names no event.
-        torn: the file ends within it.
+        torn: the file ends within it; what is whole but for its newline is not torn.
     """
 
     number: int
@@ -57,7 +58,7 @@ def find_logs(targets: Iterable[str | os.PathLike[str]]) -> dict[str, list[Path]
 
 
 def _segment(path: Path) -> float:
-    """Its number; the current file, without one, comes last."""
+    """The number of a full segment; the current file, without one, comes last."""
     name = _LOG_NAME.fullmatch(path.name)
     return int(name["segment"]) if name and name["segment"] else float("inf")
 
@@ -77,7 +78,8 @@ def read_lines(path: Path, progress: Callable[[int], object] = lambda _: None) -
                 continue
             if raw.isspace():  # an empty line is nobody's loss
                 continue
-            yield Line(number, _event(raw), torn=not ended)
+            event = _event(raw.removeprefix(_BOM) if number == 1 else raw)
+            yield Line(number, event, torn=event is None and not ended)
 
 
 def _event(raw: bytes) -> dict[str, Any] | None:

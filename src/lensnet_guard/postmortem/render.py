@@ -3,13 +3,12 @@
 import os
 import re
 from collections.abc import Sequence
-from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lensnet_guard._text import count
+from lensnet_guard._text import count, moment
 from lensnet_guard.postmortem.findings import Analysis, Call, Run
 
 _SHOWN = 10  # of a long list
@@ -23,7 +22,7 @@ def render(analysis: Analysis, console: Console) -> None:
     console.print(Text(f"verdict: {short_paths(analysis.verdict)}", style))
     for run in analysis.runs:
         console.print(_head(run))
-        parts = (_sites, _budget, _in_flight, _violations, _hazards, _damage)
+        parts = (_sites, _budget, _in_flight, _violations, _remarks, _damage)
         for part in (describe(run) for describe in parts):
             if part is not None:
                 console.print(part)
@@ -33,20 +32,18 @@ def render(analysis: Analysis, console: Console) -> None:
 
 
 def _head(run: Run) -> Text:
-    try:
-        began = datetime.fromtimestamp(run.started or 0).isoformat(" ", "seconds")
-    except (OverflowError, ValueError, OSError):  # a damaged line's idea of a time
-        began = "?"
-    state = "ended" if run.ended else "still running" if run.running else "died"
     seconds = f" after {run.last - run.started:.1f} s" if run.started and run.last else ""
     text = Text(f"\n{run.log}", "bold")
     text.append(f"\n  {run.module}, mode {run.mode}, rank {run.rank}, process {run.pid}", "")
-    text.append(f" on {run.host}; began {began}, {state}{seconds}\n", "")
+    text.append(f" on {run.host}; began {moment(run.started)}, {run.state}{seconds}\n", "")
     text.append(f"  {count(run.training_calls, 'training call')} in ", "")
     text.append(f"{count(run.micro_steps, 'micro-step')}, ", "")
     text.append(f"{count(run.inference_calls, 'inference call')}, ", "")
     text.append(f"{count(run.recomputes, 'recompute')}, ", "")
     text.append(count(run.violation_count, "violation"), "red" if run.violation_count else "")
+    if run.phases:
+        told = ", ".join(f"{times} x {phase}" for phase, times in run.phases.items())
+        text.append(f"\n  CUDA graphs: {told}")
     return text
 
 
@@ -104,12 +101,12 @@ def _violations(run: Run) -> RenderableType | None:
     return Group(*lines) if lines else None
 
 
-def _hazards(run: Run) -> RenderableType | None:
-    if not run.hazard_count:
-        return None
-    lines = [Text(f"CUDA graphs: {count(run.hazard_count, 'hazard')}", "yellow")]
-    lines += [Text(f"  {short_paths(hazard)}") for hazard in run.hazards[:_SHOWN]]
-    return Group(*lines)
+def _remarks(run: Run) -> RenderableType | None:
+    lines = []
+    for title, notes in run.remarks:
+        lines.append(Text(f"{title}: {notes.count}", "yellow"))
+        lines += [Text(f"  {short_paths(note)}") for note in notes.kept[:_SHOWN]]
+    return Group(*lines) if lines else None
 
 
 def _details(call: Call) -> Sequence[Text]:
@@ -124,6 +121,8 @@ def _details(call: Call) -> Sequence[Text]:
         Text(f"  context   {where} (thread {call.thread}, grad {grad})"),
         Text(f"  inputs    {', '.join(call.inputs) or 'none'}"),
     ]
+    if call.compiled is not None:
+        lines.append(Text(f"  torch     {call.compiled}"))
     shown = call.stack[:_SHOWN_FRAMES]
     title = ("stack", *[""] * len(shown))
     lines += [Text(f"  {title[i]:9} {short_paths(frame)}") for i, frame in enumerate(shown)]
@@ -142,14 +141,4 @@ def short_paths(text: str) -> str:
 
 
 def _damage(run: Run) -> RenderableType | None:
-    lines: list[str] = []
-    if run.torn_at is not None:
-        lines.append(f"the file ends inside line {run.torn_at}")
-    if run.unreadable_count:
-        numbers = ", ".join(map(str, run.unreadable))
-        lines.append(f"{count(run.unreadable_count, 'line')} unreadable: {numbers}")
-    if run.lost_lines:
-        lines.append(f"{count(run.lost_lines, 'line')} could not be written")
-    if run.dropped_segments:
-        lines.append("older segments were dropped: their sums count, their call sites are gone")
-    return Group(*map(Text, lines)) if lines else None
+    return Group(*map(Text, run.log_faults)) if run.log_faults else None

@@ -7,13 +7,12 @@ log from a stranger may be opened. What it shows of a run is bounded; it says wh
 import base64
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
 import orjson
 
-from lensnet_guard._text import count
+from lensnet_guard._text import count, moment
 from lensnet_guard.postmortem.findings import Analysis, Call, Run
 from lensnet_guard.postmortem.timeline import MARKS, Timeline, draw, legend
 
@@ -98,7 +97,7 @@ def render_report(
         yield "<section>"
         for part in (_run(run), draw(timeline, limit), _violations(run), _in_flight(run)):
             yield from part
-        for part in (_hazards(run), _sites(run, timeline), _budget(run), _damage(run)):
+        for part in (_remarks(run), _sites(run, timeline), _budget(run), _damage(run)):
             yield from part
         yield "</section>"
     yield from _training(folder)
@@ -106,12 +105,11 @@ def render_report(
 
 
 def _run(run: Run) -> Iterator[str]:
-    state = "ended" if run.ended else "still running" if run.running else "died"
     took = f" after {run.last - run.started:.1f} s" if run.started and run.last else ""
     yield f"<h2>{escape(run.log)}</h2>"
     yield _paragraph(
         f"{run.module}, mode {run.mode}, rank {run.rank}, process {run.pid} on {run.host}; "
-        f"began {_date(run.started)}, {state}{took}"
+        f"began {moment(run.started)}, {run.state}{took}"
     )
     numbers = (
         f"{count(run.training_calls, 'training call')} in {count(run.micro_steps, 'micro-step')}",
@@ -120,6 +118,9 @@ def _run(run: Run) -> Iterator[str]:
         count(run.violation_count, "violation"),
     )
     yield _paragraph(", ".join(numbers))
+    if run.phases:
+        phases = ", ".join(f"{times} x {phase}" for phase, times in run.phases.items())
+        yield _paragraph(f"CUDA graphs: {phases}")
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     yield _paragraph(f"{' '.join(run.argv)}; {versions}", "soft") if run.argv or versions else ""
 
@@ -184,23 +185,16 @@ def _budget(run: Run) -> Iterator[str]:
     yield "</ul>" + _more(run.deviation_count - _DEVIATIONS, "micro-step")
 
 
-def _hazards(run: Run) -> Iterator[str]:
-    if run.hazard_count:
-        yield f"<h3>CUDA graphs: {count(run.hazard_count, 'hazard')}</h3><ul>"
-        yield from (f'<li class="hazard">{escape(hazard)}</li>' for hazard in run.hazards)
-        yield "</ul>" + _more(run.hazard_count - len(run.hazards), "hazard")
+def _remarks(run: Run) -> Iterator[str]:
+    for title, notes in run.remarks:
+        yield f"<h3>{title[0].upper()}{title[1:]}: {notes.count}</h3><ul>"
+        yield from (f'<li class="remark">{escape(note)}</li>' for note in notes.kept)
+        yield "</ul>" + _more(notes.count - len(notes.kept), "call")
 
 
 def _damage(run: Run) -> Iterator[str]:
-    if run.torn_at is not None:
-        yield _paragraph(f"The file ends inside line {run.torn_at}.", "refused")
-    if run.unreadable_count:
-        lines = count(run.unreadable_count, "line")
-        yield _paragraph(f"{lines} unreadable: {', '.join(map(str, run.unreadable))}", "refused")
-    if run.lost_lines:
-        yield _paragraph(f"{count(run.lost_lines, 'line')} could not be written.", "refused")
-    if run.dropped_segments:
-        yield _paragraph("Older segments were dropped: their sums are counted, no more.", "refused")
+    for fault in run.log_faults:
+        yield _paragraph(f"{fault[0].upper()}{fault[1:]}.", "refused")
 
 
 def _training(folder: Path) -> Iterator[str]:
@@ -277,7 +271,8 @@ def _call(call: Call) -> str:
     grad = "enabled" if call.grad_enabled else "disabled"
     inputs = escape(", ".join(call.inputs) or "none")
     thread = escape(call.thread)
-    return f"<p>inputs {inputs}; thread {thread}; grad {grad}</p>{_stack(call.stack)}"
+    torch = f"; {escape(call.compiled)}" if call.compiled is not None else ""
+    return f"<p>inputs {inputs}; thread {thread}; grad {grad}{torch}</p>{_stack(call.stack)}"
 
 
 def _stack(frames: Sequence[str]) -> str:
@@ -288,14 +283,6 @@ def _where(call: Call) -> str:
     where = call.context or "unset"
     where += f", scope {call.scope}" if call.scope is not None else ""
     return where + ("" if call.step is None else f", step {call.step}.{call.micro_step}")
-
-
-def _date(seconds: float | None) -> str:
-    try:
-        began = datetime.fromtimestamp(seconds, timezone.utc) if seconds else None
-    except (OverflowError, ValueError, OSError):  # a damaged line
-        began = None
-    return f"{began:%Y-%m-%d %H:%M:%S} UTC" if began else "at an unknown time"
 
 
 def _paragraph(text: str, css: str = "") -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lensnet_guard.postmortem.events import call_key, read_call, read_site
 from lensnet_guard.postmortem.events import number as read_number
-from lensnet_guard.postmortem.events import read_call, read_site
 from lensnet_guard.postmortem.findings import Call, CallSite
 from lensnet_guard.postmortem.reader import find_logs, read_lines
 
@@ -53,11 +53,6 @@ def moment(event: Mapping[str, Any], before: float) -> float:
     """When an event happened, seconds since the epoch; ``before`` where its line does not tell."""
     at = read_number(event.get("timestamp"))
     return at if at is not None and 0 <= at <= _LAST_MOMENT else before
-
-
-def call_key(event: Mapping[str, Any]) -> tuple[str, str]:
-    """What ``call.end`` has in common with its ``call.begin``."""
-    return str(event.get("module")), str(event.get("seq"))
 
 
 class MicroStepBegins:
@@ -116,7 +111,7 @@ class Timeline:
         self.began = self.last = 0.0
         self._width = 1e-6  # seconds of a stretch; doubled when the run outgrows them
         self._marks: dict[tuple[str, str, int, int], tuple[int, str]] = {}
-        self._open: dict[tuple[str, str], tuple[Call, float]] = {}
+        self._open: dict[tuple[object, ...], tuple[Call, float]] = {}
         self._begins = MicroStepBegins()
 
     def take(self, event: Mapping[str, Any]) -> None:

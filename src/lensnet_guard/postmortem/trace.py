@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from lensnet_guard.postmortem.events import call_key, read_call
 from lensnet_guard.postmortem.events import number as read_number
-from lensnet_guard.postmortem.events import read_call
 from lensnet_guard.postmortem.findings import Call
 from lensnet_guard.postmortem.reader import find_logs
-from lensnet_guard.postmortem.timeline import MicroStepBegins, call_key, moment, numbered_events
+from lensnet_guard.postmortem.timeline import MicroStepBegins, moment, numbered_events
 
 _LONGEST_MS = 1e12  # a longer call is a damaged line
 
@@ -78,7 +78,7 @@ class _Run:
         self._pid = pid
         self._last = 0.0
         self._tracks: dict[str, int] = {}
-        self._open: dict[tuple[str, str], tuple[Call, float]] = {}
+        self._open: dict[tuple[object, ...], tuple[Call, float]] = {}
         self._begins = MicroStepBegins()
 
     def take(self, event: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -177,4 +177,5 @@ def _args(call: Call) -> dict[str, Any]:
         "micro_step": call.micro_step,
         "inputs": call.inputs,
         "caller": call.caller,
+        "compiled": call.compiled,
     }

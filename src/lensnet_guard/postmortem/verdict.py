@@ -6,6 +6,7 @@ from typing import Any
 
 from lensnet_guard._text import count
 from lensnet_guard.postmortem.analysis import analyse
+from lensnet_guard.postmortem.judge import current_runs
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class LogVerdict:
         calls_per_micro_step: calls of each training micro-step, in log order.
         unreadable_lines: lines that are no JSON object, such as the last one of a killed process.
         lost_lines: lines that a run reported as not written.
+        clean: the post-mortem finds nothing wrong, and the logs go on to the end of the run.
         ended: whether every log file ends with ``run.end``; a killed process leaves none, nor does
             one whose disk was full.
     """
@@ -36,11 +38,7 @@ class LogVerdict:
     unreadable_lines: int
     lost_lines: int
     ended: bool
-
-    @property
-    def clean(self) -> bool:
-        """No violation, no line lost, and the log goes on to the end of the run."""
-        return self.ended and not (self.violations or self.lost_lines)
+    clean: bool
 
     def __str__(self) -> str:
         text = ", ".join(
@@ -63,7 +61,7 @@ class LogVerdict:
         """The verdict as a JSON-ready object, without the list of calls per micro-step."""
         fields = asdict(self)
         del fields["calls_per_micro_step"]
-        return fields | {"clean": self.clean}
+        return fields
 
 
 def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
@@ -75,6 +73,7 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
     analysis = analyse([folder])
     runs = analysis.runs
     cut_off = sum(run.cut_off_calls for run in runs)
+    ended = all(run.ended for run in current_runs(runs))
     return LogVerdict(
         module=runs[-1].module,
         micro_steps=sum(run.micro_steps for run in runs),
@@ -83,7 +82,8 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
         violations=sum(run.violation_count for run in runs),
         cut_off_calls=cut_off,
         calls_per_micro_step=tuple(n for run in runs for n in run.micro_step_calls),
-        unreadable_lines=sum(run.unreadable_count for run in runs),
+        unreadable_lines=sum(run.unreadable.count for run in runs),
         lost_lines=sum(run.lost_lines for run in runs),
-        ended=all(run.ended for run in analysis.latest),
+        ended=ended,
+        clean=ended and analysis.exit_code == 0,
     )

@@ -87,17 +87,17 @@ class TestVerdict:
         analysis = analyse([log])
         torn = len(text[:-20].splitlines())
         assert analysis.verdict == (
-            f"the process died outside any call of critic, log torn at line {torn}"
+            f"the process died outside any call of critic, log torn at line {torn} of {FILE}"
         )
-        assert analysis.runs[0].torn_at == torn
+        assert analysis.runs[0].torn_at == f"{torn} of {FILE}"
 
     def test_garbage_in_the_middle(self, log):
         """The rest is read all the same."""
         lines = log.read_bytes().splitlines(keepends=True)
         log.write_bytes(b"".join([*lines[:2], b"\xff\x00garbage\n", b"[1]\n", *lines[2:]]))
         analysis = analyse([log])
-        assert (analysis.verdict, analysis.exit_code) == ("log damaged at line 3", 1)
-        assert analysis.runs[0].unreadable == [3, 4]
+        assert (analysis.verdict, analysis.exit_code) == (f"log damaged at line 3 of {FILE}", 1)
+        assert analysis.runs[0].unreadable.kept == [f"3 of {FILE}", f"4 of {FILE}"]
         assert analysis.runs[0].training_calls == 3
 
     @pytest.mark.parametrize("content", [b"", b"\n\n", b"\x00" * 100, b"{}\n[]\n1\n", b"{"])
@@ -110,11 +110,11 @@ class TestVerdict:
 
     def test_a_killed_run_that_was_resumed(self, log):
         """The last run decides; the one before is told."""
-        text = log.read_bytes()
-        killed = b"".join(text.splitlines(keepends=True)[:2])
-        log.write_bytes(killed + text)
+        text = log.read_text()
+        killed = "".join(text.splitlines(keepends=True)[:2])
+        log.write_text(killed.replace('"service.instance.id":"', '"service.instance.id":"0') + text)
         analysis = analyse([log])
-        assert analysis.verdict == "clean"
+        assert analysis.verdict == "clean; 1 earlier run died"
         assert [run.died for run in analysis.runs] == [True, False]
         assert [call.seq for call in analysis.runs[0].in_flight] == [1]
 
@@ -203,10 +203,10 @@ class TestOddLogs:
 
     def test_guards_of_one_name_in_one_log_hid_a_call_in_flight(self, tmp_path):
         """Each counts from 1: the inner one's end was taken for the outer one's."""
-        header = {"event": "run.begin", "module": "Net", "timestamp": 1.0}
+        header = {"event": "run.begin", "schema_version": 1, "module": "Net", "timestamp": 1.0}
         begin = {"event": "call.begin", "module": "Net", "seq": 1, "kind": "call", "thread": "t"}
-        end = {"event": "call.end", "module": "Net", "seq": 1}
-        lines = [header, begin, begin, end]
+        end = {"event": "call.end", "module": "Net", "seq": 1, "guard": 2}
+        lines = [header, begin | {"guard": 1}, begin | {"guard": 2}, end]
         (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
         analysis = analyse([tmp_path])
         assert analysis.verdict == "crash in call 1 of Net, called from unknown"

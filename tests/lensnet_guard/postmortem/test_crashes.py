@@ -94,7 +94,7 @@ class TestKilled:
             assert run.died
             # The step whose dot was not written any more may be complete all the same.
             assert run.training_calls - len(run.in_flight) in (completed, completed + 1)
-            assert run.unreadable_count == (run.torn_at is not None)
+            assert run.unreadable.count == (run.torn_at is not None)
             assert analysis.exit_code == 1
             for call in run.in_flight:
                 in_flight += 1

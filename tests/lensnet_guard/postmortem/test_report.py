@@ -140,7 +140,7 @@ class TestRows:
         page = Page(write_report(run_dir))
         assert len(page.of_class("details", "open-call")) == 1
         assert "In flight at death" in page.text
-        assert "The file ends inside line 3." in page.text
+        assert "A file ends inside line 3 of lensnet.rank0.jsonl." in page.text
 
     def test_every_rank_has_a_section(self, run_dir: Path) -> None:
         """And the page says where ranks diverged."""
