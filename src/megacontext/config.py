@@ -54,7 +54,7 @@ class MCConfig:
     focus_window: int = 1_024
     num_variants: int = 3
     lod2_probability: float = 0.1
-    temperature: float = 0.5
+    temperature: float = 0.3
     advantage_scale: float = 0.5
     seed: int = 0
 

@@ -101,7 +101,13 @@ class MCController(nn.Module):
     # One micro-step ----------------------------------------------------------------------------
 
     def process_batch(
-        self, tokens: Tensor, step: int = 0, micro_step: int = 0, *, pad_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        step: int = 0,
+        micro_step: int = 0,
+        *,
+        pad_mask: Tensor | None = None,
+        labelled: Tensor | None = None,
     ) -> MCBatchResult:
         """Run one training micro-step up to its losses.
 
@@ -112,6 +118,7 @@ class MCController(nn.Module):
             tokens: int64 ``[B, T]``.
             step, micro_step: for the records: optimizer step, and micro-batch within it.
             pad_mask: bool ``[B, T]``, True at the pads on the left of shorter sequences.
+            labelled: bool ``[B, T]``, the tokens that count in losses; all by default.
 
         Raises:
             RuntimeError: called in inference context.
@@ -124,7 +131,7 @@ class MCController(nn.Module):
                 'leave `with mc.context("inference"):` first'
             )
         with self._training_context(), self.guard.micro_step(step, micro_step) as ledger:
-            tree = self.build_tree(tokens, pad_mask)
+            tree = self.build_tree(tokens, pad_mask, labelled)
             variants = self.build_variants(tree)
             nll = self._token_nll(variants.working_context)
             views = [self._focus_view(length) for length in tree.lengths]
@@ -161,7 +168,9 @@ class MCController(nn.Module):
         }
         return MCBatchResult(lm_loss + lens_loss, lm_loss, lens_loss, variants, metrics)
 
-    def build_tree(self, tokens: Tensor, pad_mask: Tensor | None = None) -> MegaContextTree:
+    def build_tree(
+        self, tokens: Tensor, pad_mask: Tensor | None = None, labelled: Tensor | None = None
+    ) -> MegaContextTree:
         """Trim each sequence so that the target length is reachable, and build its tree.
 
         The (N - W) mod (K - 1) oldest tokens go; what is kept counts from position 0.
@@ -169,6 +178,7 @@ class MCController(nn.Module):
         Args:
             tokens: int64 ``[B, T]``.
             pad_mask: bool ``[B, T]``, True at pads on the left.
+            labelled: bool ``[B, T]``, the tokens that count in losses; all by default.
         """
         lengths = self._check_batch(tokens, pad_mask)
         kept = [
@@ -178,7 +188,11 @@ class MCController(nn.Module):
         # Every row starts at its oldest kept token; rows that are shorter repeat their last one.
         offsets = np.minimum(np.arange(width), np.array(kept)[:, None] - 1)
         index = torch.from_numpy(tokens.shape[1] - np.array(kept)[:, None] + offsets)
-        tokens = tokens.gather(1, index.to(tokens.device))
+        index = index.to(tokens.device)
+        tokens = tokens.gather(1, index)
+        labels = None
+        if labelled is not None:
+            labels = tokens.masked_fill(~labelled.to(tokens.device).gather(1, index), NO_LABEL)
         return MegaContextTree.build(
             tokens,
             self.language_model.embed(tokens),
@@ -186,6 +200,7 @@ class MCController(nn.Module):
             block_size=self.config.block_size,
             max_lod=self.config.max_lod,
             lengths=kept,
+            labels=labels,
         )
 
     def build_variants(self, tree: MegaContextTree) -> Variants:

@@ -114,28 +114,52 @@ def focus_view(
 ) -> Cut:
     """The coarse cut that LensNet scores: the history as gists, the recent tail at LOD0.
 
-    It ends before the horizon, on which variants are judged. History is LOD1; where that exceeds
-    ``window`` entries and ``max_lod`` is 2, its oldest aligned K² spans are LOD2, as few as
-    it takes.
+    It ends before the horizon, on which variants are judged. See `coarse_cut`.
 
     Raises:
         UnreachableTarget: as coarse as it can be, the view is longer than ``window``.
     """
-    history = max(num_tokens - recent_tokens, 0)
-    blocks = history // block_size
-    token_lods = np.zeros(max(num_tokens - horizon_tokens, 0), dtype=np.int64)
-    token_lods[: blocks * block_size] = 1
-    length = len(token_lods) - blocks * (block_size - 1)
-    spans = max(-(-(length - window) // (block_size - 1)), 0)
-    most = blocks // block_size if max_lod == 2 else 0
+    return coarse_cut(
+        0,
+        max(num_tokens - horizon_tokens, 0),
+        lod0_from=max(num_tokens - recent_tokens, 0),
+        block_size=block_size,
+        max_lod=max_lod,
+        window=window,
+    )
+
+
+def coarse_cut(
+    first: int, end: int, *, lod0_from: int, block_size: int, max_lod: int, window: int
+) -> Cut:
+    """Tokens ``[first, end)`` as gists up to about ``lod0_from``, and at LOD0 from there on.
+
+    The history is LOD1; where that exceeds ``window`` entries and ``max_lod`` is 2, its oldest
+    aligned K² spans are LOD2, as few as it takes.
+
+    Args:
+        first: a multiple of the coarsest span.
+        lod0_from: the block that holds this token is the first at LOD0.
+
+    Raises:
+        UnreachableTarget: as coarse as it can be, the cut is longer than ``window``.
+    """
+    k = block_size
+    blocks = max(lod0_from - first, 0) // k
+    lod0 = first + blocks * k
+    length = blocks + max(end - lod0, 0)
+    spans = max(-(-(length - window) // (k - 1)), 0)
+    most = blocks // k if max_lod == 2 else 0
     if spans > most:
-        shortest = length - most * (block_size - 1)
+        shortest = length - most * (k - 1)
         raise UnreachableTarget(
-            f"the focus view of {num_tokens} tokens has at least {shortest} entries and does not "
+            f"the focus view of {end - first} tokens has at least {shortest} entries and does not "
             f"fit a focus_window of {window}; widen the window or shorten the sequence"
         )
-    token_lods[: spans * block_size**2] = 2
-    return from_token_lods(token_lods, block_size)
+    lod1 = first + spans * k**2
+    levels = (range(first, lod1, k**2), range(lod1, lod0, k), range(lod0, max(end, lod0)))
+    positions = np.concatenate([np.arange(r.start, r.stop, r.step, dtype=np.int64) for r in levels])
+    return Cut(positions, np.repeat((2, 1, 0), [len(r) for r in levels]), k)
 
 
 def held_at_lod0(cuts: Sequence[Cut], view: Cut, num_tokens: int) -> NDArray[np.bool_]:

@@ -10,7 +10,10 @@ from megacontext.transformer import Block, attention_mask
 class LensNet(nn.Module):
     """A small bidirectional transformer over the entries of a view.
 
-    Bidirectional, because the query that makes an old gist worth expanding comes after it.
+    Bidirectional, because the query that makes an old gist worth expanding comes after it. It
+    begins by comparing content: its queries and keys start with equal weights, so an entry
+    attends to what resembles it (mimetic initialization, Trockman and Kolter 2023,
+    arXiv:2305.09828), and only a part of each head's features knows where an entry stands.
 
     Args:
         d_model: width D.
@@ -21,9 +24,14 @@ class LensNet(nn.Module):
     def __init__(self, d_model: int, num_layers: int, num_heads: int, max_lod: int) -> None:
         super().__init__()
         self.head_dim = d_model // num_heads
+        self.rotated_dim = max(2, self.head_dim // 8 * 2)  # a quarter, as in GPT-NeoX
         self.lod_embedding = nn.Embedding(max_lod + 1, d_model)
         nn.init.normal_(self.lod_embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(d_model, num_heads) for _ in range(num_layers))
+        with torch.no_grad():
+            for qkv in (m for name, m in self.named_modules() if name.endswith(".qkv")):
+                query, key, _ = qkv.get_parameter("weight").chunk(3)
+                key.copy_(query)
         self.norm = nn.RMSNorm(d_model)
         self.head = nn.Linear(d_model, 1)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -44,7 +52,7 @@ class LensNet(nn.Module):
             starts, spans, lods: of the entries, int64 ``[B, E]``.
             pad_mask: bool ``[B, E]``, True at pads.
         """
-        rope = gaussian_rope(starts, spans, self.head_dim)
+        rope = gaussian_rope(starts, spans, self.head_dim, self.rotated_dim)
         mask = attention_mask(pad_mask, causal=False)
         x = embeddings + self.lod_embedding(lods)
         for block in self.blocks:

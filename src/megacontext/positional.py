@@ -8,23 +8,29 @@ rotation, its fast frequencies damped where the position is vague. For s = 1 it 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BASE = 10_000.0
 
 
-def gaussian_rope(starts: Tensor, spans: Tensor, head_dim: int) -> Tensor:
+def gaussian_rope(
+    starts: Tensor, spans: Tensor, head_dim: int, rotated_dim: int | None = None
+) -> Tensor:
     """Damped rotations of entries.
 
     Args:
         starts, spans: first token and number of tokens of each entry, int64 ``[B, W]``.
         head_dim: even width of an attention head.
+        rotated_dim: even number of its features that are rotated, all by default; the rest of them
+            compares content wherever it stands.
 
     Returns:
         cosines and sines, float32 ``[2, B, 1, W, head_dim / 2]``.
     """
-    exponents = torch.arange(0, head_dim, 2, device=starts.device) / head_dim
-    frequencies = BASE**-exponents
+    rotated_dim = head_dim if rotated_dim is None else rotated_dim
+    exponents = torch.arange(0, rotated_dim, 2, device=starts.device) / rotated_dim
+    frequencies = F.pad(BASE**-exponents, (0, (head_dim - rotated_dim) // 2))
     mean = starts + (spans - 1) / 2
     variance = (spans.float() ** 2 - 1) / 12
     angles = mean[..., None] * frequencies

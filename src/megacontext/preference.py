@@ -2,7 +2,8 @@
 
 Pure functions on tensors, over all pairs of a sequence's variants at once. A pair labels a gist of
 the focus view +1 where only its better variant holds the span at LOD0, -1 where only the worse one
-does, and 0 (masked) elsewhere. The pair's policy score is the mean of label · score; the
+does, and 0 (masked) elsewhere. The pair's policy score is the sum of label · score: what each gist
+is worth adds up, so one that matters decides the pair, and the rest may stay near 0. The
 Bradley-Terry model makes a probability of it (Bradley and Terry 1952), and the pair counts by how
 clearly its losses differ.
 """
@@ -51,12 +52,11 @@ def policy_scores(scores: Tensor, pairs: PreferencePairs) -> tuple[Tensor, Tenso
         scores: LensNet's, in [-1, 1], ``[B, E]``.
 
     Returns:
-        the mean score of the differing gists, signed by who holds them, ``[B, P]``; and whether
+        the sum of the differing gists' scores, signed by who holds them, ``[B, P]``; and whether
         there is one, bool ``[B, P]``.
     """
-    differing = pairs.held_difference.abs().sum(-1)
     total = torch.einsum("bpe,be->bp", pairs.held_difference, scores)
-    return total / differing.clamp(min=1), differing > 0
+    return total, pairs.held_difference.any(-1)
 
 
 def preference_loss(

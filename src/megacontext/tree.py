@@ -20,12 +20,14 @@ class MegaContextTree:
         tokens: int64 ``[B, N]``; shorter histories are filled up at the end, and no cut of theirs
             reaches that far.
         lengths: tokens of each history, B host integers.
+        labels: int64 ``[B, N]``, what entries are to predict: the tokens, or `NO_LABEL`.
         levels: LOD0, LOD1, LOD2 embeddings one after another, ``[B, N + N//K + N//K², D]``.
         block_size: tokens of a LOD1 gist, K.
         max_lod: highest level built.
     """
 
     tokens: Tensor
+    labels: Tensor
     lengths: tuple[int, ...]
     levels: Tensor
     block_size: int
@@ -41,12 +43,14 @@ class MegaContextTree:
         block_size: int,
         max_lod: int,
         lengths: Sequence[int] | None = None,
+        labels: Tensor | None = None,
     ) -> "MegaContextTree":
         """Build all levels; GistNet runs once per level, for the whole batch.
 
         Args:
             tokens, embeddings: int64 ``[B, N]`` and their embeddings ``[B, N, D]``.
             lengths: tokens of each history; N for all by default.
+            labels: int64 ``[B, N]``; the tokens by default.
         """
         batch, num_tokens, d_model = embeddings.shape
         levels = [embeddings]
@@ -57,6 +61,7 @@ class MegaContextTree:
             levels.append(gistnet(children.reshape(batch, blocks, block_size, d_model)))
         return cls(
             tokens=tokens,
+            labels=tokens if labels is None else labels,
             lengths=tuple(lengths) if lengths is not None else (num_tokens,) * batch,
             levels=torch.cat(levels, dim=1),
             block_size=block_size,
@@ -94,7 +99,7 @@ class MegaContextTree:
         index, starts, lods, label_index, pads = _to_device(planes, self.levels.device)
 
         gathered = self.levels.flatten(0, 1).index_select(0, index.flatten())
-        labels = self.tokens.flatten()[label_index.clamp(min=0)]
+        labels = self.labels.flatten()[label_index.clamp(min=0)]
         return WorkingContext(
             embeddings=gathered.view(*index.shape, -1),
             starts=starts,

@@ -55,9 +55,9 @@ class TestTrain:
         """With its message, and where the log is; no traceback."""
         build_tree = MCController.build_tree
 
-        def peeking(self: MCController, tokens: object, pad_mask: object = None) -> object:
+        def peeking(self: MCController, tokens: object, *rest: object) -> object:
             self.lensnet(tokens)
-            return build_tree(self, tokens, pad_mask)  # type: ignore[arg-type]
+            return build_tree(self, tokens, *rest)  # type: ignore[arg-type]
 
         monkeypatch.setattr(MCController, "build_tree", peeking)
         code, out, _ = train(tmp_path / "run")

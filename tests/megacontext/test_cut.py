@@ -107,7 +107,7 @@ class TestFocusView:
         with pytest.raises(UnreachableTarget) as raised:
             self.view(80, window=10)
         assert str(raised.value) == (
-            "the focus view of 80 tokens has at least 11 entries and does not fit a "
+            "the focus view of 77 tokens has at least 11 entries and does not fit a "
             "focus_window of 10; widen the window or shorten the sequence"
         )
 

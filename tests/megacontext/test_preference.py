@@ -24,7 +24,7 @@ def case() -> dict[str, Tensor]:
 
 
 def by_hand(case: dict[str, Tensor]) -> list[tuple[float, float]]:
-    """(mean of label · score, advantage of the better one) of every pair that says anything."""
+    """(sum of label · score, advantage of the better one) of every pair that says anything."""
     out = []
     for b in range(B):
         for i in range(V):
@@ -40,7 +40,7 @@ def by_hand(case: dict[str, Tensor]) -> list[tuple[float, float]]:
                         labelled.append(label * float(case["scores"][b, e]))
                 if labelled:
                     gap = float(case["nll"][b, worse] - case["nll"][b, better])
-                    out.append((sum(labelled) / len(labelled), gap))
+                    out.append((sum(labelled), gap))
     return out
 
 

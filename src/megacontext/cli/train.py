@@ -1,4 +1,4 @@
-"""The command line: ``megacontext train``."""
+"""``megacontext train``."""
 
 import dataclasses
 import json
@@ -21,19 +21,11 @@ _MODEL = MCConfig()
 _TRAIN = TrainConfig()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def main() -> None:
-    """MegaContext: train a language model and its LensNet under a call contract.
-
-    Example: megacontext train --run-dir runs/first --steps 100
-    """
-
-
 def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command]:
     return click.option(name, default=default, show_default=True, help=text)
 
 
-@main.command("train", context_settings={"show_default": True})
+@click.command("train", context_settings={"show_default": True})
 @click.option(
     "--run-dir",
     type=click.Path(path_type=Path),
@@ -71,7 +63,7 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
 @_option("--num-variants", _MODEL.num_variants, "Random variants per sequence.")
 @_option("--lod2-probability", _MODEL.lod2_probability, "Of a LOD2 collapse.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def train_command(
+def command(
     run_dir: Path,
     resume: bool,
     text: tuple[Path, ...],

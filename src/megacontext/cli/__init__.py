@@ -1,0 +1,34 @@
+"""The command line: each command in a module of its own, imported when it is asked for."""
+
+from importlib import import_module
+
+import click
+
+_COMMANDS = {
+    "train": "Train on text, or on a data set that only far memory can solve.",
+}
+
+
+class _Lazy(click.Group):
+    """Lists its commands without importing them: torch takes seconds."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"megacontext.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """MegaContext: a language model and its LensNet, trained under a call contract.
+
+    Example: megacontext train --run-dir runs/first --steps 100
+    """
