@@ -33,6 +33,11 @@ class MCConfig:
         lod2_probability: of a LOD2 collapse, where the target permits.
         temperature, advantage_scale: of the preference loss.
         seed: of the initial weights and of the training allocator.
+        scored, judged, causal_lens, rank_weight, budget_weight, standardize: what the recipe does
+            otherwise, for ablations: LensNet scores each ``"variant"`` instead of one ``"view"``;
+            variants are judged by ``"all"`` their tokens instead of the ``"horizon"``; LensNet
+            looks back only; weights of the auxiliary losses; advantages are divided by their
+            standard deviation over the batch.
 
     Raises:
         TypeError, ValueError: a value that makes no model, named.
@@ -57,9 +62,18 @@ class MCConfig:
     temperature: float = 0.3
     advantage_scale: float = 0.5
     seed: int = 0
+    scored: str = "view"
+    judged: str = "horizon"
+    causal_lens: bool = False
+    rank_weight: float = 0.0
+    budget_weight: float = 0.0
+    standardize: bool = False
 
     def __post_init__(self) -> None:
-        check_numbers(self, may_be_zero=("lod2_probability", "seed"))
+        weights = ("rank_weight", "budget_weight")
+        check_numbers(self, may_be_zero=("lod2_probability", "seed", *weights))
+        check_choice("scored", self.scored, ("view", "variant"))
+        check_choice("judged", self.judged, ("horizon", "all"))
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"d_model {self.d_model} must be a multiple of 2 · num_heads = "
@@ -122,6 +136,16 @@ class MCConfig:
                 f"to {allocator.max_lod} and {self.recent_tokens} recent tokens at LOD0; "
                 f"the nearest length that can is {nearest}"
             )
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        ValueError: naming the field and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def check_numbers(config: "DataclassInstance", may_be_zero: Sequence[str]) -> None:

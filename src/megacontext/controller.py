@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
 from megacontext import preference
 from megacontext.config import MCConfig
-from megacontext.cut import Cut, focus_view, held_at_lod0, kept_tokens, lod0_tail
+from megacontext.cut import (
+    Cut,
+    focus_view,
+    held_at_lod0,
+    kept_tokens,
+    lod0_tail,
+    relative_detail,
+)
 from megacontext.gistnet import GistNet
 from megacontext.language_model import LanguageModel
 from megacontext.lensnet import LensNet
@@ -78,7 +85,13 @@ class MCController(nn.Module):
                 config.vocab_size, config.d_model, config.lm_layers, config.num_heads
             )
             self.gistnet = GistNet(config.d_model)
-            lensnet = LensNet(config.d_model, config.lens_layers, config.num_heads, config.max_lod)
+            lensnet = LensNet(
+                config.d_model,
+                config.lens_layers,
+                config.num_heads,
+                config.max_lod,
+                causal=config.causal_lens,
+            )
         policy = CallPolicy(scopes={PREFERENCE_SCORER: 1})
         self.lensnet: LensNet = guard_module(lensnet, policy=policy, mode="enforce").module
         self.allocator = config.new_allocator()
@@ -133,15 +146,8 @@ class MCController(nn.Module):
         with self._training_context(), self.guard.micro_step(step, micro_step) as ledger:
             tree = self.build_tree(tokens, pad_mask, labelled)
             variants = self.build_variants(tree)
-            nll = self._token_nll(variants.working_context)
-            views = [self._focus_view(length) for length in tree.lengths]
-            view = tree.working_context([[cut] for cut in views])
-            gists = view.lods > 0
-            pairs = preference.make_pairs(
-                nll=self._horizon_nll(nll, variants, tree),
-                held=self._held(variants, views, tree),
-                gists=gists,
-            )
+            nll = self.token_nll(variants.working_context)
+            view, pairs = self._comparison(tree, variants, nll)
             with self.guard.sanctioned(PREFERENCE_SCORER):
                 scores = self.lensnet(
                     # Detached: the preference loss trains LensNet, not what it looks at.
@@ -151,12 +157,10 @@ class MCController(nn.Module):
                     view.lods,
                     view.pad_mask,
                 )
-            lens_loss = preference.preference_loss(
-                scores,
-                pairs,
-                temperature=self.config.temperature,
-                advantage_scale=self.config.advantage_scale,
-            )
+            # One row per sequence, also where its variants were scored one by one.
+            scores = scores.view(len(tree.lengths), -1)
+            gists = (view.lods > 0).view_as(scores)
+            lens_loss = self._lens_loss(scores, pairs, gists)
             lm_loss = nll.sum() / (variants.working_context.labels != NO_LABEL).sum()
             calls = sum(ledger.calls.values())
         metrics: dict[str, Tensor | int] = {
@@ -218,28 +222,70 @@ class MCController(nn.Module):
         """A random cut of exactly the training length (all tokens, if there are fewer)."""
         return self.allocator.sample(num_tokens, min(num_tokens, self.config.train_wc_length))
 
-    # Outside training --------------------------------------------------------------------------
+    # Without LensNet ---------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def full_detail_loss(self, tokens: Tensor) -> Tensor:
+    def full_detail_loss(self, tokens: Tensor, labelled: Tensor | None = None) -> Tensor:
         """Mean NLL of the language model on plain LOD0 contexts, nats; scalar. Needs no LensNet.
 
         Args:
             tokens: int64 ``[B, T]``.
+            labelled: bool ``[B, T]``, the tokens that count; all by default.
         """
         self._check_batch(tokens, None)
         starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits = self.language_model(
             self.language_model.embed(tokens), starts, torch.ones_like(starts)
         )
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        labels = tokens if labelled is None else tokens.masked_fill(~labelled, NO_LABEL)
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LABEL
+        )
 
     # Pieces of process_batch -------------------------------------------------------------------
 
     def _training_context(self) -> AbstractContextManager[None]:
         return self.context("training") if self.guard.current_context is None else nullcontext()
 
-    def _focus_view(self, num_tokens: int) -> Cut:
+    def _comparison(
+        self, tree: MegaContextTree, variants: Variants, nll: Tensor
+    ) -> tuple[WorkingContext, preference.PreferencePairs]:
+        """What LensNet is to score, and what the variants' losses say of it.
+
+        Args:
+            nll: of each entry's label, ``[B · (1 + V), W]``.
+        """
+        judged = self._judged_nll(nll, variants, tree)
+        if self.config.scored == "variant":
+            detail = [
+                relative_detail(cuts, length)
+                for cuts, length in zip(variants.cuts, tree.lengths, strict=True)
+            ]
+            finer, coarser = torch.from_numpy(np.stack(detail, axis=1)).to(nll.device)
+            return variants.working_context, preference.make_plain_pairs(judged, finer, coarser)
+        views = [self.focus_view(length) for length in tree.lengths]
+        view = tree.working_context([[cut] for cut in views])
+        held = self._held(variants, views, tree)
+        return view, preference.make_pairs(judged, held, gists=view.lods > 0)
+
+    def _lens_loss(
+        self, scores: Tensor, pairs: preference.PreferencePairs, gists: Tensor
+    ) -> Tensor:
+        config = self.config
+        loss = preference.preference_loss(
+            scores,
+            pairs,
+            temperature=config.temperature,
+            advantage_scale=config.advantage_scale,
+            standardize=config.standardize,
+        )
+        if config.rank_weight:
+            loss = loss + config.rank_weight * preference.rank_loss(scores, pairs)
+        if config.budget_weight:
+            loss = loss + config.budget_weight * preference.budget_loss(scores, gists)
+        return loss
+
+    def focus_view(self, num_tokens: int) -> Cut:
+        """What LensNet scores of a training sequence: it ends before the horizon."""
         return focus_view(
             num_tokens,
             block_size=self.config.block_size,
@@ -249,7 +295,7 @@ class MCController(nn.Module):
             window=self.config.focus_window,
         )
 
-    def _token_nll(self, context: WorkingContext) -> Tensor:
+    def token_nll(self, context: WorkingContext) -> Tensor:
         """NLL of each entry's label, nats, ``[R, W]``; 0 where there is none."""
         logits = self.language_model(
             context.embeddings, context.starts, context.spans, context.pad_mask
@@ -262,9 +308,11 @@ class MCController(nn.Module):
         )
         return flat.view_as(context.labels)
 
-    def _horizon_nll(self, nll: Tensor, variants: Variants, tree: MegaContextTree) -> Tensor:
+    def _judged_nll(self, nll: Tensor, variants: Variants, tree: MegaContextTree) -> Tensor:
         """NLL of each variant summed over the tokens of the horizon, nats, ``[B, 1 + V]``."""
         context, per_history = variants.working_context, 1 + self.config.num_variants
+        if self.config.judged == "all":
+            return nll.sum(-1).view(-1, per_history)
         first = torch.tensor(tree.lengths) - self.config.horizon_tokens
         first = first.to(nll.device, non_blocking=True).repeat_interleave(per_history)
         in_horizon = context.starts + context.spans >= first[:, None]

@@ -1,10 +1,11 @@
-"""Real text as bytes: the user's files, or the sources of Python's standard library."""
+"""What is trained on: a source gives batches. Real text as bytes is one; `recall` is another."""
 
 import hashlib
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,48 @@ from torch import Tensor
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 _HELD_OUT_ONE_IN = 10
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of equal length.
+
+    Attributes:
+        tokens: int64 ``[B, T]``.
+        labelled: the tokens that count in losses, bool ``[B, T]``; None for all.
+    """
+
+    tokens: Tensor
+    labelled: Tensor | None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        labelled = None if self.labelled is None else self.labelled.to(device)
+        return Batch(self.tokens.to(device), labelled)
+
+
+class Source(Protocol):
+    """Where a trainer's sequences come from."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens are below it."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """For a run's ``config.json``; its ``sha256`` is that of what is read, if anything is."""
+
+    def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Random sequences to train on."""
+
+    def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Random sequences of at most ``length`` for the language model alone."""
+
+    def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Random sequences that are never trained on."""
+
+    def unigram_entropy(self) -> float:
+        """Entropy of a label without its context, nats: the loss to beat."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +73,32 @@ class Corpus:
     files: int
     sha256: str
 
-    def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Tensor:
-        """Random windows of the training part, int64 ``[batch_size, length]``."""
+    @property
+    def vocab_size(self) -> int:
+        """Bytes."""
+        return 256
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Fingerprint and sizes."""
+        return {
+            "sha256": self.sha256,
+            "files": self.files,
+            "training_bytes": len(self.training),
+            "validation_bytes": len(self.validation),
+        }
+
+    def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Random windows of the training part."""
         return _windows(self.training, rng, batch_size, length)
 
-    def validation_batch(self, batch_size: int, length: int) -> Tensor:
-        """The same random windows of the held-out part at every call, int64 likewise."""
-        return _windows(self.validation, np.random.default_rng(0), batch_size, length)
+    def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """The same."""
+        return self.batch(rng, batch_size, length)
+
+    def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Random windows of the held-out part."""
+        return _windows(self.validation, rng, batch_size, length)
 
     def unigram_entropy(self) -> float:
         """Entropy of a byte of the validation part, nats: the loss of a model without context."""
@@ -108,6 +170,7 @@ def _is_litter(path: Path) -> bool:
 
 def _windows(
     text: NDArray[np.uint8], rng: np.random.Generator, batch_size: int, length: int
-) -> Tensor:
+) -> Batch:
     starts = rng.integers(0, len(text) - length, size=batch_size)
-    return torch.from_numpy(text[starts[:, None] + np.arange(length)].astype(np.int64))
+    tokens = text[starts[:, None] + np.arange(length)].astype(np.int64)
+    return Batch(torch.from_numpy(tokens), labelled=None)

@@ -19,10 +19,14 @@ class LensNet(nn.Module):
         d_model: width D.
         num_layers, num_heads: of the transformer.
         max_lod: highest level of detail of an entry.
+        causal: entries look back only; for an ablation.
     """
 
-    def __init__(self, d_model: int, num_layers: int, num_heads: int, max_lod: int) -> None:
+    def __init__(
+        self, d_model: int, num_layers: int, num_heads: int, max_lod: int, causal: bool = False
+    ) -> None:
         super().__init__()
+        self.causal = causal
         self.head_dim = d_model // num_heads
         self.rotated_dim = max(2, self.head_dim // 8 * 2)  # a quarter, as in GPT-NeoX
         self.lod_embedding = nn.Embedding(max_lod + 1, d_model)
@@ -53,9 +57,9 @@ class LensNet(nn.Module):
             pad_mask: bool ``[B, E]``, True at pads.
         """
         rope = gaussian_rope(starts, spans, self.head_dim, self.rotated_dim)
-        mask = attention_mask(pad_mask, causal=False)
+        mask = attention_mask(pad_mask, causal=self.causal)
         x = embeddings + self.lod_embedding(lods)
         for block in self.blocks:
-            x = block(x, rope, mask, causal=False)
+            x = block(x, rope, mask, causal=self.causal)
         scores = torch.tanh(self.head(self.norm(x)).squeeze(-1))
         return scores if pad_mask is None else scores.masked_fill(pad_mask, 0.0)

@@ -29,7 +29,7 @@ def draw_overview(
     axes = figure.subplots(2, 2)
     _lines(axes[0, 0], rows, {"lm_loss": "training, mixed LODs", "validation_loss": "held out"})
     axes[0, 0].axhline(unigram_entropy, color="0.4", ls="--", lw=1, label="unigram entropy")
-    axes[0, 0].set(title="language model", xlabel="step", ylabel="nats per byte")
+    axes[0, 0].set(title="language model", xlabel="step", ylabel="nats per token")
     axes[0, 0].legend()
     _lines(
         axes[0, 1],

@@ -21,12 +21,12 @@ class PreferencePairs:
 
     Attributes:
         advantages: NLL of the pair's second variant less that of its first, nats, ``[B, P]``.
-        held_difference: +1 where only the first variant holds the entry's span at LOD0, -1 where
-            only the second does, else 0; 0 outside gists; ``[B, P, E]``.
+        labels: +1 where only the first variant holds the entry's span at LOD0, -1 where only the
+            second does, else 0; 0 outside gists; ``[B, P, E]``.
     """
 
     advantages: Tensor
-    held_difference: Tensor
+    labels: Tensor
 
 
 def make_pairs(nll: Tensor, held: Tensor, gists: Tensor) -> PreferencePairs:
@@ -41,8 +41,36 @@ def make_pairs(nll: Tensor, held: Tensor, gists: Tensor) -> PreferencePairs:
     nll, held_gists = nll.detach(), (held & gists[:, None]).to(nll.dtype)
     return PreferencePairs(
         advantages=nll[:, second] - nll[:, first],
-        held_difference=held_gists[:, first] - held_gists[:, second],
+        labels=held_gists[:, first] - held_gists[:, second],
     )
+
+
+def make_plain_pairs(nll: Tensor, finer: Tensor, coarser: Tensor) -> PreferencePairs:
+    """Pair up variants as the plain recipe does: LensNet scores the variants themselves.
+
+    An entry of the pair's worse variant is told +1 where the better one holds all of its span in
+    more detail, -1 where it holds it in less. For an ablation.
+
+    Args:
+        nll: as for `make_pairs`, ``[B, V]``.
+        finer, coarser: whether variant i holds entry e of variant j in more or in less detail than
+            j does, bool ``[B, V, V, W]`` by (i, j, e).
+
+    Returns:
+        pairs for scores ``[B, V · W]``.
+    """
+    batch, variants, _, width = finer.shape
+    first, second = torch.triu_indices(variants, variants, offset=1, device=nll.device)
+    told = finer.to(nll.dtype) - coarser.to(nll.dtype)
+    advantages = nll.detach()[:, second] - nll.detach()[:, first]
+    first_is_better = advantages > 0
+    better = torch.where(first_is_better, first, second)
+    worse = torch.where(first_is_better, second, first)
+    of_worse = told[torch.arange(batch, device=nll.device)[:, None], better, worse]  # [B, P, W]
+    labels = torch.zeros(*worse.shape, variants, width, device=nll.device, dtype=nll.dtype)
+    labels.scatter_(2, worse[..., None, None].expand(-1, -1, 1, width), of_worse[:, :, None])
+    sign = torch.where(first_is_better, 1.0, -1.0)  # the policy prefers the first where positive
+    return PreferencePairs(advantages, labels.flatten(2) * sign[..., None])
 
 
 def policy_scores(scores: Tensor, pairs: PreferencePairs) -> tuple[Tensor, Tensor]:
@@ -55,12 +83,17 @@ def policy_scores(scores: Tensor, pairs: PreferencePairs) -> tuple[Tensor, Tenso
         the sum of the differing gists' scores, signed by who holds them, ``[B, P]``; and whether
         there is one, bool ``[B, P]``.
     """
-    total = torch.einsum("bpe,be->bp", pairs.held_difference, scores)
-    return total, pairs.held_difference.any(-1)
+    total = torch.einsum("bpe,be->bp", pairs.labels, scores)
+    return total, pairs.labels.any(-1)
 
 
 def preference_loss(
-    scores: Tensor, pairs: PreferencePairs, *, temperature: float, advantage_scale: float
+    scores: Tensor,
+    pairs: PreferencePairs,
+    *,
+    temperature: float,
+    advantage_scale: float,
+    standardize: bool = False,
 ) -> Tensor:
     """Weighted Bradley-Terry logistic loss, scalar; 0 when no pair says anything.
 
@@ -68,11 +101,32 @@ def preference_loss(
         scores: LensNet's, ``[B, E]``.
         temperature: divides the policy score.
         advantage_scale: a pair weighs tanh(advantage_scale · |advantage|).
+        standardize: divide advantages by their root mean square first.
     """
     policy, informative = policy_scores(scores, pairs)
     logits = policy * pairs.advantages.sign() / temperature
-    weights = torch.tanh(advantage_scale * pairs.advantages.abs()) * informative
+    gaps = pairs.advantages.abs()
+    if standardize:
+        gaps = gaps / gaps.square().mean().sqrt().clamp(min=1e-6)
+    weights = torch.tanh(advantage_scale * gaps) * informative
     return (F.softplus(-logits) * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
+def rank_loss(scores: Tensor, pairs: PreferencePairs, *, margin: float = 1.0) -> Tensor:
+    """Hinge: the better variant's policy score should lead by ``margin``; scalar."""
+    policy, informative = policy_scores(scores, pairs)
+    short = F.relu(margin - policy * pairs.advantages.sign()) * informative
+    return short.sum() / informative.sum().clamp(min=1)
+
+
+def budget_loss(scores: Tensor, gists: Tensor) -> Tensor:
+    """Squared mean score of a view's gists: expansions and collapses should balance; scalar.
+
+    Args:
+        scores: LensNet's, ``[B, E]``. gists: which entries count, bool ``[B, E]``.
+    """
+    mean = (scores * gists).sum(-1) / gists.sum(-1).clamp(min=1)
+    return mean.square().mean()
 
 
 def preference_metrics(scores: Tensor, pairs: PreferencePairs, gists: Tensor) -> dict[str, Tensor]:

@@ -6,18 +6,21 @@ Only the values are labelled. Every symbol can be a value or filler, so nothing 
 tells a key's value; and what was asked stands before the horizon, where LensNet may look.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from megacontext.data import Batch
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class RecallTask:
+class RecallSource:
     """How sequences are made. Tokens 0 to keys - 1 are keys, the next ones symbols.
 
     Attributes:
@@ -25,6 +28,7 @@ class RecallTask:
         facts: per sequence, each of another key, in blocks of their own.
         questions: keys that are asked for; the answer takes two tokens each.
         block_size: tokens of a block; a fact does not straddle two.
+        label_all: every token counts in losses, not the answers alone; for an ablation.
     """
 
     keys: int = 16
@@ -32,6 +36,7 @@ class RecallTask:
     facts: int = 8
     questions: int = 3
     block_size: int = 8
+    label_all: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -43,50 +48,72 @@ class RecallTask:
         """The answers, at the end of every sequence."""
         return 2 * self.questions
 
-    def batch(
-        self, rng: np.random.Generator, batch_size: int, length: int, old_tokens: int
-    ) -> "RecallBatch":
+    @property
+    def description(self) -> dict[str, Any]:
+        """The sizes."""
+        return asdict(self)
+
+    def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> "RecallBatch":
         """Random sequences.
 
-        Args:
-            length: tokens of each.
-            old_tokens: facts stand in the whole blocks among the first so many tokens.
+        Raises:
+            ValueError: a sequence of ``length`` tokens has no room for facts and questions.
         """
+        asked = 3 * self.questions
+        blocks = min(length * 5 // 8, length - asked) // self.block_size  # the older part
+        if blocks < self.facts:
+            raise ValueError(
+                f"sequences of {length} tokens have no room for {self.facts} facts in blocks of "
+                f"{self.block_size} and {self.questions} questions; make them longer"
+            )
         tokens = rng.integers(self.keys, self.vocab_size, size=(batch_size, length))
         rows = np.arange(batch_size)[:, None]
-        blocks = _choose(rng, batch_size, old_tokens // self.block_size, self.facts)
+        fact_blocks = _choose(rng, batch_size, blocks, self.facts)
         keys = _choose(rng, batch_size, self.keys, self.facts)
         values = rng.integers(self.keys, self.vocab_size, size=keys.shape)
-        at = blocks * self.block_size + rng.integers(0, self.block_size - 1, size=keys.shape)
+        at = fact_blocks * self.block_size + rng.integers(0, self.block_size - 1, size=keys.shape)
         tokens[rows, at], tokens[rows, at + 1] = keys, values
 
         rounds = -(-self.questions // self.facts)
         orders = [_choose(rng, batch_size, self.facts, self.facts) for _ in range(rounds)]
-        asked = np.concatenate(orders, axis=1)[:, : self.questions]
+        which = np.concatenate(orders, axis=1)[:, : self.questions]
         answers = length - self.horizon_tokens + 2 * np.arange(self.questions)
-        questions = length - self.horizon_tokens - self.questions + np.arange(self.questions)
-        tokens[rows, questions] = tokens[rows, answers] = keys[rows, asked]
-        tokens[rows, answers + 1] = values[rows, asked]
+        questions = length - asked + np.arange(self.questions)
+        tokens[rows, questions] = tokens[rows, answers] = keys[rows, which]
+        tokens[rows, answers + 1] = values[rows, which]
         labelled = np.zeros(tokens.shape, dtype=np.bool_)
         labelled[:, answers + 1] = True
         return RecallBatch(
-            torch.from_numpy(tokens), torch.from_numpy(labelled), blocks, blocks[rows, asked]
+            torch.from_numpy(tokens),
+            None if self.label_all else torch.from_numpy(labelled),
+            fact_blocks,
+            fact_blocks[rows, which],
         )
+
+    def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Short sequences with many questions: retrieval is learned from them soonest."""
+        many = replace(self, questions=3 * self.facts)
+        shortest = 2 * (self.facts + 1) * self.block_size
+        return many.batch(rng, batch_size, min(length, shortest))
+
+    def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """No two sequences are ever the same."""
+        return self.batch(rng, batch_size, length)
+
+    def unigram_entropy(self) -> float:
+        """A value is any symbol."""
+        return math.log(self.symbols)
 
 
 @dataclass(frozen=True)
-class RecallBatch:
+class RecallBatch(Batch):
     """Sequences and where their facts are.
 
     Attributes:
-        tokens: int64 ``[B, N]``.
-        labelled: the values that are asked for, bool ``[B, N]``.
         fact_blocks: the blocks that hold facts, int64 ``[B, facts]``.
         asked_blocks: those of the facts that are asked for, int64 ``[B, questions]``.
     """
 
-    tokens: Tensor
-    labelled: Tensor
     fact_blocks: Ints
     asked_blocks: Ints
 

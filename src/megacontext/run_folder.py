@@ -61,7 +61,7 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path} holds no run to resume: no {self.config.name}")
         try:
             config: dict[str, Any] = json.loads(self.config.read_text())
-            for part in ("model", "train", "corpus"):
+            for part in ("model", "train", "source"):
                 dict(config[part])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

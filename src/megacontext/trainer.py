@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lensnet_guard import lensnet_guard
 from lensnet_guard.postmortem import LogVerdict, read_verdict
-from megacontext.config import MCConfig, check_numbers
+from megacontext.config import MCConfig, check_choice, check_numbers
 from megacontext.controller import MCController, Variants
-from megacontext.data import Corpus, load_corpus
+from megacontext.data import Source, load_corpus
+from megacontext.recall import RecallSource
 from megacontext.run_folder import RunFolder
 
 VALIDATION_SEQUENCES = 32
@@ -30,7 +31,11 @@ class TrainConfig:
     """How to train.
 
     Attributes:
+        data: ``"text"``, or ``"recall"`` for facts far back that are asked for at the end.
         text: files and folders to read; empty for the standard library's sources.
+        lm_steps: optimizer steps of the language model alone, before anything else: LensNet learns
+            from what its losses tell, so they must tell something.
+        lm_batch_size: sequences of each.
         steps: optimizer steps.
         batch_size: sequences per micro-step.
         accumulation: micro-steps per optimizer step.
@@ -44,7 +49,10 @@ class TrainConfig:
         TypeError, ValueError: a value that cannot train.
     """
 
+    data: str = "text"
     text: tuple[str, ...] = ()
+    lm_steps: int = 0
+    lm_batch_size: int = 32
     steps: int = 240
     batch_size: int = 8
     accumulation: int = 1
@@ -57,13 +65,17 @@ class TrainConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_numbers(self, may_be_zero=("warmup_steps",))
+        check_numbers(self, may_be_zero=("warmup_steps", "lm_steps"))
+        check_choice("data", self.data, ("text", "recall"))
+        if self.data == "recall" and self.text:
+            raise ValueError("recall makes its own sequences; leave out the text")
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the progress display gets after a logged step: step, of how many, metrics."""
+    """What the progress display gets: which phase, step, of how many, metrics."""
 
+    phase: str
     step: int
     steps: int
     metrics: dict[str, float]
@@ -76,8 +88,8 @@ class TrainResult:
     Attributes:
         verdict: from the guard's log file.
         metrics: of the last logged step.
-        validation_loss: of the language model on held-out text at full detail, nats per byte.
-        unigram_entropy: of the held-out text, nats per byte.
+        validation_loss: of the language model on held-out data at full detail, nats per label.
+        unigram_entropy: of the held-out data, nats per label.
         run_dir: the run folder.
     """
 
@@ -114,26 +126,17 @@ def train(
         settings = TrainConfig(**{**saved["train"], "text": tuple(saved["train"]["text"])})
     model, settings = model or MCConfig(), settings or TrainConfig()
     device = _device(settings.device)
-    corpus = load_corpus([Path(path) for path in settings.text], model.sequence_tokens)
-    if model.vocab_size < 256:
-        raise ValueError(
-            f"text is bytes, so vocab_size must be at least 256, not {model.vocab_size}"
-        )
-    trainer = _Trainer(model, settings, corpus, folder, device)
+    source = load_source(settings, model)
+    trainer = _Trainer(model, settings, source, folder, device)
     if not resume:
         folder.create(
             {
                 "model": dataclasses.asdict(model),
                 "train": dataclasses.asdict(settings),
-                "corpus": {
-                    "sha256": corpus.sha256,
-                    "files": corpus.files,
-                    "training_bytes": len(corpus.training),
-                    "validation_bytes": len(corpus.validation),
-                },
+                "source": source.description,
             }
         )
-    elif saved["corpus"]["sha256"] != corpus.sha256:
+    elif saved["source"].get("sha256") != source.description.get("sha256"):
         raise ValueError(
             f"the text has changed since {folder.path} was begun (its sha256 differs), "
             "so the run cannot be continued; start a new one"
@@ -148,13 +151,37 @@ def train(
         verdict=verdict,
         metrics=folder.read_metrics()[-1],
         validation_loss=trainer.validation_loss(),
-        unigram_entropy=corpus.unigram_entropy(),
+        unigram_entropy=source.unigram_entropy(),
         run_dir=folder.path,
     )
     from megacontext.overview import draw_overview  # matplotlib is slow to import
 
-    draw_overview(folder, verdict, variants, corpus.unigram_entropy())
+    draw_overview(folder, verdict, variants, source.unigram_entropy())
     return result
+
+
+def load_source(settings: TrainConfig, model: MCConfig) -> Source:
+    """Where the sequences of a run come from.
+
+    Raises:
+        FileNotFoundError: a text that does not exist.
+        ValueError: too little text, or a model that does not fit the data.
+    """
+    if settings.data == "text":
+        source: Source = load_corpus([Path(p) for p in settings.text], model.sequence_tokens)
+    else:
+        source = RecallSource(block_size=model.block_size, label_all=model.judged == "all")
+        if model.horizon_tokens != source.horizon_tokens:
+            raise ValueError(
+                f"the answers of recall take {source.horizon_tokens} tokens, so horizon_tokens "
+                f"must be that, not {model.horizon_tokens}"
+            )
+    if model.vocab_size < source.vocab_size:
+        raise ValueError(
+            f"tokens of {settings.data} are below {source.vocab_size}, so vocab_size must be at "
+            f"least that, not {model.vocab_size}"
+        )
+    return source
 
 
 class _Trainer:
@@ -164,14 +191,15 @@ class _Trainer:
         self,
         model: MCConfig,
         settings: TrainConfig,
-        corpus: Corpus,
+        source: Source,
         folder: RunFolder,
         device: torch.device,
     ) -> None:
         self.settings = settings
-        self.corpus = corpus
+        self.source = source
         self.folder = folder
         self.device = device
+        self.lm_step = 0
         self.step = 0
         self.totals: dict[str, Tensor] = {}  # metric -> [sum, count] since the last logged step
         self.mc = MCController(model).to(device)
@@ -192,9 +220,24 @@ class _Trainer:
     def run(self, report: Callable[[StepReport], None]) -> Variants | None:
         """All remaining steps; returns the last micro-step's variants, to look at."""
         settings, variants = self.settings, None
-        if self.step == 0:
+        if self.step == 0 and self.lm_step == 0:
             self.save()  # so that a run can be resumed from its first moment
         with self.mc.context("training"):
+            while self.lm_step < settings.lm_steps:
+                loss = self._lm_step()
+                self.lm_step += 1
+                last = self.lm_step == settings.lm_steps
+                if last or self.lm_step % settings.log_interval == 0:
+                    report(
+                        StepReport(
+                            "language model",
+                            self.lm_step,
+                            settings.lm_steps,
+                            {"lm_loss": float(loss)},
+                        )
+                    )
+                if last or self.lm_step % settings.checkpoint_interval == 0:
+                    self.save()
             while self.step < settings.steps:
                 variants = self._optimizer_step()
                 self.step += 1
@@ -205,28 +248,45 @@ class _Trainer:
                 if last or self.step % settings.log_interval == 0:
                     row = self._take_metrics() | {"validation_loss": self.validation_loss()}
                     self.folder.append_metrics({"step": self.step, **row})
-                    report(StepReport(self.step, settings.steps, row))
+                    report(StepReport("training", self.step, settings.steps, row))
                 if checkpoint:
                     self.save()
         return variants
+
+    def _lm_step(self) -> Tensor:
+        """One step of the language model alone; its loss."""
+        settings = self.settings
+        batch = self.source.lm_batch(
+            self.data_rng, settings.lm_batch_size, self.mc.config.sequence_tokens
+        ).to(self.device)
+        loss = self.mc.full_detail_loss(batch.tokens, batch.labelled)
+        torch.autograd.backward(loss)
+        self._update(min(1.0, (self.lm_step + 1) / max(settings.warmup_steps, 1)))
+        return loss.detach()
 
     def _optimizer_step(self) -> Variants:
         """One step of ``accumulation`` micro-steps; the last one's variants."""
         settings = self.settings
         for micro_step in range(settings.accumulation):
-            tokens = self.corpus.batch(
+            batch = self.source.batch(
                 self.data_rng, settings.batch_size, self.mc.config.sequence_tokens
             ).to(self.device)
-            result = self.mc.process_batch(tokens, step=self.step, micro_step=micro_step)
+            result = self.mc.process_batch(
+                batch.tokens, step=self.step, micro_step=micro_step, labelled=batch.labelled
+            )
             torch.autograd.backward(result.loss / settings.accumulation)
             self._add_metrics({"loss": result.loss.detach(), **result.metrics})
+        self._update(self._rate(self.step))
+        return result.variants
+
+    def _update(self, rate: float) -> None:
+        """Clip, and step at ``rate`` of the peak learning rates."""
         for parameters in self.parameters:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self._rate(self.step)
+            group["lr"] = group["peak"] * rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return result.variants
 
     def _check_finite(self) -> None:
         """Stop before a checkpoint of a model that has diverged replaces a good one."""
@@ -259,13 +319,23 @@ class _Trainer:
         return 0.55 + 0.45 * math.cos(math.pi * progress)
 
     def validation_loss(self) -> float:
-        """Of the language model on the same held-out windows every time, nats per byte."""
-        tokens = self.corpus.validation_batch(VALIDATION_SEQUENCES, self.mc.config.train_wc_length)
-        return float(self.mc.full_detail_loss(tokens.to(self.device)))
+        """Of the language model on the same held-out windows every time, nats per label."""
+        batch = self.source.held_out_batch(
+            np.random.default_rng(0), VALIDATION_SEQUENCES, self._validation_tokens()
+        ).to(self.device)
+        with torch.no_grad():
+            return float(self.mc.full_detail_loss(batch.tokens, batch.labelled))
+
+    def _validation_tokens(self) -> int:
+        """As many as a working context has of text; recall needs room for its facts."""
+        config = self.mc.config
+        text = self.settings.data == "text"
+        return config.train_wc_length if text else config.sequence_tokens
 
     def save(self) -> None:
         self.folder.save_checkpoint(
             {
+                "lm_step": self.lm_step,
                 "step": self.step,
                 "totals": self.totals,
                 "model": self.mc.state_dict(),
@@ -278,6 +348,7 @@ class _Trainer:
     def restore(self) -> None:
         state = self.folder.load_checkpoint(self.device)
         if state is not None:
+            self.lm_step = state["lm_step"]
             self.step = state["step"]
             self.totals = state["totals"]
             self.mc.load_state_dict(state["model"])

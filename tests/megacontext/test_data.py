@@ -77,15 +77,19 @@ class TestBatches:
     def test_windows_are_stretches_of_the_text(self, folder: Path) -> None:
         """int64 [batch, length], in order."""
         corpus = load_corpus([folder], min_bytes=10)
-        batch = corpus.batch(np.random.default_rng(0), 5, 30)
+        batch = corpus.batch(np.random.default_rng(0), 5, 30).tokens
         assert batch.shape == (5, 30)
         text = corpus.training.tobytes()
         assert all(bytes(row.tolist()) in text for row in batch)
 
-    def test_validation_windows_are_always_the_same(self, folder: Path) -> None:
-        """So that losses of different steps can be compared."""
+    def test_held_out_windows_are_of_the_other_part(self, folder: Path) -> None:
+        """And the same for the same random generator, so that losses can be compared."""
         corpus = load_corpus([folder], min_bytes=10)
-        assert corpus.validation_batch(4, 9).equal(corpus.validation_batch(4, 9))
+        first, again = (
+            corpus.held_out_batch(np.random.default_rng(0), 4, 9).tokens for _ in range(2)
+        )
+        assert first.equal(again)
+        assert set(first.unique().tolist()) <= {9, 19}
 
     def test_unigram_entropy(self, folder: Path) -> None:
         """Two bytes, equally often: ln 2 nats."""

@@ -49,9 +49,9 @@ class TestPairs:
         """P = V (V - 1) / 2, for every sequence; entries that are no gists are masked."""
         pairs = make_pairs(case["nll"], case["held"], case["gists"])
         assert pairs.advantages.shape == (B, 6)
-        assert pairs.held_difference.shape == (B, 6, E)
-        assert pairs.held_difference[..., 7:].eq(0).all()
-        assert set(pairs.held_difference.unique().tolist()) == {-1.0, 0.0, 1.0}
+        assert pairs.labels.shape == (B, 6, E)
+        assert pairs.labels[..., 7:].eq(0).all()
+        assert set(pairs.labels.unique().tolist()) == {-1.0, 0.0, 1.0}
 
     def test_the_losses_of_the_variants_get_no_gradient(self, case: dict[str, Tensor]) -> None:
         """Preference learning must not train the language model to make variants differ."""

@@ -9,7 +9,7 @@ import torch
 
 from megacontext.run_folder import RunFolder
 
-CONFIG = {"model": {"d_model": 8}, "train": {}, "corpus": {}}
+CONFIG = {"model": {"d_model": 8}, "train": {}, "source": {}}
 
 
 @pytest.fixture

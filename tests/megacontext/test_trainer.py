@@ -156,7 +156,7 @@ class TestResume:
         """The same run on other data would be another run."""
         train(tmp_path / "run", model, settings)
         config = json.loads((tmp_path / "run" / "config.json").read_text())
-        config["corpus"]["sha256"] = "0" * 64
+        config["source"]["sha256"] = "0" * 64
         (tmp_path / "run" / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"the text has changed since .* was begun"):
             train(tmp_path / "run", resume=True)
@@ -213,9 +213,9 @@ class TestRefusals:
         process_batch = MCController.process_batch
 
         def with_a_peek(
-            self: MCController, tokens: torch.Tensor, step: int, micro_step: int
+            self: MCController, tokens: torch.Tensor, step: int, **more: object
         ) -> object:
-            result = process_batch(self, tokens, step=step, micro_step=micro_step)
+            result = process_batch(self, tokens, step=step, **more)  # type: ignore[arg-type]
             if step == 4:
                 wc = result.variants.working_context
                 self.lensnet(wc.embeddings, wc.starts, wc.spans, wc.lods)

@@ -14,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lensnet_guard import LensNetViolation
 from megacontext.config import MCConfig
+from megacontext.settings import SETTINGS
 from megacontext.trainer import StepReport, TrainConfig, TrainResult, train
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_MODEL = MCConfig()
-_TRAIN = TrainConfig()
+_Config = TypeVar("_Config", MCConfig, TrainConfig)
+_MODEL, _TRAIN = SETTINGS["demo"]
 
 
 def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command]:
@@ -32,6 +33,13 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     required=True,
     help="Folder of the run: config, metrics, guard log, checkpoint, picture.",
 )
+@click.option(
+    "--setting",
+    type=click.Choice(list(SETTINGS)),
+    default="demo",
+    help="Whose values the other options have by default: demo trains on text for a minute; recall "
+    "learns to find facts far back; text is a longer run on text.",
+)
 @click.option("--resume", is_flag=True, help="Continue the run in --run-dir with its settings.")
 @click.option(
     "--text",
@@ -40,6 +48,7 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     show_default="the standard library's sources",
     help="File or folder to train on, byte by byte; may be repeated.",
 )
+@_option("--lm-steps", _TRAIN.lm_steps, "Optimizer steps of the language model alone, before.")
 @_option("--steps", _TRAIN.steps, "Optimizer steps.")
 @_option("--batch-size", _TRAIN.batch_size, "Sequences per micro-step.")
 @_option("--accumulation", _TRAIN.accumulation, "Micro-steps per optimizer step.")
@@ -65,12 +74,13 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(
     run_dir: Path,
+    setting: str,
     resume: bool,
     text: tuple[Path, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train on text and end with a verdict from the guard's log.
+    """Train, on text or on facts far back, and end with a verdict from the guard's log.
 
     Exit codes: 0 the invariant held, 1 it did not, 2 wrong usage, 130 interrupted.
 
@@ -79,20 +89,21 @@ def command(
       megacontext train --run-dir runs/first
       megacontext train --run-dir runs/mine --text notes.txt --text src/ --steps 1000
       megacontext train --run-dir runs/mine --resume
+      megacontext train --run-dir runs/recall --setting recall --seed 1
     """
     if resume:
         _refuse_settings(click.get_current_context())
-    model = {f.name: options[f.name] for f in dataclasses.fields(MCConfig) if f.name in options}
-    settings = {
-        f.name: options[f.name] for f in dataclasses.fields(TrainConfig) if f.name in options
-    }
+    given = {name: options[name] for name in options if _is_given(name)}
+    if text:
+        given["text"] = tuple(str(path.resolve()) for path in text)
+    model, settings = SETTINGS[setting]
     console = Console(stderr=as_json, highlight=False)
     try:
         with _Display(console) as display:
             result = train(
                 run_dir,
-                MCConfig(**model),
-                TrainConfig(text=tuple(str(path.resolve()) for path in text), **settings),
+                _replace(model, given),
+                _replace(settings, given),
                 resume=resume,
                 report=display,
             )
@@ -118,14 +129,22 @@ def command(
     sys.exit(0 if held else 1)
 
 
+def _is_given(name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def _replace(config: _Config, given: dict[str, Any]) -> _Config:
+    """The configuration with what was given in it."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: v for k, v in given.items() if k in names})
+
+
 def _refuse_settings(ctx: click.Context) -> None:
     """A resumed run takes every setting from its config.json."""
-    given = [
-        name
-        for name in ctx.params
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        and name not in ("run_dir", "resume", "as_json")
-    ]
+    own = ("run_dir", "resume", "as_json")
+    given = [name for name in ctx.params if _is_given(name) and name not in own]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(given))
         raise click.UsageError(
@@ -138,7 +157,7 @@ class _Display:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._lines = 0
+        self._tenth = ("training", 0)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -153,12 +172,18 @@ class _Display:
     def __call__(self, report: StepReport) -> None:
         figures = _figures(report.metrics)
         self._progress.update(
-            self._task, completed=report.step, total=report.steps, figures=figures
+            self._task,
+            description=report.phase,
+            completed=report.step,
+            total=report.steps,
+            figures=figures,
         )
-        tenth = report.step * 10 // report.steps
-        if not self._console.is_terminal and tenth > self._lines:
-            self._lines = tenth
-            self._console.print(f"step {report.step}/{report.steps}  {figures}", soft_wrap=True)
+        tenth = report.phase, report.step * 10 // report.steps
+        if not self._console.is_terminal and tenth != self._tenth:
+            self._tenth = tenth
+            phase = "" if report.phase == "training" else f"{report.phase}: "
+            line = f"{phase}step {report.step}/{report.steps}  {figures}"
+            self._console.print(line, soft_wrap=True)
 
     def __enter__(self) -> "_Display":
         self._progress.start()
@@ -169,18 +194,20 @@ class _Display:
 
 
 def _figures(metrics: dict[str, float]) -> str:
-    return (
-        f"loss {metrics['lm_loss']:.3f}  lens {metrics['lens_loss']:.3f}  "
-        f"agreement {metrics['preference_agreement']:.2f}  "
-        f"spread {metrics['policy_score_std_mean']:.2f}  "
-        f"LensNet calls {metrics['lensnet_calls']:g}"
-    )
+    names = {
+        "lm_loss": "loss {:.3f}",
+        "lens_loss": "lens {:.3f}",
+        "preference_agreement": "agreement {:.2f}",
+        "policy_score_std_mean": "spread {:.2f}",
+        "lensnet_calls": "LensNet calls {:g}",
+    }
+    return "  ".join(text.format(metrics[n]) for n, text in names.items() if n in metrics)
 
 
 def _print_result(console: Console, result: TrainResult) -> None:
     bits = math.log(2)
     for line in (
-        f"held-out loss {result.validation_loss:.3f} nats per byte "
+        f"held-out loss {result.validation_loss:.3f} nats per token "
         f"({result.validation_loss / bits:.2f} bits); unigram entropy "
         f"{result.unigram_entropy:.3f} ({result.unigram_entropy / bits:.2f} bits)",
         f"files in {result.run_dir}: config.json metrics.jsonl lensnet.rank0.jsonl "
