@@ -3,7 +3,7 @@
 import hashlib
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
         labelled = None if self.labelled is None else self.labelled.to(device)
-        return Batch(self.tokens.to(device), labelled)
+        return replace(self, tokens=self.tokens.to(device), labelled=labelled)
 
 
 class Source(Protocol):

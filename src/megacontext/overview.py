@@ -1,4 +1,7 @@
-"""The picture of a run: losses, agreement, LensNet calls per micro-step, and LOD strips."""
+"""Pictures: of a run (losses, agreement, LensNet calls, LOD strips), and of an evaluation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,6 +11,7 @@ from matplotlib.patches import Patch
 
 from lensnet_guard.postmortem import LogVerdict
 from megacontext.controller import Variants
+from megacontext.cut import Cut
 from megacontext.run_folder import RunFolder
 
 _LOD_COLOURS = {-1: "#e8e8e8", 0: "#1b6ca8", 1: "#f0a202", 2: "#b3312c"}
@@ -53,10 +57,42 @@ def draw_overview(
     )
     axes[1, 0].yaxis.get_major_locator().set_params(integer=True)
     _lod_strips(axes[1, 1], variants)
-    # Written beside and moved over: a kill leaves the old picture or the new one.
-    temporary = folder.overview.with_name("overview.tmp.png")
+    _save(figure, folder.overview)
+
+
+def draw_evaluation(
+    path: Path,
+    losses: Mapping[str, tuple[float, tuple[float, float]]],
+    examples: Mapping[str, Cut],
+    num_tokens: int,
+) -> None:
+    """Write the picture of an evaluation.
+
+    Args:
+        losses: by way of picking, mean NLL and its interval, nats.
+        examples: by way, its cut of the same ``num_tokens`` tokens.
+    """
+    figure = Figure(figsize=(12, 0.42 * len(losses) + 2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = np.arange(len(losses))
+    means = np.array([mean for mean, _ in losses.values()])
+    intervals = np.array([interval for _, interval in losses.values()])
+    errors = np.maximum(np.abs(intervals.T - means), 0)
+    left.errorbar(means, rows, xerr=errors, fmt="o", color=_LOD_COLOURS[0], capsize=3)
+    left.set_yticks(rows, list(losses))
+    left.set_ylim(len(losses) - 0.5, -0.5)
+    left.set(title="NLL on the horizon, 95 % intervals", xlabel="nats per label")
+    left.grid(axis="x", alpha=0.3)
+    _draw_strips(right, [(name, examples[name]) for name in losses], num_tokens)
+    right.set(title="LOD of every token of one sequence", xlabel="token", yticks=[])
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Written beside and moved over: a kill leaves the old picture or the new one."""
+    temporary = path.with_name(f"{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=110)
-    temporary.replace(folder.overview)
+    temporary.replace(path)
 
 
 def _lines(axes: Axes, rows: list[dict[str, float | None]], names: dict[str, str]) -> None:
@@ -75,7 +111,10 @@ def _lod_strips(axes: Axes, variants: Variants | None) -> None:
         for cuts in variants.cuts
         for v, cut in enumerate(cuts)
     ][:_STRIPS]
-    num_tokens = max(int(cut.ends[-1]) for _, cut in shown)
+    _draw_strips(axes, shown, max(int(cut.ends[-1]) for _, cut in shown))
+
+
+def _draw_strips(axes: Axes, shown: Sequence[tuple[str, Cut]], num_tokens: int) -> None:
     strips = np.stack([cut.token_lods(num_tokens) for _, cut in shown])
     colours = ListedColormap(list(_LOD_COLOURS.values()))
     axes.imshow(strips, aspect="auto", interpolation="nearest", cmap=colours, vmin=-1, vmax=2)

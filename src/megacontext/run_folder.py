@@ -49,7 +49,7 @@ class RunFolder:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise FileExistsError(f"{self.path} is not an empty folder; choose another --run-dir")
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(self.config, json.dumps(config, indent=2).encode() + b"\n")
+        write_atomically(self.config, json.dumps(config, indent=2).encode() + b"\n")
 
     def read_config(self) -> dict[str, Any]:
         """The configuration of the run.
@@ -104,7 +104,7 @@ class RunFolder:
     def drop_metrics_after(self, step: int) -> None:
         """Forget the lines of steps that a resumed run will do again."""
         rows = [row for row in self.read_metrics() if (row["step"] or 0) <= step]
-        _write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in rows).encode())
+        write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in rows).encode())
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint; a kill at any moment leaves the old one or the new one."""
@@ -136,7 +136,8 @@ class RunFolder:
         return state
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(data)

@@ -1,0 +1,235 @@
+"""``megacontext eval``."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megacontext import ablation
+from megacontext.config import MCConfig
+from megacontext.evaluation import (
+    LENSNET,
+    ORACLE,
+    RANDOM,
+    Evaluation,
+    bootstrap_interval,
+    evaluate,
+    gap_closed,
+)
+from megacontext.overview import draw_evaluation
+from megacontext.pretrained import load_model
+from megacontext.run_folder import RunFolder, write_atomically
+from megacontext.trainer import StepReport, TrainConfig, load_source
+
+
+@click.command("eval", context_settings={"show_default": True})
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    required=True,
+    help="Folder of a trained run; eval.json and eval.png go there.",
+)
+@click.option("--sequences", default=256, help="Held-out sequences.")
+@click.option("--seed", default=1000, help="Of the sequences and of everything random.")
+@click.option("--oracle-draws", default=64, help="Random cuts of which the oracle takes the best.")
+@click.option("--device", default="cpu", help="Torch device, such as cpu or cuda.")
+@click.option(
+    "--ablate",
+    is_flag=True,
+    help="Train the run's setting anew with one thing changed at a time, in RUN_DIR/ablations, "
+    "and compare; takes about as long as the run did, ten times.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    show_default="the run's",
+    help="Optimizer steps of each training of --ablate.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def command(
+    run_dir: Path,
+    sequences: int,
+    seed: int,
+    oracle_draws: int,
+    device: str,
+    ablate: bool,
+    steps: int | None,
+    as_json: bool,
+) -> None:
+    """Compare ways to pick a working context, LensNet among them, at equal length.
+
+    Prints a table with 95 % bootstrap intervals, paired by sequence, and writes eval.json and
+    eval.png (with --ablate, ablations.json). Exit codes: 0 done, 2 wrong usage, 130 interrupted.
+
+    \b
+    Examples:
+      megacontext eval --run-dir runs/recall
+      megacontext eval --run-dir runs/recall --sequences 512 --seed 7 --json
+      megacontext eval --run-dir runs/recall --ablate
+    """
+    console = Console(stderr=as_json, highlight=False)
+    try:
+        if ablate:
+            result = _ablate(console, RunFolder(run_dir), steps, sequences, seed)
+        else:
+            result = _evaluate(console, RunFolder(run_dir), sequences, seed, oracle_draws, device)
+    except (ValueError, TypeError, OSError) as error:
+        raise click.UsageError(str(error)) from error
+    except KeyboardInterrupt:
+        console.print("Interrupted.")
+        sys.exit(130)
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What the table says of one way to pick."""
+
+    way: str
+    entries: int
+    nll: float
+    interval: tuple[float, float]
+    closed: float
+    behind: float  # NLL more than LensNet focus
+    behind_interval: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "way": self.way,
+            "entries": self.entries,
+            "nll": self.nll,
+            "nll_interval": list(self.interval),
+            "gap_closed": self.closed,
+            "behind_lensnet": self.behind,
+            "behind_lensnet_interval": list(self.behind_interval),
+        }
+
+
+def _rows(evaluation: Evaluation) -> list[_Row]:
+    best = evaluation.nll[LENSNET]
+    return [
+        _Row(
+            way,
+            evaluation.entries[way],
+            float(nll.mean()),
+            bootstrap_interval(nll),
+            gap_closed(evaluation, way),
+            float((nll - best).mean()),
+            bootstrap_interval(nll - best),
+        )
+        for way, nll in evaluation.nll.items()
+    ]
+
+
+def _interval(interval: tuple[float, float], sign: str = "") -> str:
+    low, high = (f"{bound:{sign}.3f}" for bound in interval)
+    return f"[{low}, {high}]"
+
+
+def _evaluate(
+    console: Console, folder: RunFolder, sequences: int, seed: int, draws: int, device: str
+) -> dict[str, Any]:
+    saved = folder.read_config()["train"]
+    mc = load_model(folder.path, device)
+    source = load_source(TrainConfig(**{**saved, "text": tuple(saved["text"])}), mc.config)
+    with _progress(console) as progress:
+        task = progress.add_task("sequences", total=sequences)
+        evaluation = evaluate(
+            mc,
+            source,
+            sequences=sequences,
+            seed=seed,
+            oracle_draws=draws,
+            progress=lambda done: progress.update(task, completed=done),
+        )
+    rows = _rows(evaluation)
+    table = Table(title=f"{folder.path}: {sequences} held-out sequences, seed {seed}")
+    for heading in ("way to pick", "entries", "NLL, nats", "gap closed", "NLL above LensNet focus"):
+        table.add_column(heading, justify="left" if heading == "way to pick" else "right")
+    for row in rows:
+        behind = f"{row.behind:+.3f} {_interval(row.behind_interval, '+')}"
+        table.add_row(
+            row.way,
+            str(row.entries),
+            f"{row.nll:.3f} {_interval(row.interval)}",
+            f"{row.closed:.2f}",
+            "" if row.way == LENSNET else behind,
+        )
+    console.print(table)
+    result = {
+        "run_dir": str(folder.path),
+        "data": saved["data"],
+        "sequences": sequences,
+        "seed": seed,
+        "oracle_draws": draws,
+        "ways": [row.to_json() for row in rows],
+    }
+    write_atomically(folder.path / "eval.json", json.dumps(result, indent=2).encode() + b"\n")
+    draw_evaluation(
+        folder.path / "eval.png",
+        {row.way: (row.nll, row.interval) for row in rows},
+        evaluation.examples,
+        evaluation.tokens,
+    )
+    return result
+
+
+def _ablate(
+    console: Console, folder: RunFolder, steps: int | None, sequences: int, seed: int
+) -> dict[str, Any]:
+    saved = folder.read_config()
+    model = MCConfig(**saved["model"])
+    settings = TrainConfig(**{**saved["train"], "text": tuple(saved["train"]["text"])})
+    if steps is not None:
+        settings = dataclasses.replace(settings, steps=steps)
+    results: list[ablation.AblationResult] = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=None)
+
+        def report(name: str, step: StepReport) -> None:
+            text = f"{name}: {step.phase}"
+            progress.update(task, description=text, completed=step.step, total=step.steps)
+            if not console.is_terminal and step.step == step.steps:
+                console.print(f"{text}, {step.steps} steps done", soft_wrap=True)
+
+        results += ablation.ablate(
+            model,
+            settings,
+            folder.path / "ablations",
+            sequences=sequences,
+            seed=seed,
+            report=report,
+        )
+    table = Table(title=f"{folder.path}: one thing changed, {sequences} sequences, seed {seed}")
+    for heading in ("training", LENSNET, RANDOM, ORACLE, "full context", "gap closed"):
+        table.add_column(heading, justify="left" if heading == "training" else "right")
+    rows = []
+    for result in results:
+        row = {**result.to_json(), "gap_closed": gap_closed(result.evaluation, LENSNET)}
+        rows.append(row)
+        figures = [row[w] for w in (LENSNET, RANDOM, ORACLE, "full context")]
+        table.add_row(result.name, *(f"{f:.3f}" for f in figures), f"{row['gap_closed']:.2f}")
+    console.print(table)
+    outcome = {"run_dir": str(folder.path), "sequences": sequences, "seed": seed, "rows": rows}
+    path = folder.path / "ablations.json"
+    write_atomically(path, json.dumps(outcome, indent=2).encode() + b"\n")
+    return outcome
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
