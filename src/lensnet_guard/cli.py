@@ -1,11 +1,12 @@
 """The command line: ``lensnet-guard postmortem``, ``report`` and ``trace``."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
@@ -108,13 +109,14 @@ def trace(target: Path, output: Path | None) -> None:
     click.echo(f"{output}: {_with_progress((target,), write)} events")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when complete; exits with 2 when it cannot."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is there and is no file")
+        path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with temporary.open("xb") as file:
             try:
                 yield file
@@ -152,7 +154,7 @@ def _with_progress(
 ) -> _T:
     """Read all logs under a progress bar; exits with 2 when there is nothing to read."""
     try:
-        total = sum(path.stat().st_size for paths in find_logs(targets).values() for path in paths)
+        total = sum(map(_size, itertools.chain.from_iterable(find_logs(targets).values())))
         columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         console = Console(stderr=True)
         disable = not console.is_terminal  # there it would leave an empty line
@@ -161,6 +163,13 @@ def _with_progress(
             return work(targets, lambda read: progress.advance(task, read))
     except OSError as error:
         _fail(error)
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 when it is gone by now, as from a log that is being written."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _fail(error: OSError) -> NoReturn:

@@ -14,7 +14,7 @@ import orjson
 from lensnet_guard.postmortem.events import call_key, read_call
 from lensnet_guard.postmortem.events import number as read_number
 from lensnet_guard.postmortem.findings import Call
-from lensnet_guard.postmortem.reader import find_logs
+from lensnet_guard.postmortem.reader import open_logs
 from lensnet_guard.postmortem.timeline import MicroStepBegins, moment, numbered_events
 
 _LONGEST_MS = 1e12  # a longer call is a damaged line
@@ -48,9 +48,9 @@ def trace_events(
 ) -> Iterator[dict[str, Any]]:
     """The events of the trace, in the order in which the log's lines allow them to be told."""
     taken: set[int] = set()
-    for paths in find_logs(targets).values():
+    for _, files in open_logs(targets):
         run, last = None, -1
-        for number, event in numbered_events(paths, progress):
+        for number, event in numbered_events(files, progress):
             if run is None or number != last:
                 if run is not None:
                     yield from run.finish()

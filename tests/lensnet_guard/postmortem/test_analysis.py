@@ -292,7 +292,8 @@ class TestAnyBytes:
         """A gigabyte in one line is read in pieces, and is one unreadable line."""
         path = tmp_path / FILE
         path.write_bytes(b"x" * (2 * MAX_LINE_BYTES + 5) + b'\n{"event":"run.end"}\n')
-        lines = list(read_lines(path))
+        with path.open("rb") as file:
+            lines = list(read_lines(file))
         assert [(line.number, line.event is None) for line in lines] == [(1, True), (2, False)]
 
     def test_many_violations_are_kept_in_part(self, tmp_path):
