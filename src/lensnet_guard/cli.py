@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import click
-import orjson
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from lensnet_guard._text import json_line
 from lensnet_guard.postmortem.analysis import analyse
 from lensnet_guard.postmortem.findings import Analysis
 from lensnet_guard.postmortem.reader import find_logs
@@ -141,11 +140,7 @@ def read(targets: tuple[Path, ...], *, as_json: bool = False) -> Analysis:
 
 def print_json(found: dict[str, Any]) -> None:
     """One line of JSON, whatever a damaged log has put into it."""
-    try:
-        line = orjson.dumps(found, default=vars)
-    except TypeError:  # a lone surrogate, or a number above 64 bits
-        line = json.dumps(found, default=vars).encode()
-    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.write(json_line(found) + b"\n")
 
 
 def _with_progress(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lensnet_guard.postmortem.events import call_key, read_call, read_site
+from lensnet_guard.postmortem.events import call_key, read_call, read_site, whole
 from lensnet_guard.postmortem.events import number as read_number
 from lensnet_guard.postmortem.findings import Call, CallSite
 from lensnet_guard.postmortem.reader import LogFile, open_logs, read_lines
@@ -128,7 +128,8 @@ class Timeline:
         elif name == "micro_step.end":
             _, began = self._begins.end(event) or ("", at)
             outcome = "micro-step with violations" if event.get("violations") else "micro-step"
-            label = f"step {event.get('step')}, micro-step {event.get('micro_step')}"
+            step, micro_step = whole(event.get("step")), whole(event.get("micro_step"))
+            label = f"step {step}, micro-step {micro_step}"
             self._add(MICRO_STEPS, outcome, began, at, label)
 
     def finish(self) -> None:
