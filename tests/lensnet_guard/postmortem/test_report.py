@@ -300,6 +300,22 @@ class TestCommand:
         assert output.read_text().startswith("<!DOCTYPE html>")
         assert {path.name for path in run_dir.iterdir()} == {"lensnet.rank0.jsonl", "out.html"}
 
+    def test_an_output_that_is_a_link_was_replaced_itself(self, run_dir: Path) -> None:
+        """It stays, and what it leads to is the page."""
+        (run_dir / "link.html").symlink_to("page.html")
+        for _ in range(2):
+            arguments = ["report", str(run_dir), "-o", str(run_dir / "link.html")]
+            assert CliRunner().invoke(main, arguments).exit_code == 0
+            assert (run_dir / "link.html").is_symlink()
+            assert (run_dir / "page.html").read_text().startswith("<!DOCTYPE html>")
+
+    @pytest.mark.parametrize("output", ["", "/", ".."])
+    def test_an_output_without_a_name_raised(self, run_dir: Path, output: str) -> None:
+        """It is a folder, and no place for a page."""
+        result = CliRunner().invoke(main, ["report", str(run_dir), "-o", output])
+        assert result.exit_code == 2
+        assert result.output == f"lensnet-guard: {output or '.'} is there and is no file\n"
+
     @pytest.mark.parametrize("output", [".", "missing/out.html"])
     def test_an_output_that_cannot_be_written(self, run_dir: Path, output: str) -> None:
         """Exit code 2 and one line."""
