@@ -1,6 +1,10 @@
 """Words that more than one module writes. Light to import."""
 
+import json
 from datetime import datetime, timezone
+from typing import Any
+
+import orjson
 
 
 def count(number: int, noun: str) -> str:
@@ -15,3 +19,11 @@ def moment(seconds: float | None) -> str:
     except (OverflowError, ValueError, OSError):  # a damaged line's idea of a time
         at = None
     return f"{at:%Y-%m-%d %H:%M:%S} UTC" if at else "at an unknown time"
+
+
+def json_line(value: Any) -> bytes:
+    """A value as JSON without a line break, whatever a damaged log has put into its strings."""
+    try:
+        return orjson.dumps(value, default=vars)
+    except TypeError:  # a lone surrogate, or a number above 64 bits
+        return json.dumps(value, default=vars).encode()

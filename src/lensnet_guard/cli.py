@@ -1,19 +1,19 @@
 """The command line: ``lensnet-guard postmortem``, ``report`` and ``trace``."""
 
+import contextlib
 import dataclasses
-import json
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import click
-import orjson
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from lensnet_guard._text import json_line
 from lensnet_guard.postmortem.analysis import analyse
 from lensnet_guard.postmortem.findings import Analysis
 from lensnet_guard.postmortem.reader import find_logs
@@ -108,13 +108,14 @@ def trace(target: Path, output: Path | None) -> None:
     click.echo(f"{output}: {_with_progress((target,), write)} events")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when complete; exits with 2 when it cannot."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is there and is no file")
+        path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with temporary.open("xb") as file:
             try:
                 yield file
@@ -139,11 +140,7 @@ def read(targets: tuple[Path, ...], *, as_json: bool = False) -> Analysis:
 
 def print_json(found: dict[str, Any]) -> None:
     """One line of JSON, whatever a damaged log has put into it."""
-    try:
-        line = orjson.dumps(found, default=vars)
-    except TypeError:  # a lone surrogate, or a number above 64 bits
-        line = json.dumps(found, default=vars).encode()
-    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.write(json_line(found) + b"\n")
 
 
 def _with_progress(
@@ -152,7 +149,7 @@ def _with_progress(
 ) -> _T:
     """Read all logs under a progress bar; exits with 2 when there is nothing to read."""
     try:
-        total = sum(path.stat().st_size for paths in find_logs(targets).values() for path in paths)
+        total = sum(map(_size, itertools.chain.from_iterable(find_logs(targets).values())))
         columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         console = Console(stderr=True)
         disable = not console.is_terminal  # there it would leave an empty line
@@ -161,6 +158,13 @@ def _with_progress(
             return work(targets, lambda read: progress.advance(task, read))
     except OSError as error:
         _fail(error)
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 when it is gone by now, as from a log that is being written."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _fail(error: OSError) -> NoReturn:

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,9 +84,11 @@ class LogFile:
             for path in segments_of(self.path)[:-KEPT_SEGMENTS]:
                 path.unlink()
             full, self._fd = self._fd, None
-            os.close(full)
-            if not self._take(self.path):
-                raise OSError(f"another process has taken {self.path}")
+            try:
+                if not self._take(self.path):
+                    raise OSError(f"another process has taken {self.path}")
+            finally:  # a reader sees all the while that the log is being written
+                os.close(full)
         except OSError as error:
             self._warn(error)
             return None
@@ -100,14 +103,17 @@ class LogFile:
     def _take(self, path: Path) -> bool:
         """Open for appending under an advisory lock; False when another live process holds it."""
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if fcntl is not None:
+        for last in (False, False, True) if fcntl is not None else ():
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
-                os.close(fd)
-                return False
+                if last:
+                    os.close(fd)
+                    return False
+                time.sleep(0.001)  # a reader that looks whether the log is written holds it shortly
             except OSError:  # a file system without locks: go on without one
-                pass
+                break
         self.path, self._fd = path, fd
         self._size = os.fstat(fd).st_size
         self._torn = self._size > 0 and os.pread(fd, 1, self._size - 1) != b"\n"

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,41 @@ def make_guard() -> Callable[..., Guard]:
         return guard_module(Scorer(), policy=policy, mode=mode)
 
     return make
+
+
+class OneBuffer:
+    """What CUDA graphs do to outputs: each graph writes to memory of its own, call after call."""
+
+    def __call__(self, graph: nn.Module, _: object) -> Callable[..., Any]:
+        buffers: list[Any] = []
+
+        def run(*inputs: torch.Tensor) -> Any:
+            outputs = graph(*inputs)
+            if torch.is_grad_enabled():
+                return outputs
+            if not buffers:
+                buffers.extend(output.numpy().copy() for output in outputs)
+            for buffer, output in zip(buffers, outputs, strict=True):
+                buffer[:] = output.numpy()
+            # A storage of its own for every call, as torch makes them, over the same memory.
+            return tuple(map(torch.from_numpy, buffers))
+
+        return run
+
+
+@pytest.fixture
+def graphed_guard() -> Iterator[Guard]:
+    """Of a module that is compiled with what looks like CUDA graphs, on any machine."""
+    torch._dynamo.reset()
+    if (trees := sys.modules.get("torch._inductor.cudagraph_trees")) is not None:
+        trees.MarkStepBox.mark_step_counter = 0  # or no call would overwrite any more
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    module.compile(backend=OneBuffer())
+    # Torch tells the configuration of inductor only; with reduce-overhead it says this.
+    module._compiled_call_impl.get_compiler_config = lambda: {"triton.cudagraphs": True}
+    yield guard_module(module, name="critic")
+    torch._dynamo.reset()
 
 
 @pytest.fixture

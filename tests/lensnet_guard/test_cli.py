@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from lensnet_guard import guard_module
+from lensnet_guard import cli, guard_module
 from lensnet_guard.cli import main
 
 
@@ -81,6 +81,14 @@ class TestPostmortem:
         path.write_text(odd + path.read_text())
         assert json.loads(run("postmortem", tmp_path, "--json").stdout)["runs"]
         assert run("postmortem", tmp_path).exit_code in (0, 1)
+
+    def test_a_file_that_goes_away_meanwhile(self, folder, monkeypatch):
+        """As from a log that is being written: its size counts for nothing but the progress bar."""
+        gone = folder / "lensnet.rank0.seg00001.jsonl"
+        logs = {str(folder / "lensnet.rank0"): [gone, folder / "lensnet.rank0.jsonl"]}
+        monkeypatch.setattr(cli, "find_logs", lambda _: logs)
+        result = run("postmortem", folder)
+        assert result.stdout.startswith("verdict: 1 violation")
 
     def test_a_module_with_a_markup_name(self, tmp_path):
         """What a terminal library takes for markup is text."""

@@ -1,7 +1,9 @@
 """CUDA graphs on a machine without: a backend that writes every output to the same buffer."""
 
 import copy
+import json
 import re
+import subprocess
 import sys
 import warnings
 
@@ -9,47 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from lensnet_guard import LensNetHazard, guard_module
+from lensnet_guard import LensNetHazard, guard_module, hazards
 from lensnet_guard.postmortem import analyse
 from lensnet_guard.postmortem.report import render_report
 
 X = torch.ones(2, 3)
 
 
-class OneBuffer:
-    """What CUDA graphs do to outputs: each graph writes to memory of its own, call after call."""
-
-    def __call__(self, graph, _):
-        buffers = []
-
-        def run(*inputs):
-            outputs = graph(*inputs)
-            if torch.is_grad_enabled():
-                return outputs
-            if not buffers:
-                buffers.extend(output.numpy().copy() for output in outputs)
-            for buffer, output in zip(buffers, outputs, strict=True):
-                buffer[:] = output.numpy()
-            # A storage of its own for every call, as torch makes them, over the same memory.
-            return tuple(map(torch.from_numpy, buffers))
-
-        return run
-
-
 @pytest.fixture
-def guard():
-    torch._dynamo.reset()
-    if (trees := sys.modules.get("torch._inductor.cudagraph_trees")) is not None:
-        trees.MarkStepBox.mark_step_counter = 0  # or no call would overwrite any more
-    torch.manual_seed(0)
-    module = nn.Linear(3, 2)
-    module.compile(backend=OneBuffer())
-    # Torch tells the configuration of inductor only; with reduce-overhead it says this.
-    module._compiled_call_impl.get_compiler_config = lambda: {"triton.cudagraphs": True}
-    guard = guard_module(module, name="critic")
-    with guard.context("inference"):
-        yield guard
-    torch._dynamo.reset()
+def guard(graphed_guard):
+    """In inference, where calls are free."""
+    with graphed_guard.context("inference"):
+        yield graphed_guard
 
 
 class TestHazard:
@@ -153,6 +126,7 @@ class TestBlame:
         "Error: accessing tensor output of CUDAGraphs that has been overwritten by a subsequent "
         "run. Stack trace: unknown"
     )
+    WHERE = r"\S+test_hazards\.py:\d+ in TestBlame\.overwritten"
 
     def test_torchs_error_gets_both_calls(self, guard):
         """Torch names the producer at most, the guard also the call that wrote over it."""
@@ -173,6 +147,86 @@ class TestBlame:
         )
         assert kept is not None
 
+    @pytest.fixture
+    def overwritten(self, guard, tmp_path):
+        """A log of a run that ended in torch's error."""
+        guard.start_log(tmp_path)
+        with (
+            pytest.raises(RuntimeError),
+            pytest.warns(LensNetHazard),
+            torch.no_grad(),
+            guard.context("inference"),
+        ):
+            kept = guard.module(X)
+            guard.module(2 * X)
+            raise RuntimeError(self.ERROR)
+        assert kept is not None
+        guard.end_log()
+        return tmp_path
+
+    def test_in_the_log(self, overwritten):
+        """A line with both calls and torch's own words."""
+        lines = (overwritten / "lensnet.rank0.jsonl").read_text().splitlines()
+        (line,) = (e for e in map(json.loads, lines) if e["event"] == "overwritten")
+        assert (line["seq"], line["earlier_seq"], line["module"]) == (2, 1, "critic")
+        assert (line["exception.type"], line["exception.message"]) == ("RuntimeError", self.ERROR)
+        assert re.fullmatch(self.WHERE, line["at"])
+        assert re.fullmatch(self.WHERE, line["earlier_at"])
+        assert line["at"] != line["earlier_at"]
+
+    def test_is_the_verdict_on_a_recorded_log(self, overwritten):
+        """In a process without the guard: from the folder to both lines with one command."""
+        command = [sys.executable, "-m", "lensnet_guard", "postmortem", str(overwritten)]
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert printed.returncode == 1
+        assert re.fullmatch(
+            rf"verdict: the output of call 1 at {self.WHERE} was overwritten by "
+            rf"call 2 at {self.WHERE}",
+            printed.stdout.splitlines()[0],
+        )
+        assert "outputs overwritten: 1" in printed.stdout
+        assert "CUDA graph hazards: 1" in printed.stdout
+
+    def test_on_the_page(self, overwritten):
+        """With the verdict, and the hazard beside it."""
+        analysis = analyse([overwritten])
+        page = "".join(render_report(analysis, {}, overwritten))
+        assert f'<li class="remark">{analysis.verdict}</li>' in page
+        assert "<h3>Outputs overwritten: 1</h3>" in page
+
+    def test_torch_tells_which_output_it_is(self, guard, monkeypatch):
+        """Of two that were written over, the one that torch refuses to read is blamed."""
+        with torch.no_grad(), pytest.warns(LensNetHazard), pytest.raises(RuntimeError) as caught:
+            with guard.context("inference"):
+                kept = [guard.module(X), guard.module(2 * X), guard.module(3 * X)]
+                (_, first), (second, by) = guard._compiled._written
+                refused = {storage.cdata for storage in second.storages}
+                monkeypatch.setattr(hazards, "is_overwritten", lambda s: s.cdata in refused)
+                raise RuntimeError(self.ERROR)
+        (note,) = caught.value.__notes__
+        assert note.startswith("lensnet_guard: the output of call 2 of critic at ")
+        assert (len(kept), first.seq, by.seq) == (3, 2, 3)
+
+    def test_torch_does_not_tell(self, guard):
+        """Then it may be any of them, and each is named."""
+        with torch.no_grad(), pytest.warns(LensNetHazard), pytest.raises(RuntimeError) as caught:
+            with guard.context("inference"):
+                kept = [guard.module(X), guard.module(2 * X), guard.module(3 * X)]
+                raise RuntimeError(self.ERROR)
+        numbers = [re.findall(r"call (\d+)", note) for note in caught.value.__notes__]
+        assert numbers == [["1", "2"], ["2", "3"]]
+        assert len(kept) == 3
+
+    def test_an_output_that_was_dropped_is_not_blamed(self, guard):
+        """Nobody can have read it."""
+        with torch.no_grad(), pytest.warns(LensNetHazard), pytest.raises(RuntimeError) as caught:
+            with guard.context("inference"):
+                kept = guard.module(X)
+                guard.module(2 * X)
+                del kept
+                raise RuntimeError(self.ERROR)
+        assert not hasattr(caught.value, "__notes__")
+
     def test_other_errors_are_left_alone(self, guard):
         """The guard does not guess."""
         with pytest.raises(RuntimeError) as caught, guard.context("inference"):
@@ -181,6 +235,7 @@ class TestBlame:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler, on import
 class TestOnCuda:
     def test_the_real_error(self):
         """`mode="reduce-overhead"`: torch raises, and the note names both lines."""

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from lensnet_guard import NoContext, _torch_internals, guard_module
@@ -60,6 +62,132 @@ class TestStillThere:
         """torch._dynamo takes longer to import than most scripts take to start."""
         result = run_python("import sys, lensnet_guard; print('torch._dynamo' in sys.modules)")
         assert result.stdout == "False\n"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler, on import
+class TestCudaGraphs:
+    """What torch tells of compilation; it can be looked up on a CPU, where nothing is captured."""
+
+    @pytest.fixture
+    def trees(self):
+        return importlib.import_module("torch._inductor.cudagraph_trees")
+
+    @pytest.mark.parametrize(
+        ("how", "graphs"),
+        [
+            ({"mode": "reduce-overhead"}, True),
+            ({"mode": "max-autotune"}, True),
+            ({"options": {"triton.cudagraphs": True}}, True),
+            ({}, False),
+        ],
+    )
+    def test_options_of_a_compiled_module(self, how, graphs):
+        """In place, and of the wrapper that torch.compile makes."""
+        module = nn.Linear(3, 2)
+        module.compile(**how)
+        for compiled in (module, torch.compile(nn.Linear(3, 2), **how)):
+            options = _torch_internals.compiler_options(compiled)
+            assert options["triton.cudagraphs"] is graphs
+
+    def test_options_of_others(self):
+        """None without compilation, nothing from a backend that has none."""
+        module = nn.Linear(3, 2)
+        assert _torch_internals.compiler_options(module) is None
+        module.compile(backend="eager")
+        assert _torch_internals.compiler_options(module) == {}
+
+    def test_a_compiled_function_that_tells_nothing(self):
+        """As in another torch: compiled, and that is all that is known."""
+        module = nn.Linear(3, 2)
+        module._compiled_call_impl = lambda x: x
+        assert _torch_internals.compiler_options(module) == {}
+
+    def test_marks(self, trees, monkeypatch):
+        """Torch counts them downwards."""
+        monkeypatch.setattr(trees.MarkStepBox, "mark_step_counter", 0)
+        trees.mark_step_begin()
+        trees.mark_step_begin()
+        assert _torch_internals.mark_counter() == 2
+
+    def test_generation(self, monkeypatch):
+        """Torch's number for a run of compiled code."""
+        tracker = importlib.import_module("torch._dynamo.mutation_guard").GenerationTracker
+        monkeypatch.setattr(tracker, "generation", 7)
+        assert _torch_internals.generation() == 7
+
+    def test_counters(self):
+        """By the names under which torch counts."""
+        counters = importlib.import_module("torch._dynamo.utils").counters
+        graphs, skips = _torch_internals.compile_counters()
+        counters["stats"]["unique_graphs"] += 2
+        counters["inductor"]["cudagraph_skips"] += 3
+        assert _torch_internals.compile_counters() == (graphs + 2, skips + 3)
+
+    def test_nothing_was_captured(self):
+        """Neither on a device that has no trees nor on one without an index."""
+        assert _torch_internals.graph_tree(torch.device("cpu")) is None
+        assert _torch_internals.graph_tree(torch.device("cuda", 97)) is None
+        assert _torch_internals.capturing() is False
+
+    def test_trees(self, trees, monkeypatch):
+        """State, pending backward and live outputs, under torch's names for them."""
+        manager = object.__new__(trees.CUDAGraphTreeManager)
+        manager.path_state = trees.ExecutionState.RECORDING
+        manager.running_forwards_with_pending_backwards = True
+        manager.current_node = type("Node", (), {"path_live_weakrefs": lambda _: [lambda: 5]})()
+        container = type("Container", (), {"tree_manager": manager})()
+        monkeypatch.setitem(trees.get_obj(trees.local, "tree_manager_containers"), 97, container)
+        tree = _torch_internals.graph_tree(torch.device("cuda", 97))
+        assert tree == ("recording", True, frozenset({5}))
+
+    def test_names_of_the_states(self, trees):
+        """Those that a phase is made of."""
+        names = {state.name.lower() for state in trees.ExecutionState}
+        assert names == {"none", "warmup", "recording", "execution"}
+
+    def test_words_of_the_error(self, trees):
+        """By which it is known, for outputs and for gradients."""
+        tell = trees.CUDAGraphTreeManager.format_dealloc_msg
+        for of_gradient in (False, True):
+            message = tell(None, is_grad_output=of_gradient)
+            assert _torch_internals.OVERWRITTEN in message
+
+    def test_a_storage_that_can_be_read(self):
+        """Asked without harm, also when it is gone."""
+        tensor = torch.ones(2)
+        reference = StorageWeakRef(tensor.untyped_storage())
+        assert _torch_internals.is_overwritten(reference) is False
+        del tensor
+        assert reference.expired()
+        assert _torch_internals.is_overwritten(reference) is False
+
+    @pytest.mark.parametrize(
+        ("error", "overwritten"),
+        [(f"Error: it {_torch_internals.OVERWRITTEN}.", True), ("something else", False)],
+    )
+    def test_a_storage_that_torch_refuses_to_read(self, monkeypatch, error, overwritten):
+        """By the error that torch raises for it."""
+
+        class Refused:
+            def data_ptr(self):
+                raise RuntimeError(error)
+
+        tell = staticmethod(lambda _: Refused())
+        monkeypatch.setattr(torch.UntypedStorage, "_new_with_weak_ptr", tell)
+        reference = StorageWeakRef(torch.ones(2).untyped_storage())
+        assert _torch_internals.is_overwritten(reference) is overwritten
+
+    def test_all_of_it_gone(self, trees, monkeypatch):
+        """Unknown, and never an error."""
+        monkeypatch.delattr(trees, "get_obj")
+        monkeypatch.delattr(trees, "MarkStepBox")
+        tracker = importlib.import_module("torch._dynamo.mutation_guard")
+        monkeypatch.delattr(tracker, "GenerationTracker")
+        monkeypatch.delattr(importlib.import_module("torch._dynamo.utils"), "counters")
+        assert _torch_internals.graph_tree(torch.device("cuda", 0)) is None
+        assert _torch_internals.mark_counter() == 0
+        assert _torch_internals.generation() is None
+        assert _torch_internals.compile_counters() == (0, 0)
 
 
 class TestGone:

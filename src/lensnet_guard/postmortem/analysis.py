@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lensnet_guard._text import count
@@ -30,12 +29,7 @@ from lensnet_guard.postmortem.findings import (
     Violation,
 )
 from lensnet_guard.postmortem.judge import current_runs, judge
-from lensnet_guard.postmortem.reader import Line, find_logs, read_lines
-
-try:
-    import fcntl
-except ImportError:  # Windows: a log that is still being written looks like that of a dead process
-    fcntl = None  # type: ignore[assignment]
+from lensnet_guard.postmortem.reader import Line, LogFile, open_logs, read_lines, segment_of
 
 KEPT_VIOLATIONS = 200  # of each run, the first
 KEPT_DEVIATIONS = 200
@@ -54,10 +48,10 @@ def analyse(
         FileNotFoundError: a target does not exist, or a folder holds no log.
     """
     runs: list[Run] = []
-    for log, paths in find_logs(targets).items():
+    for log, files in open_logs(targets):
         reading = _Reading(log)
-        for path in paths:
-            reading.take_file(path, progress)
+        for file in files:
+            reading.take_file(file, progress)
         runs += reading.finish()
     divergence = _divergence(current_runs(runs))
     return Analysis(tuple(runs), divergence, *judge(runs, divergence))
@@ -71,6 +65,7 @@ class _Reading:
         self._log = log
         self._file = ""
         self._held = False
+        self._taken: float | None = None  # the number of the file before this one
         self._new_run()
 
     def _new_run(self) -> Run:
@@ -81,15 +76,18 @@ class _Reading:
         self.runs.append(self.run)
         return self.run
 
-    def take_file(self, path: Path, progress: Callable[[int], object]) -> None:
+    def take_file(self, file: LogFile, progress: Callable[[int], object]) -> None:
         """Take all lines of a file; one that cannot be read hides no other."""
-        self._held, self._file = False, path.name
+        self._held |= file.held  # between two files, a writer holds the one that is full
+        self._file = file.path.name
         try:
-            for line in read_lines(path, progress):
+            if file.lines is None:
+                raise file.error or OSError("it cannot be opened")
+            for line in read_lines(file.lines, progress):
                 self.take(line)
-            self._held = _is_held(path)
         except OSError as error:
-            self.run.damage.add(f"{path}: {error.strerror or error}")
+            self.run.damage.add(f"{file.path}: {error.strerror or error}")
+        self._taken = segment_of(file.path)
 
     def take(self, line: Line) -> None:
         """Take one line; none of them raises."""
@@ -148,8 +146,12 @@ class _Reading:
         names = ("calls", "inference_calls", "micro_steps", "violations")
         sums = tuple(before.get(name, 0) for name in names)
         found = run.training_calls, run.inference_calls, run.micro_steps, run.violation_count
+        segment = whole(event.get("segment")) or 0
         if run.events == 1:  # older segments were dropped
             run.dropped_segments = True
+        elif self._taken is not None and self._taken < segment:
+            lost = range(int(self._taken) + 1, segment + 1)
+            run.damage.add(f"{self._file} follows segment {segment}, and {_missing(lost)}")
         elif found != sums and not before.get("lost_lines"):
             told, read = sums[0] + sums[1], found[0] + found[1]
             run.damage.add(
@@ -276,6 +278,12 @@ def _differences(refused: Call, allowed: Call | None) -> tuple[str, ...]:
     return tuple(f"{what}: {a} (allowed: {b})" for what, (a, b) in pairs.items() if a != b)
 
 
+def _missing(segments: range) -> str:
+    if len(segments) == 1:
+        return f"segment {segments[0]} is missing"
+    return f"segments {segments[0]} to {segments[-1]} are missing"
+
+
 def _on(enabled: bool) -> str:
     return "enabled" if enabled else "disabled"
 
@@ -305,16 +313,3 @@ def _divergence(runs: Iterable[Run]) -> Divergence | None:
 def _fitting(number: int | None) -> int:
     """A number that an array takes; -1 for none."""
     return -1 if number is None else max(-1, min(number, 2**62))
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a live process is writing the file."""
-    if fcntl is not None:
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            except OSError:  # a file system without locks
-                pass
-    return False

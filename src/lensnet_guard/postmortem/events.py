@@ -8,7 +8,9 @@ from typing import Any
 from lensnet_guard._text import count
 from lensnet_guard.postmortem.findings import Call, CallSite
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+# All control characters but tab and newline, and those that turn the direction of text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_MOST = 2**63
 
 
 def read_call(event: Mapping[str, Any]) -> Call:
@@ -69,8 +71,9 @@ def texts(value: object) -> tuple[str, ...]:
 
 
 def whole(value: object) -> int | None:
-    """A whole number, or None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """A whole number of 64 bits, or None."""
+    # By its type: a bool is an int too.
+    return value if type(value) is int and -_MOST <= value < _MOST else None
 
 
 def number(value: object) -> float | None:

@@ -117,6 +117,7 @@ def _damage(runs: _Runs, current: _Runs) -> str | None:
     for run in current:
         if run.unreadable.count:
             return f"log damaged at line {run.unreadable.kept[0]}"
+    for run in current:
         if run.lost_lines:
             return f"{count(run.lost_lines, 'line')} of the log were lost"
     return None

@@ -8,13 +8,12 @@ import html
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lensnet_guard.postmortem.events import call_key, read_call, read_site
+from lensnet_guard.postmortem.events import call_key, read_call, read_site, whole
 from lensnet_guard.postmortem.events import number as read_number
 from lensnet_guard.postmortem.findings import Call, CallSite
-from lensnet_guard.postmortem.reader import find_logs, read_lines
+from lensnet_guard.postmortem.reader import LogFile, open_logs, read_lines
 
 MARKS = 2_000  # that a timeline holds, and that a page shows
 _STRETCHES = 512  # that the time of a run is cut into, at most
@@ -35,12 +34,12 @@ OUTCOMES = {  # name -> CSS class; the last is drawn on top
 
 
 def numbered_events(
-    paths: Iterable[Path], progress: Callable[[int], object] = lambda _: None
+    files: Iterable[LogFile], progress: Callable[[int], object] = lambda _: None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The events of one log, each with its run's number from 0, as `analyse` counts runs."""
     number, events = 0, 0
-    for path in paths:
-        for line in read_lines(path, progress):
+    for file in files:
+        for line in read_lines(file.lines, progress) if file.lines is not None else ():
             if line.event is None:
                 continue
             if line.event["event"] == "run.begin" and events:
@@ -129,7 +128,8 @@ class Timeline:
         elif name == "micro_step.end":
             _, began = self._begins.end(event) or ("", at)
             outcome = "micro-step with violations" if event.get("violations") else "micro-step"
-            label = f"step {event.get('step')}, micro-step {event.get('micro_step')}"
+            step, micro_step = whole(event.get("step")), whole(event.get("micro_step"))
+            label = f"step {step}, micro-step {micro_step}"
             self._add(MICRO_STEPS, outcome, began, at, label)
 
     def finish(self) -> None:
@@ -201,9 +201,9 @@ def read_timelines(
         FileNotFoundError: a target does not exist, or a folder holds no log.
     """
     timelines: dict[str, list[Timeline]] = {}
-    for log, paths in find_logs(targets).items():
+    for log, files in open_logs(targets):
         runs = timelines[log] = [Timeline()]
-        for number, event in numbered_events(paths, progress):
+        for number, event in numbered_events(files, progress):
             if number == len(runs):
                 runs.append(Timeline())
             runs[number].take(event)

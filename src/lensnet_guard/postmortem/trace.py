@@ -9,12 +9,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-import orjson
-
-from lensnet_guard.postmortem.events import call_key, read_call
+from lensnet_guard._text import json_line
+from lensnet_guard.postmortem.events import call_key, counts, read_call, text, whole
 from lensnet_guard.postmortem.events import number as read_number
 from lensnet_guard.postmortem.findings import Call
-from lensnet_guard.postmortem.reader import find_logs
+from lensnet_guard.postmortem.reader import open_logs
 from lensnet_guard.postmortem.timeline import MicroStepBegins, moment, numbered_events
 
 _LONGEST_MS = 1e12  # a longer call is a damaged line
@@ -37,7 +36,7 @@ def write_trace(
     written = 0
     for event in trace_events(targets, progress):
         file.write(b",\n" if written else b"\n")
-        file.write(orjson.dumps(event))
+        file.write(json_line(event))
         written += 1
     file.write(b"\n]}\n")
     return written
@@ -48,9 +47,9 @@ def trace_events(
 ) -> Iterator[dict[str, Any]]:
     """The events of the trace, in the order in which the log's lines allow them to be told."""
     taken: set[int] = set()
-    for paths in find_logs(targets).values():
+    for _, files in open_logs(targets):
         run, last = None, -1
-        for number, event in numbered_events(paths, progress):
+        for number, event in numbered_events(files, progress):
             if run is None or number != last:
                 if run is not None:
                     yield from run.finish()
@@ -115,7 +114,7 @@ class _Run:
         seconds = max(0.0, ended - began)
         if took is not None and 0 <= took <= _LONGEST_MS:
             seconds = min(took / 1e3, seconds or math.inf)
-        args = _args(call) | {"outcome": event.get("outcome"), "duration_ms": took}
+        args = _args(call) | {"outcome": text(event.get("outcome")), "duration_ms": took}
         name, dur = _title(call), _micro(seconds)
         yield from self._emit(call.thread, began, args, ph="X", dur=dur, name=name, cat=call.kind)
 
@@ -133,9 +132,16 @@ class _Run:
         if thread:
             shape = {"ph": "X", "dur": _micro(max(0.0, ended - began))}
         track = f"micro-steps of {thread}" if thread else "micro-steps without calls"
-        name = f"step {event.get('step')}, micro-step {event.get('micro_step')}"
-        told = ("context", "step", "micro_step", "calls", "due", "violations")
-        args = {key: event.get(key) for key in told}
+        step, micro_step = whole(event.get("step")), whole(event.get("micro_step"))
+        name = f"step {step}, micro-step {micro_step}"
+        args = {
+            "context": text(event.get("context")),
+            "step": step,
+            "micro_step": micro_step,
+            "calls": counts(event.get("calls")),
+            "due": counts(event.get("due")),
+            "violations": whole(event.get("violations")),
+        }
         yield from self._emit(track, began, args, **shape, name=name, cat="micro_step")
 
     def _process_name(self, event: Mapping[str, Any]) -> dict[str, Any]:

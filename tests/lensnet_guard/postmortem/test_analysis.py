@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -245,39 +245,7 @@ class TestSegments:
         assert (run.training_calls, run.micro_steps, analysis.verdict) == (200, 200, "clean")
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=6,
-)
-EVENTS = st.sampled_from(
-    ["run.begin", "segment.begin", "call.begin", "call.end", "violation", "micro_step.end"]
-)
-FIELDS = st.sampled_from(
-    [
-        *("seq", "module", "kind", "reason", "context", "scope", "step", "micro_step", "calls"),
-        *("due", "stack", "caller", "inputs", "before", "versions", "rank", "timestamp"),
-        *("process.pid", "process.command_args", "lost_lines", "message", "thread"),
-    ]
-)
-LINES = st.builds(
-    lambda event, fields: json.dumps({"event": event, **fields}).encode() + b"\n",
-    EVENTS,
-    st.dictionaries(FIELDS, JSON, max_size=6),
-)
-
-
 class TestAnyBytes:
-    @given(st.lists(LINES | st.binary(max_size=40) | st.just(b"\n"), max_size=12))
-    @example([b'{"event":"micro_step.end","context":"training","calls":{"a":-5}}\n'])
-    @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    def test_never_raises(self, tmp_path, parts):
-        """Torn, truncated, foreign or garbage: there is always a verdict."""
-        (tmp_path / FILE).write_bytes(b"".join(parts))
-        analysis = analyse([tmp_path])
-        assert analysis.exit_code in (0, 1, 2)
-        assert analysis.verdict
-
     @given(st.data())
     @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_a_log_cut_anywhere(self, log, data):
@@ -292,7 +260,8 @@ class TestAnyBytes:
         """A gigabyte in one line is read in pieces, and is one unreadable line."""
         path = tmp_path / FILE
         path.write_bytes(b"x" * (2 * MAX_LINE_BYTES + 5) + b'\n{"event":"run.end"}\n')
-        lines = list(read_lines(path))
+        with path.open("rb") as file:
+            lines = list(read_lines(file))
         assert [(line.number, line.event is None) for line in lines] == [(1, True), (2, False)]
 
     def test_many_violations_are_kept_in_part(self, tmp_path):
