@@ -253,8 +253,11 @@ def bootstrap_interval(
         values: one per sequence, ``[S]``; for a paired comparison, the differences.
     """
     rng = np.random.default_rng(seed)
-    means = np.array(
-        [values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
+    means = np.concatenate(
+        [
+            values[rng.integers(0, len(values), (min(100, draws - done), len(values)))].mean(axis=1)
+            for done in range(0, draws, 100)
+        ]
     )
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

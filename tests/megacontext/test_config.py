@@ -19,6 +19,9 @@ class TestRefusals:
             ({"num_variants": True}, TypeError, "num_variants must be an int, not True"),
             ({"temperature": float("nan")}, ValueError, "temperature must be positive, not nan"),
             ({"seed": -1}, ValueError, "seed must not be negative, but is -1"),
+            ({"scored": "both"}, ValueError, "scored must be one of view, variant, not 'both'"),
+            ({"judged": 3}, ValueError, "judged must be one of horizon, all, not 3"),
+            ({"rank_weight": -1.0}, ValueError, "rank_weight must not be negative, but is -1.0"),
             (
                 {"d_model": 20, "num_heads": 4},
                 ValueError,

@@ -1,5 +1,7 @@
 """MCController: from tokens to losses. That LensNet is called once is in test_mc_components."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -294,3 +296,58 @@ class TestPlumbing:
 def _of_blocks(parameters: set[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     """All but biases that a zero-mean gradient may leave untouched, and LODs that no entry has."""
     return [p for p in parameters if p.dim() > 1]
+
+
+class TestLabelled:
+    def test_only_labelled_tokens_count(self, mc: MCController, tokens: Tensor) -> None:
+        """In the language model's loss and in what variants are judged by."""
+        labelled = torch.zeros_like(tokens, dtype=torch.bool)
+        labelled[:, [20, 90, 95]] = True
+        result = mc.process_batch(tokens, labelled=labelled)
+        labels = result.variants.working_context.labels
+        kept = labels != NO_LABEL
+        assert kept.any(1).all()
+        # 90 and 95 follow LOD0 entries of every variant; 20 follows an entry of some.
+        assert set(kept.sum(1).tolist()) <= {2, 3}
+        assert torch.equal(labels[:, -2].view(3, -1)[:, 0], tokens[:, 95])
+
+    def test_the_loss_of_unlabelled_tokens_has_no_gradient(self, config: MCConfig) -> None:
+        """A token that is never a label and never an input moves nothing."""
+        mc = MCController(config)
+        tokens = torch.arange(96).remainder(8)[None]
+        labelled = torch.zeros(1, 96, dtype=torch.bool)
+        labelled[0, 95] = True
+        loss = mc.full_detail_loss(tokens, labelled)
+        other = tokens.masked_fill(torch.arange(96) == 95, 7 - int(tokens[0, 95]))
+        assert loss != mc.full_detail_loss(other, labelled)
+        assert loss == mc.full_detail_loss(tokens.roll(0), labelled)
+
+
+class TestAblations:
+    def test_variants_can_be_scored_one_by_one(self, config: MCConfig, tokens: Tensor) -> None:
+        """The plain recipe: still one batched call, and LensNet still learns from it."""
+        mc = MCController(dataclasses.replace(config, scored="variant"))
+        result = mc.process_batch(tokens)
+        (call,) = mc.guard.calls
+        assert call.inputs[0] == f"float32[{3 * 4}, 48, 32] cpu"
+        result.loss.backward()
+        assert any(p.grad.abs().sum() > 0 for p in mc.lensnet.parameters())  # type: ignore[union-attr]
+
+    def test_variants_can_be_judged_by_all_their_tokens(
+        self, config: MCConfig, tokens: Tensor
+    ) -> None:
+        """Other advantages, the same language model loss."""
+        horizon = MCController(config).process_batch(tokens)
+        everything = MCController(dataclasses.replace(config, judged="all")).process_batch(tokens)
+        assert torch.equal(horizon.lm_loss, everything.lm_loss)
+        assert everything.metrics["adv_delta_mean"] > horizon.metrics["adv_delta_mean"]
+
+    def test_auxiliary_losses_are_added(self, config: MCConfig, tokens: Tensor) -> None:
+        """Each raises the loss by its weight times its own."""
+        losses = [
+            MCController(dataclasses.replace(config, **w)).process_batch(tokens).lens_loss.item()
+            for w in ({}, {"rank_weight": 1.0}, {"rank_weight": 2.0}, {"budget_weight": 1e3})
+        ]
+        assert losses[0] < losses[1]
+        assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+        assert losses[3] > losses[0]

@@ -64,6 +64,24 @@ class TestLensNet:
         changed["embeddings"][:, -1] += 1
         assert (lensnet()(**view)[:, 0] != lensnet()(**changed)[:, 0]).all()
 
+    def test_causal_it_looks_back_only(self) -> None:
+        """For the ablation: then the query comes too late for the history."""
+        torch.manual_seed(0)
+        causal = LensNet(16, num_layers=2, num_heads=2, max_lod=2, causal=True)
+        view = entries(1, 7)
+        changed = view | {"embeddings": view["embeddings"].clone()}
+        changed["embeddings"][:, -1] += 1
+        difference = causal(**view) - causal(**changed)
+        assert difference[:, :-1].eq(0).all()
+        assert (difference[:, -1] != 0).all()
+
+    def test_it_begins_by_comparing_content(self) -> None:
+        """Queries equal keys, so an entry attends most to what resembles it, wherever that is."""
+        for block in lensnet().blocks:
+            query, key, value = block.qkv.weight.chunk(3)
+            assert query.equal(key)
+            assert not query.equal(value)
+
     def test_pads_change_no_score(self) -> None:
         """And score 0 themselves."""
         view = entries(2, 7)
@@ -104,6 +122,19 @@ class TestLanguageModel:
         logits = self.logits(padded(context, 3))
         torch.testing.assert_close(logits[:, 3:], self.logits(context))
         assert logits.isfinite().all()
+
+    def test_an_entry_knows_what_came_right_before_it(self) -> None:
+        """Before any attention; a pad is nothing, and so is what is before the first entry."""
+        model, context = self.model(), entries(2, 7)
+        for block in model.blocks:
+            torch.nn.init.zeros_(block.attention_out.weight)
+        with torch.no_grad():
+            before = model(context["embeddings"], context["starts"], context["spans"])
+            changed = context["embeddings"].clone()
+            changed[:, 3] += 1
+            after = model(changed, context["starts"], context["spans"])
+        moved = (before != after).any(-1).all(0)
+        assert moved.tolist() == [False, False, False, True, True, False, False]
 
     def test_the_head_is_tied_to_the_embedding(self) -> None:
         """No second vocabulary matrix."""

@@ -7,8 +7,10 @@ import torch
 from megacontext.positional import gaussian_rope, rotate
 
 
-def rope(starts: list[int], spans: list[int], head_dim: int = 8) -> torch.Tensor:
-    return gaussian_rope(torch.tensor([starts]), torch.tensor([spans]), head_dim)
+def rope(
+    starts: list[int], spans: list[int], head_dim: int = 8, rotated_dim: int | None = None
+) -> torch.Tensor:
+    return gaussian_rope(torch.tensor([starts]), torch.tensor([spans]), head_dim, rotated_dim)
 
 
 class TestGaussianRope:
@@ -40,3 +42,11 @@ class TestGaussianRope:
         near = rotate(query, rope([9], [1])) @ rotate(key, rope([4], [4])).transpose(-1, -2)
         far = rotate(query, rope([1009], [1])) @ rotate(key, rope([1004], [4])).transpose(-1, -2)
         torch.testing.assert_close(near, far, atol=1e-3, rtol=1e-3)
+
+    def test_a_part_of_the_features(self) -> None:
+        """The rest compares content wherever it stands, and no span damps it."""
+        cos, sin = rope([7, 90], [1, 8], head_dim=8, rotated_dim=4)
+        whole = rope([7, 90], [1, 8], head_dim=4)
+        torch.testing.assert_close(torch.stack([cos, sin])[..., :2], whole)
+        assert cos[..., 2:].eq(1).all()
+        assert sin[..., 2:].eq(0).all()

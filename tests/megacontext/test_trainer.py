@@ -1,5 +1,6 @@
 """The trainer: real runs on real text; resumed runs continue bit by bit; kills lose nothing."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from lensnet_guard import UnsanctionedCall
 from lensnet_guard.postmortem import read_verdict
 from megacontext import MCConfig, MCController
 from megacontext.run_folder import RunFolder
-from megacontext.trainer import TrainConfig, train
+from megacontext.trainer import StepReport, TrainConfig, train
 
 TEXT = (str(Path(megacontext.__file__).parent),)
 
@@ -160,6 +161,72 @@ class TestResume:
         (tmp_path / "run" / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"the text has changed since .* was begun"):
             train(tmp_path / "run", resume=True)
+
+
+class TestLanguageModelAlone:
+    def test_lensnet_is_not_called_and_not_trained(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig
+    ) -> None:
+        """Neither is GistNet; the language model is, and the invariant counts micro-steps only."""
+        untrained = MCController(model).state_dict()
+        settings = dataclasses.replace(settings, lm_steps=3, lm_batch_size=2, steps=1)
+        seen: list[StepReport] = []
+        result = train(tmp_path / "run", model, settings, report=seen.append)
+        assert str(result.verdict) == "2 micro-steps, 2 LensNet calls, 0 violations"
+        assert [(r.phase, r.step, r.steps) for r in seen] == [
+            ("language model", 2, 3),
+            ("language model", 3, 3),
+            ("training", 1, 1),
+        ]
+        assert untrained.keys() == weights(tmp_path / "run").keys()
+
+    def test_a_run_killed_in_it_goes_on_there(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig
+    ) -> None:
+        """With equal weights in the end."""
+        settings = dataclasses.replace(settings, lm_steps=5, lm_batch_size=2, steps=1)
+
+        def stop(report: StepReport) -> None:
+            if report.step == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut", model, settings, report=stop)
+        checkpoint = RunFolder(tmp_path / "cut").load_checkpoint(torch.device("cpu"))
+        assert checkpoint is not None
+        assert (checkpoint["lm_step"], checkpoint["step"]) == (3, 0)
+        lens = {k: v for k, v in checkpoint["model"].items() if k.startswith("lensnet")}
+        untrained = MCController(model).state_dict()
+        assert all(v.equal(untrained[k]) for k, v in lens.items())
+        train(tmp_path / "cut", resume=True)
+        train(tmp_path / "whole", model, settings)
+        cut, whole = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+        assert all(cut[name].equal(whole[name]) for name in whole)
+
+
+class TestRecall:
+    def test_a_model_that_does_not_fit_is_refused(self, tmp_path: Path, model: MCConfig) -> None:
+        """Before the folder is made."""
+        settings = TrainConfig(data="recall")
+        with pytest.raises(ValueError) as raised:
+            train(tmp_path / "run", model, settings)
+        assert str(raised.value) == (
+            "the answers of recall take 6 tokens, so horizon_tokens must be that, not 8"
+        )
+        small = dataclasses.replace(model, horizon_tokens=6, vocab_size=40)
+        with pytest.raises(ValueError) as raised:
+            train(tmp_path / "run", small, settings)
+        assert str(raised.value) == (
+            "tokens of recall are below 48, so vocab_size must be at least that, not 40"
+        )
+        assert not (tmp_path / "run").exists()
+
+    def test_text_and_recall_are_refused_together(self) -> None:
+        """One of them would be ignored."""
+        with pytest.raises(ValueError, match="leave out the text"):
+            TrainConfig(data="recall", text=("notes.txt",))
+        with pytest.raises(ValueError, match="data must be one of text, recall, not 'wiki'"):
+            TrainConfig(data="wiki")
 
 
 class TestDivergence:
