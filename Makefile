@@ -2,11 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo eval test check format clean
 
 demo: .venv/installed  ## train LensNet on real text under the guard and show that the invariant held
 	rm -rf runs/demo
 	$(BIN)/megacontext train --run-dir runs/demo
+
+eval: .venv/installed  ## train both small settings from scratch, and compare LensNet's focus with other ways
+	rm -rf runs/eval
+	$(BIN)/megacontext train --setting recall --run-dir runs/eval/recall
+	$(BIN)/megacontext eval --run-dir runs/eval/recall
+	$(BIN)/megacontext train --setting text --run-dir runs/eval/text
+	$(BIN)/megacontext eval --run-dir runs/eval/text --sequences 512 --oracle-draws 32
 
 test: .venv/installed  ## every test, in parallel
 	$(BIN)/pytest -n auto
