@@ -18,6 +18,7 @@ from megacontext import preference
 from megacontext.config import MCConfig
 from megacontext.cut import Cut, focus_view, held_at_lod0, kept_tokens, lod0_tail
 from megacontext.gistnet import GistNet
+from megacontext.inference import InferenceSessions
 from megacontext.language_model import LanguageModel
 from megacontext.lensnet import LensNet
 from megacontext.tree import MegaContextTree
@@ -59,7 +60,7 @@ class MCBatchResult:
     metrics: dict[str, Tensor | int]
 
 
-class MCController(nn.Module):
+class MCController(InferenceSessions, nn.Module):
     """Language model, GistNet, guarded LensNet and training allocator in one.
 
     Args:
