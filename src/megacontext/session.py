@@ -66,7 +66,7 @@ class SessionConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         wc_length = 1 if self.wc_length is None else self.wc_length
-        self.rules(wc_length, block_size=2, max_lod=1, recent_tokens=0)  # checks the rest
+        self.rules(wc_length, block_size=2, max_lod=1, recent_tokens=1)  # checks the rest
 
     def rules(
         self, wc_length: int, block_size: int, max_lod: int, recent_tokens: int

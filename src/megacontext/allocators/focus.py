@@ -99,8 +99,11 @@ def refocus_cut(
     dropped = int(np.searchsorted(cut.positions, first))
     cut = Cut(cut.positions[dropped:], cut.lods[dropped:], cut.block_size)
     cut, forced, flipped = _collapse_to_fit(cut, scored, rules, barred)
-    cut, expanded, collapsed = _trade(cut, scored, rules, barred, forced)
-    return cut, Edits(expanded, np.concatenate([forced, collapsed]), dropped, flipped)
+    cut, expanded, collapsed = _trade(cut, scored, rules, barred, len(forced))
+    # What was collapsed by force and expanded again, since it paid, was not edited.
+    edited, undone = ~np.isin(forced, expanded), np.isin(expanded, forced)
+    collapsed = np.concatenate([forced[edited], collapsed])
+    return cut, Edits(expanded[~undone], collapsed, dropped, flipped)
 
 
 def _collapse_to_fit(
@@ -125,7 +128,7 @@ def _collapse_to_fit(
 
 
 def _trade(
-    cut: Cut, scored: Scored, rules: FocusRules, barred: Ints, forced: Ints
+    cut: Cut, scored: Scored, rules: FocusRules, barred: Ints, forced: int
 ) -> tuple[Cut, Ints, Ints]:
     """Make the expansions that are worth their room, and the collapses that pay for them.
 
@@ -133,7 +136,7 @@ def _trade(
     it would have to be lower than itself.
 
     Args:
-        forced: keys of nodes that were just collapsed.
+        forced: how many edits the budget has taken.
     """
     k, lods = cut.block_size, cut.lods
     groups, parents, low = _collapsible(cut, scored, rules, barred)
@@ -143,7 +146,7 @@ def _trade(
     entries = np.flatnonzero(lods > 0)
     keys = node_keys(cut.positions[entries], lods[entries])
     high = scored.of_nodes(cut.positions[entries], cut.spans[entries])
-    wanted = (high > rules.expand_threshold) & ~np.isin(keys, np.concatenate([barred, forced]))
+    wanted = (high > rules.expand_threshold) & ~np.isin(keys, barred)
     order = np.flatnonzero(wanted)[np.argsort(-high[wanted], kind="stable")]
     entries, keys, high = entries[order], keys[order], high[order]
 
@@ -155,7 +158,7 @@ def _trade(
     worth = high - price > rules.margin
     worth &= _leaves_reserve(cut, keys, rules, barred)
     expansions = len(high) if worth.all() else int(np.argmin(worth))
-    edits_left = max(rules.max_edits - len(forced), 0)
+    edits_left = max(rules.max_edits - forced, 0)
     free = min(expansions, room, edits_left)
     paid = min(expansions - min(expansions, room), (edits_left - free) // 2)
     edited = _apply(cut, entries[: free + paid], groups[:paid])

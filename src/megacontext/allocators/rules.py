@@ -44,7 +44,7 @@ class FocusRules:
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size, self.max_lod)
-        least = {"wc_length": 1, "recent_tokens": 0, "max_edits": 0, "cooldown": 0, "reserve": 0}
+        least = {"wc_length": 1, "recent_tokens": 1, "max_edits": 0, "cooldown": 0, "reserve": 0}
         for name, bound in least.items():
             check_int(name, getattr(self, name))
             if getattr(self, name) < bound:
