@@ -8,6 +8,7 @@ last refocus) and ``lock``.
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ class SessionFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = (path / "lock").open("a")
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self._close = weakref.finalize(self, os.close, lock)
         if fcntl is not None:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self._lock.close()
+                self.close()
                 raise BlockingIOError(
                     f"another session is using {path}; end it, or choose another folder"
                 ) from None
@@ -118,7 +120,7 @@ class SessionFolder:
 
     def close(self) -> None:
         """Let others in."""
-        self._lock.close()
+        self._close()
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         path = self.path / name
@@ -128,7 +130,8 @@ class SessionFolder:
             temporary.write_bytes(data)
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            if temporary.is_file():
+                temporary.unlink()
             raise OSError(
                 error.errno, f"cannot write {path}: {error.strerror}; what was there is kept"
             ) from error

@@ -6,6 +6,7 @@ for each level of gists; they are only appended to, and their sizes say how much
 """
 
 import os
+import weakref
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +96,7 @@ class DiskColumn:
         self._row_bytes = dtype.itemsize * int(np.prod(row))
         binary = getattr(os, "O_BINARY", 0)  # Windows
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o666)
+        self._close = weakref.finalize(self, os.close, self._file)
         self._length = os.fstat(self._file).st_size // self._row_bytes
         os.ftruncate(self._file, self._length * self._row_bytes)
         self._mapped: Array = np.empty((0, *row), dtype=dtype)
@@ -131,7 +133,7 @@ class DiskColumn:
 
     def close(self) -> None:
         self._mapped = self._mapped[:0].copy()
-        os.close(self._file)
+        self._close()
 
 
 class TreeStore:

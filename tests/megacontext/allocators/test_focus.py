@@ -39,7 +39,9 @@ def view_of(first: int, end: int, of: FocusRules) -> Cut:
     )
 
 
-def scored(cut: Cut, of: FocusRules, high: dict[int, float] | None = None, low: float = -0.5) -> Scored:
+def scored(
+    cut: Cut, of: FocusRules, high: dict[int, float] | None = None, low: float = -0.5
+) -> Scored:
     """Scores of the view over a cut: ``low``, but for the blocks that begin at some tokens."""
     view = view_of(int(cut.positions[0]), int(cut.ends[-1]), of)
     scores = np.full(len(view), low, np.float32)
@@ -51,9 +53,7 @@ def scored(cut: Cut, of: FocusRules, high: dict[int, float] | None = None, low: 
 def gists(end: int, of: FocusRules = RULES, window: int = 1_000) -> Cut:
     """Everything that may be coarse is LOD1 (LOD2 where ``window`` is short)."""
     lod0_from = end - of.recent_tokens
-    return coarse_cut(
-        0, end, lod0_from=lod0_from, block_size=K, max_lod=of.max_lod, window=window
-    )
+    return coarse_cut(0, end, lod0_from=lod0_from, block_size=K, max_lod=of.max_lod, window=window)
 
 
 def held_at_lod0(cut: Cut, of: FocusRules = RULES) -> list[int]:
