@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megacontext.cut import Cut
 from megacontext.session import InferenceReport, Session, SessionConfig, Tokens, session_about
 from megacontext.session_folder import SessionFolder
 from megacontext.working_context import WorkingContext
@@ -127,6 +128,11 @@ class InferenceSessions:
         session = self._current()
         with self._inference():
             return session.working_context()
+
+    @property
+    def inference_cut(self) -> Cut:
+        """Which entries the working context has now: absolute positions, and LODs."""
+        return self._current().cut
 
     def inference_report(self) -> InferenceReport:
         """The session in figures, as of now."""

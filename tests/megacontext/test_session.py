@@ -526,9 +526,7 @@ class TestResume:
 
     def test_where_there_is_none(self, mc: MCController, tmp_path: Path) -> None:
         """Or only its beginning."""
-        with pytest.raises(
-            FileNotFoundError, match=r"holds no session to resume: no session\.json"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"no session to resume: no session\.json"):
             mc.resume_inference_session(tmp_path)
         mc.begin_inference_session(HISTORY[:1], tree_store="disk", path=tmp_path / "one")
         mc.end_inference_session()

@@ -6,6 +6,7 @@ import click
 
 _COMMANDS = {
     "train": "Train on text, or on a data set that only far memory can solve.",
+    "generate": "Continue a text of any length with a trained model.",
 }
 
 
