@@ -20,7 +20,8 @@ from lensnet_guard import (
     NoContext,
     UnsanctionedCall,
 )
-from megacontext import MCConfig, MCController, TrainingWCVariationAllocator
+from megacontext import MCConfig, MCController, SessionConfig, TrainingWCVariationAllocator
+from megacontext.session import Session
 
 AssertCalls = Callable[..., AbstractContextManager[Sequence[CallRecord]]]
 
@@ -262,6 +263,40 @@ class TestAnyOtherTrainingCallIsRefused:
 
         with pytest.raises(BudgetExceeded):
             score_each()
+
+
+class TestInference:
+    def test_inference_runs_lensnet_through_the_allocator(
+        self,
+        mc: MCController,
+        tokens: Tensor,
+        assert_lensnet_calls: AssertCalls,
+        forwards: list[int],
+    ) -> None:
+        """The plan's last test; the guard's records say who called, and in which context."""
+        expected = assert_lensnet_calls(n=4, context="inference")
+        with expected as calls:
+            mc.begin_inference_session(tokens[0], settings=SessionConfig(refocus_interval=8))
+            mc.inference_step(tokens[1, :16])
+        assert mc.inference_report().lensnet_calls == len(forwards) == 4
+        for call in calls:
+            assert call.caller.file.endswith("megacontext/allocators/focus.py")
+            assert call.caller.function.endswith("FocusAllocator.refocus")
+            assert (call.scope, call.verdict) == (None, "allow")
+        assert mc.guard.current_context is None
+
+    def test_the_focus_allocator_is_refused_in_training(
+        self, mc: MCController, tokens: Tensor, assert_lensnet_calls: AssertCalls
+    ) -> None:
+        """A session that exists already too: LensNet is not even asked."""
+        mc.begin_inference_session(tokens[0])
+        with mc.context("training"), assert_lensnet_calls(n=0):
+            with pytest.raises(RuntimeError, match="cannot be used in training context"):
+                mc.inference_step(tokens[1])
+            with pytest.raises(RuntimeError, match="cannot be used in training context"):
+                mc.begin_inference_session(tokens[1])
+            with pytest.raises(RuntimeError, match="made in training context"):
+                Session(mc, SessionConfig())
 
 
 class TestCodeBase:

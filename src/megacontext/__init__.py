@@ -7,18 +7,22 @@ from megacontext.cut import Cut, UnreachableTarget
 from megacontext.gistnet import GistNet
 from megacontext.language_model import LanguageModel
 from megacontext.lensnet import LensNet
+from megacontext.session import FocusEvent, InferenceReport, SessionConfig
 from megacontext.tree import MegaContextTree
 from megacontext.working_context import WorkingContext
 
 __all__ = [
     "Cut",
+    "FocusEvent",
     "GistNet",
+    "InferenceReport",
     "LanguageModel",
     "LensNet",
     "MCBatchResult",
     "MCConfig",
     "MCController",
     "MegaContextTree",
+    "SessionConfig",
     "TrainingWCVariationAllocator",
     "UnreachableTarget",
     "Variants",

@@ -25,6 +25,7 @@ from megacontext.cut import (
     relative_detail,
 )
 from megacontext.gistnet import GistNet
+from megacontext.inference import InferenceSessions
 from megacontext.language_model import LanguageModel
 from megacontext.lensnet import LensNet
 from megacontext.tree import MegaContextTree
@@ -66,7 +67,7 @@ class MCBatchResult:
     metrics: dict[str, Tensor | int]
 
 
-class MCController(nn.Module):
+class MCController(InferenceSessions, nn.Module):
     """Language model, GistNet, guarded LensNet and training allocator in one.
 
     Args:

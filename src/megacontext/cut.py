@@ -142,9 +142,12 @@ def coarse_cut(
         lod0_from: the block that holds this token is the first at LOD0.
 
     Raises:
+        ValueError: ``first`` is no such multiple.
         UnreachableTarget: as coarse as it can be, the cut is longer than ``window``.
     """
     k = block_size
+    if first % k**max_lod:
+        raise ValueError(f"a coarse cut must begin at a multiple of {k**max_lod}, not at {first}")
     blocks = max(lod0_from - first, 0) // k
     lod0 = first + blocks * k
     length = blocks + max(end - lod0, 0)

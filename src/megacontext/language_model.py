@@ -51,7 +51,12 @@ class LanguageModel(nn.Module):
             starts, spans: first token and number of tokens of each entry, int64 ``[B, W]``.
             pad_mask: bool ``[B, W]``, True at pads.
             seen: the entries before these, without pads; it takes up these.
+
+        Raises:
+            ValueError: pads together with ``seen``, or more entries than it has room for.
         """
+        if seen is not None and pad_mask is not None:
+            raise ValueError("entries that are read one after another must not be padded")
         rope = gaussian_rope(starts, spans, self.head_dim)
         mask = attention_mask(pad_mask, causal=True) if seen is None else seen.mask(inputs_embeds)
         before = inputs_embeds[:, :-1]

@@ -73,11 +73,17 @@ class LayerCache:
         self._both: Tensor | None = None  # [2, B, H, capacity, D / H]
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of new entries; returns all."""
+        """Add those of new entries; returns all.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
         if self._both is None:
             batch, heads, _, width = key.shape
             self._both = key.new_empty(2, batch, heads, self._capacity, width)
         end = self.length + key.shape[2]
+        if end > self._capacity:
+            raise ValueError(f"{end} entries do not fit a cache with room for {self._capacity}")
         self._both[0, :, :, self.length : end] = key
         self._both[1, :, :, self.length : end] = value
         self.length = end

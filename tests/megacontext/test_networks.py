@@ -1,9 +1,13 @@
 """GistNet, LensNet and the language model: shapes, masks and what they may look at."""
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megacontext import GistNet, LanguageModel, LensNet
+from megacontext.language_model import Seen
 
 
 def entries(batch: int, width: int, seed: int = 0) -> dict[str, Tensor]:
@@ -140,3 +144,52 @@ class TestLanguageModel:
         """No second vocabulary matrix."""
         shapes = [tuple(p.shape) for p in self.model().parameters()]
         assert shapes.count((11, 16)) == 1
+
+
+class TestSeen:
+    """What was read need not be read again."""
+
+    width = 12
+
+    def model(self) -> LanguageModel:
+        torch.manual_seed(0)
+        return LanguageModel(vocab_size=11, d_model=16, num_layers=2, num_heads=2)
+
+    @settings(max_examples=30)
+    @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 2))
+    def test_in_pieces_the_logits_are_those_of_the_whole(
+        self, pieces: list[int], batch: int
+    ) -> None:
+        """However it is cut up."""
+        context, model = entries(batch, self.width), self.model()
+        expected = model(context["embeddings"], context["starts"], context["spans"])
+        seen, at, logits = Seen(2, self.width), 0, []
+        for size in (*pieces, self.width):
+            piece = [context[n][:, at : at + size] for n in ("embeddings", "starts", "spans")]
+            if piece[0].shape[1]:
+                logits.append(model(*piece, None, seen))
+            at = min(at + size, self.width)
+        assert seen.length == self.width
+        torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-5, rtol=1e-4)
+
+    def test_what_it_has_no_room_for_is_refused(self) -> None:
+        """It was made for so many entries."""
+        context, seen = entries(1, 5), Seen(2, 4)
+        with pytest.raises(ValueError, match="5 entries do not fit a cache with room for 4"):
+            self.model()(context["embeddings"], context["starts"], context["spans"], None, seen)
+
+    def test_pads_are_refused(self) -> None:
+        """They would be remembered as entries."""
+        context = padded(entries(1, 5), 2)
+        arguments = [context[n] for n in ("embeddings", "starts", "spans", "pad_mask")]
+        with pytest.raises(ValueError, match="one after another must not be padded"):
+            self.model()(*arguments, Seen(2, 9))
+
+    def test_only_differences_of_positions_matter(self) -> None:
+        """So sessions count from the first covered token; near 2**24 float32 loses the angles."""
+        context, model = entries(1, 7), self.model()
+        near = model(context["embeddings"], context["starts"], context["spans"])
+        shifted = model(context["embeddings"], context["starts"] + 1_000, context["spans"])
+        torch.testing.assert_close(near, shifted, atol=1e-4, rtol=1e-3)
+        far = model(context["embeddings"], context["starts"] + 2**25, context["spans"])
+        assert (near - far).abs().max() > 10 * (near - shifted).abs().max()

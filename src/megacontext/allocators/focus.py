@@ -5,7 +5,7 @@ changes the length by K - 1. Edits are planned on integers and scores alone (`re
 function); embeddings are gathered afterwards, once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,34 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lensnet_guard import Guard
-from megacontext.cut import Cut, Ints
+from megacontext.allocators.rules import FocusRules, coarsest_length, first_that_fits
+from megacontext.cut import Cut, Ints, coarse_cut
 from megacontext.working_context import WorkingContext
 
+__all__ = ["Edits", "FocusAllocator", "FocusRules", "Scored", "node_keys", "refocus_cut"]
+
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class FocusRules:
-    """How scores become edits.
-
-    Attributes:
-        wc_length: most entries that an edited working context has, W. It is a soft budget: tokens
-            that are appended exceed it until the next refocus.
-        block_size, max_lod, recent_tokens: of the tree, and the protected tail.
-        expand_threshold: only what scores above it is expanded.
-        margin: an expansion that needs room takes it from a collapse that scores less by so much.
-        max_edits: of one iteration.
-        cooldown: iterations for which what was expanded is not collapsed, and the reverse.
-    """
-
-    wc_length: int
-    block_size: int
-    max_lod: int
-    recent_tokens: int
-    expand_threshold: float = 0.0
-    margin: float = 0.1
-    max_edits: int = 64
-    cooldown: int = 2
+_NONE: Ints = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +30,14 @@ class Edits:
     Attributes:
         expanded, collapsed: keys of the nodes (see `node_keys`): the entries that were expanded,
             and the parents that siblings were collapsed into; int64 ``[edits]`` each.
-        dropped: entries that left at the old end, since nothing more could be collapsed.
+        dropped: entries that left at the old end, since even the coarsest cut did not fit.
+        flipped: of the collapses, how many the budget forced upon nodes that were barred.
     """
 
     expanded: Ints
     collapsed: Ints
-    dropped: int
+    dropped: int = 0
+    flipped: int = 0
 
     def __len__(self) -> int:
         return len(self.expanded) + len(self.collapsed)
@@ -69,11 +51,14 @@ class Scored:
     scores: Floats
 
     def of_nodes(self, starts: Ints, spans: Ints) -> Floats:
-        """The highest score within each node, float ``[n]``: one worthy part is enough."""
+        """The highest score within each node, float ``[n]``: one worthy part is enough.
+
+        -inf for nodes that the view does not reach.
+        """
         first = np.searchsorted(self.view.ends, starts, side="right")
         last = np.searchsorted(self.view.positions, starts + spans, side="left")
         edges = np.stack([first, np.maximum(last, first + 1)], axis=1).ravel()
-        padded = np.append(self.scores, np.float32(-np.inf))
+        padded = np.append(self.scores, np.full(2, -np.inf, np.float32))
         best: Floats = np.maximum.reduceat(padded, edges)[::2] if len(edges) else padded[:0]
         return best
 
@@ -89,82 +74,156 @@ def refocus_cut(
 ) -> tuple[Cut, Edits]:
     """Edit a cut by scores: as many of the best expansions as there is room, or room can be made.
 
-    Room comes from the free budget first, then from the collapses that score lowest, each of which
-    must score ``margin`` less than the expansion it makes room for. A cut above its budget is
-    collapsed where scores are lowest, whatever they are, and loses its oldest entries when that is
-    not enough.
+    The budget comes first. A cut of more than ``wc_length`` entries is collapsed where scores are
+    lowest, whatever they are and however many edits it takes; what is barred comes last, and only
+    when all else is as coarse as it can be. A history that not even the coarsest cut covers loses
+    its oldest entries, so many that there is room for detail again. The new cut is never longer
+    than ``wc_length``, and begins where the old one did whenever that is possible.
+
+    Then the best expansions: room comes from the free budget first, then from the collapses that
+    score lowest, each of which must score ``margin`` less than the expansion it makes room for.
 
     Args:
-        cut: covers the tokens up to the newest without a gap.
+        cut: at least one entry; covers the tokens up to the newest without a gap.
         scored: its view covers all that may be edited.
-        barred: keys of nodes that may not be edited now.
+        barred: keys of nodes that may not be edited now, int64 ``[n]``.
 
     Returns:
         the new cut, and the edits that made it.
+
+    Raises:
+        UnreachableTarget: ``wc_length`` does not even hold the protected tail.
     """
-    k, lods, spans = cut.block_size, cut.lods, cut.spans
-    editable = cut.ends[-1] - rules.recent_tokens  # what ends later is protected
-    barred = np.empty(0, np.int64) if barred is None else barred
+    barred = _NONE if barred is None else barred
+    first = first_that_fits(int(cut.positions[0]), int(cut.ends[-1]), rules)
+    dropped = int(np.searchsorted(cut.positions, first))
+    cut = Cut(cut.positions[dropped:], cut.lods[dropped:], cut.block_size)
+    cut, forced, flipped = _collapse_to_fit(cut, scored, rules, barred)
+    cut, expanded, collapsed = _trade(cut, scored, rules, barred, len(forced))
+    # What was collapsed by force and expanded again, since it paid, was not edited.
+    edited, undone = ~np.isin(forced, expanded), np.isin(expanded, forced)
+    collapsed = np.concatenate([forced[edited], collapsed])
+    return cut, Edits(expanded[~undone], collapsed, dropped, flipped)
 
-    groups = np.flatnonzero(_begins_siblings(cut, rules.max_lod, editable))
-    parents = node_keys(cut.positions[groups], lods[groups] + 1)
-    over = len(cut) - rules.wc_length
-    forced = min(max(-(-over // (k - 1)), 0), len(groups))
-    low = scored.of_nodes(cut.positions[groups], spans[groups] * k)
-    # Barred ones come last, and are taken only where the budget forces it.
-    resting = np.isin(parents, barred)
-    order = np.lexsort((low, resting))
+
+def _collapse_to_fit(
+    cut: Cut, scored: Scored, rules: FocusRules, barred: Ints
+) -> tuple[Cut, Ints, int]:
+    """Collapse what scores lowest until the cut fits: a round for each LOD, then the barred ones.
+
+    Returns:
+        the cut, the keys of the parents, and how many of them were barred.
+    """
+    made = [_NONE]
+    for spared in (barred, _NONE):
+        while (over := len(cut) - rules.wc_length) > 0:
+            groups, parents, low = _collapsible(cut, scored, rules, spared)
+            if not len(groups):
+                break
+            taken = np.argsort(low, kind="stable")[: -(-over // (cut.block_size - 1))]
+            cut = _apply(cut, _NONE, groups[taken])
+            made.append(parents[taken])
+    forced = np.concatenate(made)
+    return cut, forced, int(np.isin(forced, barred).sum())
+
+
+def _trade(
+    cut: Cut, scored: Scored, rules: FocusRules, barred: Ints, forced: int
+) -> tuple[Cut, Ints, Ints]:
+    """Make the expansions that are worth their room, and the collapses that pay for them.
+
+    An expansion never meets a collapse around it: the group's score is the highest within it, so
+    it would have to be lower than itself.
+
+    Args:
+        forced: how many edits the budget has taken.
+    """
+    k, lods = cut.block_size, cut.lods
+    groups, parents, low = _collapsible(cut, scored, rules, barred)
+    order = np.argsort(low, kind="stable")[: np.count_nonzero(low <= rules.collapse_threshold)]
     groups, parents, low = groups[order], parents[order], low[order]
-    willing = np.append(low[forced:][~resting[order][forced:]], np.float32(np.inf))
 
-    entries = np.flatnonzero((lods > 0) & (cut.ends <= editable))
+    entries = np.flatnonzero(lods > 0)
     keys = node_keys(cut.positions[entries], lods[entries])
-    high = scored.of_nodes(cut.positions[entries], spans[entries])
+    high = scored.of_nodes(cut.positions[entries], cut.spans[entries])
     wanted = (high > rules.expand_threshold) & ~np.isin(keys, barred)
     order = np.flatnonzero(wanted)[np.argsort(-high[wanted], kind="stable")]
     entries, keys, high = entries[order], keys[order], high[order]
 
-    room = max(-over, 0) // (k - 1)
-    # The i-th expansion beyond the room takes the i-th lowest collapse.
-    price = np.full(len(high), -np.inf, np.float32)
-    paid = np.arange(len(high) - room) if len(high) > room else np.arange(0)
-    price[room:] = willing[np.minimum(paid, len(willing) - 1)]
-    affordable = high - price > rules.margin
-    expansions = int(np.argmin(affordable)) if not affordable.all() else len(high)
-    collapses = forced + max(expansions - room, 0)
-    if collapses + expansions > rules.max_edits:  # forced collapses come first
-        expansions, collapses = _limit(expansions, room, forced, rules.max_edits)
-    edited = _apply(cut, entries[:expansions], groups[:collapses])
-    dropped = max(len(edited) - rules.wc_length, 0) if forced == len(groups) else 0
-    if dropped:
-        edited = Cut(edited.positions[dropped:], edited.lods[dropped:], k)
-    return edited, Edits(keys[:expansions], parents[:collapses], dropped)
+    room = max(rules.wc_length - len(cut), 0) // (k - 1)
+    # The i-th expansion beyond the room takes the i-th lowest collapse, while there is one.
+    price = np.full(len(high), np.inf, np.float32)
+    price[:room] = -np.inf
+    price[room : room + len(low)] = low[: max(len(high) - room, 0)]
+    worth = high - price > rules.margin
+    worth &= _leaves_reserve(cut, keys, rules, barred)
+    expansions = len(high) if worth.all() else int(np.argmin(worth))
+    edits_left = max(rules.max_edits - forced, 0)
+    free = min(expansions, room, edits_left)
+    paid = min(expansions - min(expansions, room), (edits_left - free) // 2)
+    edited = _apply(cut, entries[: free + paid], groups[:paid])
+    return edited, keys[: free + paid], parents[:paid]
 
 
-def _limit(expansions: int, room: int, forced: int, most: int) -> tuple[int, int]:
-    """Expansions and collapses, so that both together are at most ``most``."""
-    forced = min(forced, most)
-    left = most - forced
-    free = min(expansions, room, left)
-    pairs = min(expansions - min(expansions, room), (left - free) // 2)
-    return free + pairs, forced + pairs
+def _leaves_reserve(cut: Cut, keys: Ints, rules: FocusRules, barred: Ints) -> NDArray[np.bool_]:
+    """Whether, after each expansion in turn, the reserve is free.
+
+    Free is what would be, were all collapsed but what was expanded and is barred, or now will be.
+
+    Args:
+        keys: of the entries to be expanded, in order, ``[n]``.
+    """
+    if not rules.reserve:
+        return np.ones(len(keys), dtype=np.bool_)
+    k, first, end = cut.block_size, int(cut.positions[0]), int(cut.ends[-1])
+    starts, levels = barred // 4, barred % 4
+    at = np.searchsorted(cut.positions, starts, side="right") - 1
+    stands_open = (starts >= first) & (cut.lods[at] < levels)
+    kept = barred[stands_open]
+    kept = np.unique(np.concatenate([kept, _parents(kept, first, end, rules)]))
+    floor = coarsest_length(first, end, rules) + (k - 1) * len(kept)
+    # A node that is kept open keeps its parent open, which counts once.
+    each = np.stack([keys, _parents(keys, first, end, rules, keep_none=True)], axis=1).ravel()
+    unseen = np.zeros(len(each), dtype=np.bool_)
+    unseen[np.unique(each, return_index=True)[1]] = True
+    unseen &= (each >= 0) & ~np.isin(each, kept)
+    cost = (k - 1) * unseen.reshape(-1, 2).sum(axis=1).cumsum()
+    leaves: NDArray[np.bool_] = floor + cost <= rules.wc_length - rules.reserve
+    return leaves
 
 
-def _begins_siblings(cut: Cut, max_lod: int, editable: int) -> NDArray[np.bool_]:
-    """Which entries are the first of K siblings that all stand in the cut, bool ``[W]``."""
+def _parents(keys: Ints, first: int, end: int, rules: FocusRules, keep_none: bool = False) -> Ints:
+    """Keys of the parents that a cut of ``[first, end)`` could hold; -1 for none, or left out."""
+    lods = keys % 4 + 1
+    spans = rules.block_size**lods
+    starts = keys // 4 // spans * spans
+    exists = (lods <= rules.max_lod) & (starts >= first)
+    exists &= starts + spans <= end - rules.recent_tokens
+    parents = np.where(exists, node_keys(starts, lods), -1)
+    return parents if keep_none else parents[exists]
+
+
+def _collapsible(
+    cut: Cut, scored: Scored, rules: FocusRules, barred: Ints
+) -> tuple[Ints, Ints, Floats]:
+    """Where K siblings begin that all stand in the cut, their parents' keys and scores."""
     k, spans = cut.block_size, cut.spans
     if len(cut) < k:
-        return np.zeros(len(cut), dtype=np.bool_)
+        return _NONE, _NONE, np.empty(0, np.float32)
+    editable = cut.ends[-1] - rules.recent_tokens  # what ends later is protected
     last = np.minimum(np.arange(len(cut)) + k - 1, len(cut) - 1)
     # K aligned entries of one level take (K - 1) spans from first to last; no mixture does.
-    begins: NDArray[np.bool_] = (
-        (cut.lods < max_lod)
+    begins = (
+        (cut.lods < rules.max_lod)
         & (cut.positions % (spans * k) == 0)
         & (cut.positions[last] == cut.positions + (k - 1) * spans)
         & (cut.lods[last] == cut.lods)
         & (cut.positions + k * spans <= editable)
     )
-    return begins
+    groups = np.flatnonzero(begins)
+    parents = node_keys(cut.positions[groups], cut.lods[groups] + 1)
+    groups, parents = (a[~np.isin(parents, barred)] for a in (groups, parents))
+    return groups, parents, scored.of_nodes(cut.positions[groups], spans[groups] * k)
 
 
 def _apply(cut: Cut, entries: Ints, groups: Ints) -> Cut:
@@ -188,34 +247,77 @@ class FocusAllocator:
     Args:
         lensnet: guarded; ``guard`` is its guard.
         rules: how scores become edits.
+        horizon_tokens: by how much the LOD0 tail of the focus view is shorter than the protected
+            tail, as it was in training.
+        focus_window: most entries of the focus view.
 
     Raises:
         RuntimeError: made or used outside inference context.
     """
 
-    def __init__(self, lensnet: Callable[..., Tensor], guard: Guard, rules: FocusRules) -> None:
+    def __init__(
+        self,
+        lensnet: Callable[..., Tensor],
+        guard: Guard,
+        rules: FocusRules,
+        *,
+        horizon_tokens: int,
+        focus_window: int,
+    ) -> None:
         self._lensnet = lensnet
         self._guard = guard
         self.rules = rules
-        self._recent: list[Ints] = []  # keys of the edits of the last iterations, newest last
+        self._horizon_tokens = horizon_tokens
+        self._focus_window = focus_window
+        self._resting: tuple[Ints, ...] = ()
         self._require_inference("made")
 
-    def refocus(self, cut: Cut, view: WorkingContext, view_cut: Cut) -> tuple[Cut, Edits]:
+    @property
+    def resting(self) -> tuple[Ints, ...]:
+        """Keys of the nodes that the last iterations edited, one array each, newest last.
+
+        They are barred. Assign what was saved to continue there.
+        """
+        return self._resting
+
+    @resting.setter
+    def resting(self, keys: Sequence[Ints]) -> None:
+        self._resting = tuple(keys)
+
+    def refocus(self, cut: Cut, gather: Callable[[Cut], WorkingContext]) -> tuple[Cut, Edits]:
         """One iteration: one LensNet call, then edits.
 
         Args:
-            cut: the working context's.
-            view: the focus view as tensors, ``[1, E]``. view_cut: the same as a cut.
+            cut: the working context's, up to the newest token.
+            gather: makes tensors ``[1, E]`` of the focus view.
+
+        Raises:
+            UnreachableTarget: the view does not fit ``focus_window``, or the tail ``wc_length``.
         """
         self._require_inference("used")
+        view_cut = self.focus_view(cut)
+        view = gather(view_cut)
         scores = self._lensnet(view.embeddings, view.starts, view.spans, view.lods, view.pad_mask)
         scored = Scored(view_cut, scores[0].float().numpy(force=True))
-        barred = np.concatenate(self._recent) if self._recent else None
+        barred = np.concatenate([_NONE, *self._resting])
         edited, edits = refocus_cut(cut, scored, self.rules, barred)
         if self.rules.cooldown:
-            self._recent.append(np.concatenate([edits.expanded, edits.collapsed]))
-            del self._recent[: -self.rules.cooldown]
+            newest = np.concatenate([edits.expanded, edits.collapsed])
+            self._resting = (*self._resting, newest)[-self.rules.cooldown :]
         return edited, edits
+
+    def focus_view(self, cut: Cut) -> Cut:
+        """What LensNet is to score: all that the edited cut can cover, the history as gists."""
+        rules, end = self.rules, int(cut.ends[-1])
+        first = first_that_fits(int(cut.positions[0]), end, rules)
+        return coarse_cut(
+            first,
+            end,
+            lod0_from=end - (rules.recent_tokens - self._horizon_tokens),
+            block_size=rules.block_size,
+            max_lod=rules.max_lod,
+            window=self._focus_window,
+        )
 
     def _require_inference(self, what: str) -> None:
         if (context := self._guard.current_context) != "inference":

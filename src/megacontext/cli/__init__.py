@@ -7,6 +7,7 @@ import click
 _COMMANDS = {
     "train": "Train on text, or on a data set that only far memory can solve.",
     "eval": "Compare ways to pick a working context, LensNet among them, at equal length.",
+    "generate": "Continue a text of any length with a trained model.",
 }
 
 

@@ -1,0 +1,284 @@
+"""``megacontext generate``."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
+from torch import Tensor
+
+from lensnet_guard import LensNetViolation
+from megacontext.controller import MCController
+from megacontext.focus_strip import focus_legend, focus_strip
+from megacontext.pretrained import load_model
+from megacontext.sampling import SamplingRules, sample_token
+from megacontext.session import FocusEvent, SessionConfig
+from megacontext.text_stream import TextStream
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_SESSION, _SAMPLING = SessionConfig(), SamplingRules()
+_PROMPT_BYTES = 1 << 16  # of a prompt that are in memory at once
+
+
+def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command]:
+    return click.option(name, default=default, show_default=True, help=text)
+
+
+@click.command("generate", context_settings={"show_default": True})
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the run that trained the model.",
+)
+@click.option(
+    "--prompt",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    help="File to continue, of any length; - for standard input.",
+)
+@click.option("--text", help="Text to continue.")
+@_option("--max-tokens", 256, "Most bytes to generate.")
+@_option("--temperature", _SAMPLING.temperature, "0 takes the likeliest byte always.")
+@_option("--top-k", _SAMPLING.top_k, "Only so many of the likeliest bytes; 0 for all.")
+@_option("--top-p", _SAMPLING.top_p, "Only the likeliest that have this probability together.")
+@_option("--seed", 0, "Same seed, same text.")
+@click.option("--stop", multiple=True, help="Ends the text before this string; may be repeated.")
+@click.option(
+    "--wc-length", type=int, show_default="the model's", help="Most entries of the working context."
+)
+@_option("--refocus-interval", _SESSION.refocus_interval, "Tokens from one refocus to the next.")
+@_option("--iterations", _SESSION.iterations, "Of each refocus, with one LensNet call each.")
+@_option("--expand-threshold", _SESSION.expand_threshold, "Only what scores above is expanded.")
+@_option("--collapse-threshold", _SESSION.collapse_threshold, "Only what scores no more gives way.")
+@_option("--margin", _SESSION.margin, "By which an expansion must beat the collapse it costs.")
+@_option("--max-edits", _SESSION.max_edits, "Of one iteration.")
+@_option("--cooldown", _SESSION.cooldown, "Iterations for which an edit is not undone.")
+@_option("--detail-share", _SESSION.detail_share, "Freed for detail when history is lost.")
+@_option("--device", "cpu", "Torch device, such as cpu or cuda.")
+@click.option(
+    "--tree-store",
+    type=click.Choice(["memory", "disk"]),
+    default="memory",
+    help="Where the history is kept; disk needs --session-dir.",
+)
+@click.option("--session-dir", type=click.Path(path_type=Path), help="Folder of a session on disk.")
+@click.option("--resume", is_flag=True, help="Continue the session in --session-dir.")
+@click.option("--show-focus", is_flag=True, help="Draw at each refocus what is held in detail.")
+@click.option("--quiet", is_flag=True, help="No budget and no refocus events on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print text and report as JSON at the end.")
+def command(run_dir: Path, device: str, **options: Any) -> None:
+    """Continue a text of any length with a trained model.
+
+    The text streams to stdout; the budget and every refocus are told on stderr.
+
+    Exit codes: 0 done, 1 LensNet was called where it may not be, 2 wrong usage, 130 interrupted.
+
+    \b
+    Examples:
+      megacontext generate --run-dir runs/first --text "def main("
+      megacontext generate --run-dir runs/first --prompt book.txt --show-focus
+      megacontext generate --run-dir runs/first --prompt log.txt --tree-store disk --session-dir s
+      megacontext generate --run-dir runs/first --session-dir s --resume
+    """
+    console = Console(stderr=True, highlight=False)
+    try:
+        _check_usage(click.get_current_context())
+        mc = load_model(run_dir, _usable_device(device))
+        if mc.config.vocab_size != 256:
+            raise ValueError(
+                f"{run_dir} was not trained on bytes: its vocab_size is {mc.config.vocab_size}, "
+                "and text needs 256"
+            )
+        _Generation(mc, console, options).run()
+    except BrokenPipeError:  # whoever read the text has read enough
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        raise click.UsageError(str(error)) from error
+    except LensNetViolation as violation:
+        console.print(f"{type(violation).__name__}: {violation}", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        where = options["session_dir"]
+        again = f" Continue with: --session-dir {where} --resume" if where is not None else ""
+        console.print(f"\nInterrupted.{again}", markup=False, soft_wrap=True)
+        sys.exit(130)
+
+
+def _usable_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+    return device
+
+
+def _check_usage(ctx: click.Context) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ValueError: saying which.
+    """
+    given = ctx.params
+    if given["prompt"] is not None and given["text"] is not None:
+        raise ValueError("give --prompt or --text, not both")
+    if given["resume"]:
+        if given["session_dir"] is None:
+            raise ValueError("--resume needs the --session-dir that is to go on")
+        fixed = [field.name for field in dataclasses.fields(SessionConfig)]
+        source = click.core.ParameterSource.COMMANDLINE
+        changed = [name for name in fixed if ctx.get_parameter_source(name) is source]
+        if changed:
+            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise ValueError(f"a resumed session keeps its settings, so leave out {flags}")
+        return
+    if given["prompt"] is None and given["text"] is None:
+        raise ValueError("give a --prompt or a --text to continue, or --resume a session")
+    if (given["tree_store"] == "disk") != (given["session_dir"] is not None):
+        raise ValueError("--tree-store disk and --session-dir belong together: give both")
+
+
+class _Generation:
+    """From options to text."""
+
+    def __init__(self, mc: MCController, console: Console, options: dict[str, Any]) -> None:
+        self._mc, self._console, self._options = mc, console, options
+        self._rules = SamplingRules(options["temperature"], options["top_k"], options["top_p"])
+        self._stream = TextStream(options["stop"])
+        self._max_tokens = options["max_tokens"]
+        if self._max_tokens < 0:
+            raise ValueError(f"--max-tokens must not be negative, but is {self._max_tokens}")
+        self._text: list[str] = []
+        self._told = 0  # refocuses that were told
+        self._legend: Text | None = None
+
+    def run(self) -> None:
+        logits = self._begin()
+        device = logits.device
+        generator = torch.Generator(device).manual_seed(self._options["seed"])
+        tokens = 0
+        self._tell()
+        while tokens < self._max_tokens and not self._stream.stopped:
+            token = sample_token(logits[0, -1], self._rules, generator)
+            self._print(self._stream.feed(bytes([int(token)])))
+            logits = self._mc.inference_step(token)
+            tokens += 1
+            self._tell()
+        self._print(self._stream.finish())
+        self._end(tokens)
+
+    def _begin(self) -> Tensor:
+        """Take in the prompt; logits after it."""
+        options = self._options
+        if options["resume"]:
+            logits = self._mc.resume_inference_session(options["session_dir"])
+            for chunk in self._prompt():
+                logits = self._mc.inference_step(chunk)
+            return logits
+        settings = {f.name: options[f.name] for f in dataclasses.fields(SessionConfig)}
+        size = os.path.getsize(options["prompt"]) if options["prompt"] not in (None, "-") else None
+        show = self._console.is_terminal and options["text"] is None
+        with Progress(
+            TextColumn("reading the prompt"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=self._console,
+            disable=not show,
+            transient=True,
+        ) as progress:
+            task = progress.add_task("prompt", total=size)
+            return self._mc.begin_inference_session(
+                self._prompt(),
+                tree_store=options["tree_store"],
+                path=options["session_dir"],
+                settings=SessionConfig(**settings),
+                progress=lambda done: progress.update(task, completed=done),
+            )
+
+    def _prompt(self) -> Iterator[Tensor]:
+        """The prompt in pieces."""
+        prompt, text = self._options["prompt"], self._options["text"]
+        if text:
+            yield _as_tensor(text.encode("utf-8", "surrogateescape"))
+        elif prompt == "-":
+            yield from _pieces(sys.stdin.buffer)
+        elif prompt is not None:
+            with open(prompt, "rb") as file:
+                yield from _pieces(file)
+
+    def _print(self, text: str) -> None:
+        self._text.append(text)
+        if not self._options["as_json"]:
+            click.echo(text, nl=False)
+
+    def _tell(self) -> None:
+        """Tell the refocuses that were not told yet, and where the budget stands."""
+        report = self._mc.inference_report()
+        events = report.events[-(report.lensnet_calls - self._told) :]
+        if self._options["quiet"] or report.lensnet_calls == self._told:
+            return
+        self._told = report.lensnet_calls
+        if sys.stdout.isatty() and "".join(self._text[-1:])[-1:] not in ("", "\n"):
+            click.echo()  # the text goes on below
+        for event in events:
+            self._console.print(_event_line(event, report.wc_length), style="dim", soft_wrap=True)
+        if self._options["show_focus"]:
+            self._draw()
+
+    def _draw(self) -> None:
+        cut, tokens = self._mc.inference_cut, self._mc.inference_report().tokens
+        legend = focus_legend(tokens, self._console.width)
+        if legend != self._legend:  # when a character comes to stand for more tokens
+            self._console.print(legend, soft_wrap=True)
+            self._legend = legend
+        self._console.print(focus_strip(cut, tokens, self._console.width))
+
+    def _end(self, tokens: int) -> None:
+        report = self._mc.inference_report()
+        self._mc.end_inference_session()
+        if self._options["as_json"]:
+            result = {
+                "text": "".join(self._text),
+                "generated_tokens": tokens,
+                "stopped": self._stream.stopped,
+                "report": dataclasses.asdict(report),
+            }
+            click.echo(json.dumps(result))
+            return
+        click.echo()
+        if not self._options["quiet"]:
+            entries = ", ".join(f"{n} LOD{lod}" for lod, n in enumerate(report.entries_by_lod))
+            self._console.print(
+                f"{tokens} bytes generated; working context {report.length} entries ({entries}) "
+                f"of {report.tokens:,} tokens, from token {report.first_token:,} on; "
+                f"{report.refocuses} refocuses, {report.lensnet_calls} LensNet calls",
+                soft_wrap=True,
+            )
+
+
+def _event_line(event: FocusEvent, wc_length: int) -> str:
+    lost = f", {event.dropped} oldest lost" if event.dropped else ""
+    return (
+        f"refocus at {event.tokens:,} tokens: {event.expanded} expanded, "
+        f"{event.collapsed} collapsed{lost}; {event.after} of {wc_length} entries, "
+        f"from token {event.first_token:,} on"
+    )
+
+
+def _pieces(file: BinaryIO) -> Iterator[Tensor]:
+    while data := file.read(_PROMPT_BYTES):
+        yield _as_tensor(data)
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).astype(np.int64))

@@ -1,0 +1,500 @@
+"""A session: a language model over a history that grows without end, through a small context.
+
+Tokens go into the tree; the language model reads the working context and remembers what it has
+read. Every ``refocus_interval`` tokens the focus allocator edits the cut by LensNet's scores, and
+the model reads the new working context once. What a token costs does not depend on how long the
+history is.
+"""
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megacontext.allocators.focus import Edits, FocusAllocator
+from megacontext.allocators.rules import FocusRules, first_that_fits
+from megacontext.cut import Cut, check_int, coarse_cut
+from megacontext.language_model import Seen
+from megacontext.session_folder import SessionFolder, fingerprint
+from megacontext.tree_store import TreeStore
+from megacontext.working_context import NO_LABEL, WorkingContext
+
+if TYPE_CHECKING:
+    from megacontext.controller import MCController
+
+Tokens = NDArray[np.int64]
+_EVENTS_KEPT = 1_000
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """What a user may choose of a session.
+
+    Attributes:
+        wc_length: most entries of a working context after a refocus; the model's
+            ``train_wc_length`` if None.
+        refocus_interval: tokens from one refocus to the next.
+        iterations: of each refocus, with one LensNet call each.
+        expand_threshold, collapse_threshold, margin, max_edits, cooldown, detail_share: see
+            `FocusRules`.
+
+    Raises:
+        TypeError, ValueError: a value that makes no session, named.
+    """
+
+    wc_length: int | None = None
+    refocus_interval: int = 32
+    iterations: int = 1
+    expand_threshold: float = FocusRules.expand_threshold
+    collapse_threshold: float = FocusRules.collapse_threshold
+    margin: float = FocusRules.margin
+    max_edits: int = FocusRules.max_edits
+    cooldown: int = FocusRules.cooldown
+    detail_share: float = FocusRules.detail_share
+
+    def __post_init__(self) -> None:
+        for name in ("refocus_interval", "iterations"):
+            check_int(name, getattr(self, name))
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        wc_length = 1 if self.wc_length is None else self.wc_length
+        self.rules(wc_length, block_size=2, max_lod=1, recent_tokens=1)  # checks the rest
+
+    def rules(
+        self, wc_length: int, block_size: int, max_lod: int, recent_tokens: int
+    ) -> FocusRules:
+        """The rules of the focus allocator; expansions reserve what will be appended meanwhile."""
+        appended = self.cooldown * self.refocus_interval
+        growth = max_lod * (block_size - 1) + -(-appended // block_size**max_lod)
+        return FocusRules(
+            wc_length=wc_length,
+            block_size=block_size,
+            max_lod=max_lod,
+            recent_tokens=recent_tokens,
+            expand_threshold=self.expand_threshold,
+            collapse_threshold=self.collapse_threshold,
+            margin=self.margin,
+            max_edits=self.max_edits,
+            cooldown=self.cooldown,
+            reserve=growth if self.cooldown else 0,
+            detail_share=self.detail_share,
+        )
+
+
+@dataclass(frozen=True)
+class FocusEvent:
+    """One iteration of a refocus.
+
+    Attributes:
+        tokens: of the history at that moment.
+        expanded, collapsed: edits.
+        dropped: entries that were lost at the old end.
+        before, after: entries of the working context.
+        first_token: the first that is covered afterwards.
+    """
+
+    tokens: int
+    expanded: int
+    collapsed: int
+    dropped: int
+    before: int
+    after: int
+    first_token: int
+
+
+@dataclass(frozen=True)
+class InferenceReport:
+    """A session as of now.
+
+    Attributes:
+        tokens: of the history.
+        first_token: the first that the working context covers; 0 while nothing was lost.
+        length: entries of the working context now.
+        wc_length: most entries after a refocus.
+        entries_by_lod: how many of each level of detail.
+        next_refocus: tokens until then.
+        refocuses, lensnet_calls: so far, before a kill included.
+        expanded, collapsed, dropped: edits, and entries lost at the old end, so far.
+        ram_bytes, disk_bytes: of the tree.
+        events: the newest iterations since the session began or was resumed, oldest first.
+    """
+
+    tokens: int
+    first_token: int
+    length: int
+    wc_length: int
+    entries_by_lod: tuple[int, ...]
+    next_refocus: int
+    refocuses: int
+    lensnet_calls: int
+    expanded: int
+    collapsed: int
+    dropped: int
+    ram_bytes: int
+    disk_bytes: int
+    events: tuple[FocusEvent, ...]
+
+
+class Session:
+    """One history and the working context over it; ``MCController`` has methods for its use.
+
+    Args:
+        mc: the model.
+        settings: the user's.
+        folder: where the tree is kept; in memory if None.
+
+    Raises:
+        ValueError: settings that do not fit the model.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self, mc: "MCController", settings: SessionConfig, folder: SessionFolder | None = None
+    ) -> None:
+        config = mc.config
+        self.rules = self.check(mc, settings)
+        self.settings = settings
+        self._mc = mc
+        self._folder = folder
+        self._allocator = FocusAllocator(
+            mc.lensnet,
+            mc.guard,
+            self.rules,
+            horizon_tokens=config.horizon_tokens,
+            focus_window=config.focus_window,
+        )
+        self.store = TreeStore(
+            mc.language_model,
+            mc.gistnet,
+            block_size=config.block_size,
+            max_lod=config.max_lod,
+            folder=folder.path if folder is not None else None,
+        )
+        empty = np.empty(0, dtype=np.int64)
+        self._focused = Cut(empty, empty, config.block_size)  # the cut as of the last refocus
+        self._focused_tokens = 0
+        self._totals = dict.fromkeys(
+            ("refocuses", "lensnet_calls", "expanded", "collapsed", "dropped"), 0
+        )
+        self._events: deque[FocusEvent] = deque(maxlen=_EVENTS_KEPT)
+        self._seen: Seen | None = None
+        self._seen_tokens = 0
+        self._busy = threading.Lock()
+
+    @staticmethod
+    def check(mc: "MCController", settings: SessionConfig) -> FocusRules:
+        """The rules that settings make for a model.
+
+        Raises:
+            ValueError: sizes with which a session would fail later.
+        """
+        config = mc.config
+        rules = settings.rules(
+            settings.wc_length or config.train_wc_length,
+            block_size=config.block_size,
+            max_lod=config.max_lod,
+            recent_tokens=config.recent_tokens,
+        )
+        _check_sizes(rules, config.horizon_tokens, config.focus_window)
+        return rules
+
+    # What the user does ------------------------------------------------------------------------
+
+    def begin(self, chunks: Iterable[Tokens], progress: Callable[[int], None]) -> Tensor:
+        """Take in the first tokens, focus on them, and read.
+
+        Returns:
+            logits after the last token, ``[1, 1, vocab_size]``.
+        """
+        with self._alone():
+            for tokens in chunks:
+                self.store.append(tokens)
+                progress(len(self.store))
+            if not len(self.store):
+                raise ValueError("a session begins with at least one token")
+            self._focus_anew()
+            return self._read(1)
+
+    def resume(self) -> Tensor:
+        """Go on where a session ended or was killed.
+
+        Returns:
+            logits after the last token, ``[1, 1, vocab_size]``.
+
+        Raises:
+            ValueError: the folder is damaged, or holds no token yet.
+        """
+        if self._folder is None:
+            raise RuntimeError("only a session in a folder can be resumed")
+        with self._alone():
+            if not len(self.store):
+                raise ValueError(
+                    f"{self._folder.path} holds no token yet: the session was killed before the "
+                    "first; remove the folder and begin again"
+                )
+            focus = self._folder.read_focus()
+            if focus is None:  # killed while it took in its first tokens
+                self._focus_anew()
+            else:
+                self._restore(focus)
+                if self._due():
+                    self._refocus(self.settings.iterations)
+            return self._read(1)
+
+    def step(self, tokens: Tokens) -> Tensor:
+        """Append tokens ``[n]``, refocusing where it is due.
+
+        Returns:
+            logits after each of them, ``[1, n, vocab_size]``. A refocus sees no token that it has
+            not yet predicted: only the logits of the last token before it are those of the new
+            working context.
+        """
+        logits = []
+        with self._alone():
+            begin = 0
+            while begin < len(tokens):
+                if self._due():  # when the last one failed
+                    self._refocus(self.settings.iterations)
+                end = begin + self.settings.refocus_interval - self._since_refocus()
+                piece = tokens[begin:end]
+                self.store.append(piece)
+                read = self._read(len(piece))
+                if self._due():
+                    self._refocus(self.settings.iterations)
+                    read = torch.cat([read[:, :-1], self._read(1)], dim=1)
+                logits.append(read)
+                begin = end
+        return torch.cat(logits, dim=1)
+
+    def close(self) -> None:
+        """Let go of files."""
+        self.store.close()
+        if self._folder is not None:
+            self._folder.close()
+
+    # What the user sees ------------------------------------------------------------------------
+
+    @property
+    def cut(self) -> Cut:
+        """The cut now: as of the last refocus, and all tokens since at LOD0."""
+        tail = np.arange(self._focused_tokens, len(self.store), dtype=np.int64)
+        return Cut(
+            np.concatenate([self._focused.positions, tail]),
+            np.concatenate([self._focused.lods, np.zeros_like(tail)]),
+            self._focused.block_size,
+        )
+
+    def working_context(self) -> WorkingContext:
+        """What the language model reads now, ``[1, W]``; starts count from the first token of it.
+
+        Angles of positions near 1,000,000 lose digits in float32, and only differences matter.
+        """
+        cut = self.cut
+        labels = np.full(len(cut), NO_LABEL, dtype=np.int64)
+        known = cut.ends < len(self.store)
+        labels[known] = self.store.tokens(cut.ends[known])
+        context = self._gather(cut)
+        return dataclasses.replace(
+            context, labels=torch.from_numpy(labels)[None].to(context.labels.device)
+        )
+
+    def report(self) -> InferenceReport:
+        """The session in figures."""
+        cut = self.cut
+        ram, disk = self.store.nbytes()
+        by_lod = np.bincount(cut.lods, minlength=self.rules.max_lod + 1)
+        return InferenceReport(
+            tokens=len(self.store),
+            first_token=int(cut.positions[0]),
+            length=len(cut),
+            wc_length=self.rules.wc_length,
+            entries_by_lod=tuple(by_lod.tolist()),
+            next_refocus=max(self.settings.refocus_interval - self._since_refocus(), 0),
+            ram_bytes=ram,
+            disk_bytes=disk,
+            events=tuple(self._events),
+            **self._totals,
+        )
+
+    # How it works ------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One caller at a time.
+
+        Raises:
+            RuntimeError: there is another.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("another thread is using this session; give each thread its own")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _since_refocus(self) -> int:
+        return len(self.store) - self._focused_tokens
+
+    def _due(self) -> bool:
+        return self._since_refocus() >= self.settings.refocus_interval
+
+    def _focus_anew(self) -> None:
+        """From all history as gists, in so many iterations that its best parts reach LOD0."""
+        rules, end = self.rules, len(self.store)
+        self._focused = coarse_cut(
+            first_that_fits(0, end, rules),
+            end,
+            lod0_from=end - rules.recent_tokens,
+            block_size=rules.block_size,
+            max_lod=rules.max_lod,
+            window=rules.wc_length,
+        )
+        self._focused_tokens = end
+        self._refocus(max(self.settings.iterations, rules.max_lod))
+
+    def _refocus(self, iterations: int) -> None:
+        """Edit the cut; on disk before it counts, so that an error changes nothing."""
+        cut, resting = self.cut, self._allocator.resting
+        events, totals = [], dict(self._totals)
+        totals["refocuses"] += 1
+        try:
+            for _ in range(iterations):
+                before = len(cut)
+                cut, edits = self._allocator.refocus(cut, self._gather)
+                events.append(self._event(cut, edits, before))
+                totals["lensnet_calls"] += 1
+                totals["expanded"] += len(edits.expanded)
+                totals["collapsed"] += len(edits.collapsed)
+                totals["dropped"] += edits.dropped
+            if self._folder is not None:
+                self._folder.write_focus(
+                    {
+                        "tokens": len(self.store),
+                        "positions": cut.positions,
+                        "lods": cut.lods,
+                        "resting": list(self._allocator.resting),
+                        "totals": totals,
+                    }
+                )
+        except BaseException:
+            self._allocator.resting = resting
+            raise
+        self._focused, self._focused_tokens = cut, len(self.store)
+        self._totals = totals
+        self._events.extend(events)
+        self._seen = None
+
+    def _event(self, cut: Cut, edits: Edits, before: int) -> FocusEvent:
+        return FocusEvent(
+            tokens=len(self.store),
+            expanded=len(edits.expanded),
+            collapsed=len(edits.collapsed),
+            dropped=edits.dropped,
+            before=before,
+            after=len(cut),
+            first_token=int(cut.positions[0]),
+        )
+
+    def _restore(self, focus: dict[str, Any]) -> None:
+        """Take up the state of the last refocus.
+
+        Raises:
+            ValueError: it is damaged, or of more tokens than there are.
+        """
+        assert self._folder is not None
+        path = self._folder.path / "focus.json"
+        try:
+            tokens = int(focus["tokens"])
+            positions, lods = (np.array(focus[n], dtype=np.int64) for n in ("positions", "lods"))
+            cut = Cut(positions, lods, self.rules.block_size)
+            if not len(cut) or lods.min() < 0 or lods.max() > self.rules.max_lod:
+                raise ValueError("no such level of detail")
+            cut.check(int(positions[0]), tokens, min(self.rules.recent_tokens, tokens))
+            resting = [np.array(keys, dtype=np.int64) for keys in focus["resting"]]
+            totals = {name: int(focus["totals"][name]) for name in self._totals}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); remove it, and the session will focus anew"
+            ) from error
+        if tokens > len(self.store):
+            raise ValueError(
+                f"{self._folder.path} is damaged: it was focused on {tokens} tokens, and "
+                f"tokens.bin has {len(self.store)}; remove focus.json, and the session will "
+                "focus anew on those"
+            )
+        self._focused, self._focused_tokens = cut, tokens
+        self._allocator.resting = resting
+        self._totals = totals
+
+    def _gather(self, cut: Cut) -> WorkingContext:
+        """A cut as tensors ``[1, W]``, without labels; starts count from its first token."""
+        host = np.stack([cut.positions - cut.positions[0], cut.spans, cut.lods])
+        starts, spans, lods = torch.from_numpy(host).to(self.store.device)[:, None]
+        embeddings = self.store.gather(cut)
+        return WorkingContext(
+            embeddings, starts, spans, lods, torch.full_like(starts, NO_LABEL), None
+        )
+
+    def _read(self, last: int) -> Tensor:
+        """Let the language model read what it has not read.
+
+        Returns:
+            logits after the last tokens, ``[1, last, vocab_size]``.
+        """
+        seen, self._seen = self._seen, None  # half-read by an interrupted model is not read
+        if seen is None:
+            room = self.rules.wc_length + self.settings.refocus_interval
+            seen = Seen(self._mc.config.lm_layers, room)
+            context = self._gather(self.cut)
+            embeddings, starts, spans = context.embeddings, context.starts, context.spans
+        else:
+            new = np.arange(self._seen_tokens, len(self.store), dtype=np.int64)
+            embeddings = self.store.embed(self.store.tokens(new))[None]
+            first = int(self._focused.positions[0])
+            starts = torch.from_numpy(new - first).to(self.store.device)[None]
+            spans = torch.ones_like(starts)
+        logits: Tensor = self._mc.language_model(embeddings, starts, spans, None, seen)
+        self._seen, self._seen_tokens = seen, len(self.store)
+        return logits[:, -last:]
+
+
+def session_about(mc: "MCController", settings: SessionConfig) -> dict[str, Any]:
+    """What the folder of a session says of the model that made it."""
+    sizes = ("vocab_size", "d_model", "block_size", "max_lod", "recent_tokens")
+    return {
+        "model": {name: getattr(mc.config, name) for name in sizes},
+        "weights": fingerprint(mc.language_model.embedding, mc.gistnet),
+        "settings": dataclasses.asdict(settings),
+    }
+
+
+def _check_sizes(rules: FocusRules, horizon_tokens: int, focus_window: int) -> None:
+    """Refuse sizes with which a session would fail later.
+
+    Raises:
+        ValueError: naming what would fit.
+    """
+    if rules.wc_length < rules.shortest_wc_length:
+        raise ValueError(
+            f"wc_length {rules.wc_length} is too short for a session: the last "
+            f"{rules.recent_tokens} tokens at LOD0, and what cannot be collapsed before them, "
+            f"take up to {rules.shortest_wc_length} entries"
+        )
+    k = rules.block_size
+    # The view of what the coarsest working context covers, whose LOD0 tail is longer.
+    nodes = sum(horizon_tokens // k**lod for lod in range(1, rules.max_lod + 1))
+    longest = rules.wc_length - (k - 1) * nodes
+    if longest > focus_window:
+        raise ValueError(
+            f"focus_window {focus_window} is too short for a wc_length of {rules.wc_length}: the "
+            f"focus view of all that it can cover has up to {longest} entries; choose a shorter "
+            "wc_length, or a model with a wider focus_window"
+        )

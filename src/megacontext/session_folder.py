@@ -1,0 +1,186 @@
+"""The folder of a session on disk: what a killed session needs to go on.
+
+Beside the files of the tree (see `tree_store`) it holds ``session.json`` (sizes, settings, and a
+fingerprint of the weights that made the gists), ``focus.json`` (the cut and what rests, as of the
+last refocus) and ``lock``.
+"""
+
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from torch import nn
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = 1
+
+
+class SessionFolder:
+    """One session's folder, locked against other sessions until it is closed.
+
+    Use `create` or `open`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self._close = weakref.finalize(self, os.close, lock)
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.close()
+                raise BlockingIOError(
+                    f"another session is using {path}; end it, or choose another folder"
+                ) from None
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], about: Mapping[str, Any]) -> "SessionFolder":
+        """Make the folder for a new session.
+
+        Args:
+            about: what `open` is to compare and to give back: ``model``, ``weights``, ``settings``.
+
+        Raises:
+            FileExistsError: it holds a session already, or something else.
+            OSError: it cannot be written.
+        """
+        folder = Path(path)
+        if (folder / "session.json").exists():
+            raise FileExistsError(f"{folder} holds a session already: resume it, or choose another")
+        if folder.exists() and (not folder.is_dir() or _litter(folder)):
+            raise FileExistsError(f"{folder} is not an empty folder; choose another")
+        folder.mkdir(parents=True, exist_ok=True)
+        made = cls(folder)
+        try:
+            if (folder / "session.json").exists():  # by another process, before the lock
+                raise FileExistsError(f"{folder} holds a session already: resume it")
+            made._write("session.json", {"format": FORMAT, **about})
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], about: Mapping[str, Any]
+    ) -> tuple["SessionFolder", dict[str, Any]]:
+        """The folder of a session that is to go on, and its settings.
+
+        Args:
+            about: ``model`` and ``weights`` as they are now.
+
+        Raises:
+            FileNotFoundError: it holds no session.
+            BlockingIOError: another session is using it.
+            ValueError: it was made with other sizes or weights, or is damaged.
+        """
+        folder = Path(path)
+        if not (folder / "session.json").exists():
+            raise FileNotFoundError(f"{folder} holds no session to resume: no session.json")
+        opened = cls(folder)
+        try:
+            saved = opened._read("session.json")
+            if saved.get("format") != FORMAT:
+                raise ValueError(
+                    f"{folder} has format {saved.get('format')}, and this version reads {FORMAT}"
+                )
+            _compare(folder, saved, about)
+            settings: dict[str, Any] = dict(saved["settings"])
+        except BaseException:
+            opened.close()
+            raise
+        return opened, settings
+
+    def write_focus(self, focus: Mapping[str, Any]) -> None:
+        """Replace the state of the focus; a kill at any moment leaves the old one or the new one.
+
+        Raises:
+            OSError: it cannot be written; the old one is kept.
+        """
+        self._write("focus.json", focus)
+
+    def read_focus(self) -> dict[str, Any] | None:
+        """The state of the focus; None before the first was written.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return self._read("focus.json") if (self.path / "focus.json").exists() else None
+
+    def close(self) -> None:
+        """Let others in."""
+        self._close()
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        path = self.path / name
+        temporary = path.with_name(f"{name}.tmp")
+        data = orjson.dumps(dict(content), option=orjson.OPT_SERIALIZE_NUMPY)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError as error:
+            if temporary.is_file():
+                temporary.unlink()
+            raise OSError(
+                error.errno, f"cannot write {path}: {error.strerror}; what was there is kept"
+            ) from error
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            content: dict[str, Any] = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            hint = (
+                "remove it, and the session will focus anew"
+                if name == "focus.json"
+                else "put the original back"
+            )
+            raise ValueError(f"{path} is damaged ({error}); {hint}") from error
+        return content
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """SHA-256 of the weights of some modules."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, weight in module.state_dict().items():
+            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+            digest.update(np.ascontiguousarray(weight.float().numpy(force=True)).tobytes())
+    return digest.hexdigest()
+
+
+def _compare(folder: Path, saved: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Refuse another model than the one that made the gists.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    sizes, now = saved.get("model"), about["model"]
+    if not isinstance(sizes, dict) or not isinstance(saved.get("settings"), dict):
+        raise ValueError(f"{folder / 'session.json'} is damaged; put the original back")
+    other = [
+        f"{name} {sizes.get(name)}, not {now[name]}" for name in now if sizes.get(name) != now[name]
+    ]
+    if other:
+        raise ValueError(f"{folder} was made by a model with {'; '.join(other)}")
+    if saved.get("weights") != about["weights"]:
+        raise ValueError(
+            f"{folder} was made with other weights of embedding and GistNet, so its gists mean "
+            "nothing to this model; load the checkpoint that made it, or begin a new session"
+        )
+
+
+def _litter(folder: Path) -> bool:
+    """Whether there is anything but what a session leaves that could not be begun."""
+    return any(path.name not in ("lock", "session.json.tmp") for path in folder.iterdir())
