@@ -180,10 +180,13 @@ class Session:
             extra = f" ({provoked} more in tests that passed)" if provoked else ""
             terminalreporter.write_line(f"LensNet: {text}{extra}")
 
-    def pytest_unconfigure(self) -> None:
-        """Close the logs and give the environment back."""
+    def pytest_sessionfinish(self) -> None:
+        """Close the logs, while a worker of xdist is still waited for: afterwards it is killed."""
         for log in self._logs.values():
             log.close()
+
+    def pytest_unconfigure(self) -> None:
+        """Give the environment back."""
         self._environment.close()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from megacontext.allocators.focus import FocusRules, Scored, refocus_cut
@@ -17,6 +18,7 @@ from megacontext.controller import MCController
 from megacontext.cut import Cut, coarse_cut, lod0_tail
 from megacontext.data import Batch, Source
 from megacontext.recall import RecallBatch
+from megacontext.session import SessionConfig
 from megacontext.tree import MegaContextTree
 from megacontext.working_context import NO_LABEL
 
@@ -29,6 +31,7 @@ LENSNET = "LensNet focus"
 RANDOM = "random collapse"
 ORACLE = "oracle"
 SALIENCE = "salience"
+SESSION = f"{LENSNET}, in a session"
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class _Chunk:
         picked = {
             name: (self._nll([[cut] for cut in cuts])[:, 0], cuts) for name, cuts in ways.items()
         }
+        picked[SESSION] = self._session()
         picked[ORACLE] = self._oracle(oracle_draws)
         return picked
 
@@ -160,6 +164,37 @@ class _Chunk:
         mean = (nll * counted).sum(-1) / counted.sum(-1)
         out: Floats = mean.view(len(cuts), -1).double().numpy(force=True)
         return out
+
+    def _session(self) -> tuple[Floats, list[Cut]]:
+        """Each history as it comes, refocused again and again, the last time at the horizon.
+
+        The session's budget leaves room for the horizon, so that the length is equal at its end.
+        """
+        config = self.mc.config
+        nll: list[float] = []
+        cuts: list[Cut] = []
+        settings = SessionConfig(
+            wc_length=config.train_wc_length - config.horizon_tokens,
+            refocus_interval=config.recent_tokens,
+            iterations=ROUNDS,
+            expand_threshold=-np.inf,
+            max_edits=self.length,
+        )
+        horizon = self.length - config.horizon_tokens
+        interval = settings.refocus_interval
+        first = horizon % interval + interval
+        labels = self.tree.labels[:, horizon:]
+        for history in self.tree.tokens:
+            logits = self.mc.begin_inference_session(history[:first], settings=settings)
+            for begin in range(first, horizon, interval):
+                logits = self.mc.inference_step(history[begin : begin + interval])
+            rest = self.mc.inference_step(history[horizon:-1])
+            read = torch.cat([logits[0, -1:], rest[0]])
+            loss = F.cross_entropy(read, labels[len(nll)], ignore_index=NO_LABEL)
+            nll.append(float(loss))
+            cuts.append(self.mc.inference_cut)
+            self.mc.end_inference_session()
+        return np.array(nll), cuts
 
     def _random(self) -> list[Cut]:
         wc_length = self.mc.config.train_wc_length

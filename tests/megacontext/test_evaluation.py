@@ -1,16 +1,19 @@
 """The evaluation: equal length, real losses, honest statistics."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from lensnet_guard import guard_of
-from megacontext import MCConfig, MCController
+from megacontext import LanguageModel, MCConfig, MCController
 from megacontext.evaluation import (
     LENSNET,
     ORACLE,
     RANDOM,
     SALIENCE,
+    SESSION,
     Evaluation,
     bootstrap_interval,
     evaluate,
@@ -41,9 +44,10 @@ def evaluation() -> Evaluation:
 
 class TestEvaluate:
     def test_every_way_has_the_same_number_of_entries(self, evaluation: Evaluation) -> None:
-        """But for full context, which is the whole sequence."""
+        """But for full context, and for a session, whose budget may not come out even."""
         entries = dict(evaluation.entries)
         assert entries.pop("full context") == 144
+        assert 60 <= entries.pop(SESSION) <= 67
         assert set(entries.values()) == {67}
         assert {len(nll) for nll in evaluation.nll.values()} == {40}
 
@@ -51,7 +55,8 @@ class TestEvaluate:
         """It covers all tokens, but for the recency window, and holds the tail at LOD0."""
         for way, cut in evaluation.examples.items():
             first = 144 - 67 if way == "recency window" else 0
-            cut.check(first, 144, recent_tokens=24)
+            end = 143 if way == SESSION else 144  # nothing follows the last token
+            cut.check(first, end, recent_tokens=24)
 
     def test_the_oracle_is_the_best_of_random_cuts(self, evaluation: Evaluation) -> None:
         """By loss; more draws make it better."""
@@ -68,13 +73,16 @@ class TestEvaluate:
             assert np.array_equal(nll, again.nll[way])
             assert not np.array_equal(nll, other.nll[way])
 
-    def test_lensnet_is_asked_in_inference_once_a_batch(self) -> None:
-        """Two batches here; nothing is trained."""
+    def test_lensnet_is_asked_in_inference_only(self) -> None:
+        """Once a batch, and in each refocus of a session; nothing is trained."""
         mc = MCController(CONFIG)
         guard = guard_of(mc.lensnet)
         assert guard is not None
         evaluate(mc, RecallSource(), sequences=40, seed=3, oracle_draws=1)
-        assert [call.context for call in guard.calls] == ["inference"] * 2
+        assert {call.context for call in guard.calls} == {"inference"}
+        asked = guard.count("inference")
+        batches = sum("focus.py" not in str(call.caller) for call in guard.calls)
+        assert batches <= 2 < asked
         assert all(parameter.grad is None for parameter in mc.parameters())
 
     def test_good_scores_pick_good_contexts(self) -> None:
@@ -100,16 +108,24 @@ class TestEvaluate:
 class _Copier(torch.nn.Module):
     """Reads what follows the same key earlier among the LOD0 entries, and says just that."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__()
-        self.embedding = model.get_parameter("embedding.weight")
-        self.embed = model.embed
+        self.embedding, self.embed = model.embedding, model.embed
 
     def forward(
-        self, embeddings: torch.Tensor, starts: torch.Tensor, spans: torch.Tensor, _: object
+        self,
+        embeddings: torch.Tensor,
+        starts: torch.Tensor,
+        spans: torch.Tensor,
+        pad_mask: torch.Tensor | None = None,
+        seen: Any = None,
     ) -> torch.Tensor:
-        distances = torch.cdist(embeddings, self.embedding.expand(len(embeddings), -1, -1))
+        distances = torch.cdist(embeddings, self.embedding.weight.expand(len(embeddings), -1, -1))
         tokens = distances.argmin(-1).masked_fill(spans > 1, -1)
+        new = tokens.shape[1]
+        if seen is not None:
+            tokens = torch.cat([getattr(seen, "tokens", tokens[:, :0]), tokens], dim=1)
+            seen.tokens = tokens
         width = tokens.shape[1]
         same = (tokens[:, :, None] == tokens[:, None, :]) & (tokens >= 0)[:, None]
         same &= torch.ones(width, width, dtype=torch.bool).tril(-1)
@@ -117,7 +133,7 @@ class _Copier(torch.nn.Module):
         follows = torch.cat([tokens[:, 1:], torch.full((len(tokens), 1), -1)], dim=1)
         same &= (follows >= 16)[:, None]
         votes = torch.nn.functional.one_hot(follows.clamp(min=0), 48).float()
-        return 20 * (same.float() @ votes)
+        return 20 * (same.float() @ votes)[:, -new:]
 
 
 class TestBootstrap:
