@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from megacontext.cut import Cut
-from megacontext.session import InferenceReport, Session, SessionConfig, Tokens, session_about
+from megacontext.session import Session, Tokens, session_about
+from megacontext.session_config import SessionConfig
 from megacontext.session_folder import SessionFolder
+from megacontext.session_report import InferenceReport
 from megacontext.working_context import WorkingContext
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from megacontext.controller import MCController
 from megacontext.focus_strip import focus_legend, focus_strip
 from megacontext.pretrained import load_model
 from megacontext.sampling import SamplingRules, sample_token
-from megacontext.session import FocusEvent, SessionConfig
+from megacontext.session_config import SessionConfig
+from megacontext.session_report import FocusEvent
 from megacontext.text_stream import TextStream
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
