@@ -54,7 +54,7 @@ def assert_same_state(one: MCController, other: MCController) -> None:
 
 class TestLogits:
     @settings(max_examples=15)
-    @given(st.integers(1, 200), st.lists(st.integers(1, 30), min_size=1, max_size=8))
+    @given(st.integers(1, 1_200), st.lists(st.integers(1, 30), min_size=1, max_size=8))
     def test_with_the_cache_they_are_those_without_it(self, prompt: int, steps: list[int]) -> None:
         """After the prompt and after every step, however long, across refocuses."""
         mc, at = MCController(MCConfig(**SMALL)), prompt
@@ -92,6 +92,23 @@ class TestLogits:
             mc.inference_step(HISTORY[100:102])
         hook.remove()
         assert mc.inference_report().tokens == 102
+        logits = mc.inference_step(HISTORY[102:105])
+        torch.testing.assert_close(logits, reread(mc)[:, -3:], atol=1e-4, rtol=1e-4)
+
+    def test_what_was_appended_and_never_read_is_read_with_the_next(
+        self, mc: MCController, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Interrupted right between the two."""
+        mc.begin_inference_session(HISTORY[:100], settings=OFTEN)
+        append = mc._session.store.append
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+            def interrupted(tokens: np.ndarray) -> None:
+                append(tokens)
+                raise KeyboardInterrupt
+
+            patch.setattr(mc._session.store, "append", interrupted)
+            mc.inference_step(HISTORY[100:102])
         logits = mc.inference_step(HISTORY[102:105])
         torch.testing.assert_close(logits, reread(mc)[:, -3:], atol=1e-4, rtol=1e-4)
 
@@ -215,6 +232,7 @@ class TestWrongUsage:
             (HISTORY[:0], "ValueError: there must be at least one token"),
             ([], "ValueError: a session begins with at least one token"),
             (HISTORY[:4].int(), "TypeError: tokens must be an int64 tensor, not torch.int32"),
+            (None, "TypeError: tokens must be an int64 tensor, not NoneType"),
             ([[1, 2]], "TypeError: tokens must be an int64 tensor, not list"),
             (
                 HISTORY[:4].view(2, 2),
