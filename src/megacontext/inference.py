@@ -70,7 +70,7 @@ class InferenceSessions:
             raise ValueError("tree_store='disk' and path belong together: give both or neither")
         with self._inference() as mc:
             several = isinstance(tokens, Iterable) and not isinstance(tokens, Tensor)
-            given = iter(tokens if several else [tokens])
+            given: Iterator[object] = iter(tokens if several else [tokens])
             chunks: Iterator[Tokens] = (_as_tokens(c, mc.config.vocab_size) for c in given)
             first = next(chunks, None)
             if first is None:
@@ -203,7 +203,7 @@ class InferenceSessions:
                     yield mc
 
 
-def _as_tokens(tokens: Tensor, vocab_size: int) -> Tokens:
+def _as_tokens(tokens: object, vocab_size: int) -> Tokens:
     """Refuse what cannot be appended; host integers ``[T]``."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
