@@ -7,7 +7,8 @@ from megacontext.cut import Cut, UnreachableTarget
 from megacontext.gistnet import GistNet
 from megacontext.language_model import LanguageModel
 from megacontext.lensnet import LensNet
-from megacontext.session import FocusEvent, InferenceReport, SessionConfig
+from megacontext.session_config import SessionConfig
+from megacontext.session_report import FocusEvent, InferenceReport
 from megacontext.tree import MegaContextTree
 from megacontext.working_context import WorkingContext
 

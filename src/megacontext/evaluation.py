@@ -120,6 +120,7 @@ class _Chunk:
             max_lod=config.max_lod,
             recent_tokens=config.recent_tokens,
             expand_threshold=-np.inf,
+            margin=0.0,
             max_edits=self.length,
         )
         self.allocator = replace(config, seed=int(rng.integers(2**32))).new_allocator()
@@ -178,6 +179,7 @@ class _Chunk:
             refocus_interval=config.recent_tokens,
             iterations=ROUNDS,
             expand_threshold=-np.inf,
+            margin=0.0,
             max_edits=self.length,
         )
         horizon = self.length - config.horizon_tokens

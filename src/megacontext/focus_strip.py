@@ -5,32 +5,34 @@ from rich.text import Text
 
 from megacontext.cut import Cut
 
-_NOT_HELD = ("·", "bright_black")
 _LODS = (("█", "bright_blue"), ("▒", "yellow"), ("░", "red"))
 _NAMES = ("LOD0, tokens", "LOD1, gists", "LOD2, gists of gists")
 
 
-def focus_strip(cut: Cut, num_tokens: int, width: int) -> Text:
-    """The finest level of detail at which each stretch of the history is held, oldest first.
+def focus_strip(cut: Cut, width: int) -> Text:
+    """The finest level of detail in each stretch of what is covered, oldest first.
 
     Args:
         width: at most so many characters, each for as many tokens.
     """
-    each = max(-(-num_tokens // width), 1)
-    begins = np.arange(0, num_tokens, each)
-    entries = np.searchsorted(cut.ends, begins, side="right")
-    until = np.searchsorted(cut.positions, begins + each, side="left")
-    strip = Text(no_wrap=True, end="")
-    for first, last in zip(entries.tolist(), until.tolist(), strict=True):
-        within = cut.lods[first:last]
-        strip.append(*(_LODS[int(within.min())] if len(within) else _NOT_HELD))
+    each = tokens_per_character(cut, width)
+    begins = np.arange(cut.positions[0], cut.ends[-1], each)
+    first = np.searchsorted(cut.ends, begins, side="right").tolist()
+    until = np.searchsorted(cut.positions, begins + each, side="left").tolist()
+    strip = Text(no_wrap=True)
+    for begin, end in zip(first, until, strict=True):
+        strip.append(*_LODS[int(cut.lods[begin:end].min())])
     return strip
 
 
-def focus_legend(num_tokens: int, width: int) -> Text:
-    """What the characters of a strip mean."""
-    each = max(-(-num_tokens // width), 1)
-    legend = Text(f"each character is {each:,} token{'s' * (each > 1)}: ")
+def focus_legend(each: int) -> Text:
+    """What the characters of a strip mean, each for so many tokens."""
+    legend = Text(f"each character is {each:,} token{'s' * (each > 1)}:")
     for (character, style), name in zip(_LODS, _NAMES, strict=True):
-        legend.append(character, style).append(f" {name}  ")
-    return legend.append(*_NOT_HELD).append(" not held")
+        legend.append("  ").append(character, style).append(f" {name}")
+    return legend
+
+
+def tokens_per_character(cut: Cut, width: int) -> int:
+    """Tokens that a character of a strip stands for."""
+    return int(-(-(cut.ends[-1] - cut.positions[0]) // width))

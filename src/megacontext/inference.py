@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from megacontext.cut import Cut
-from megacontext.session import InferenceReport, Session, SessionConfig, Tokens, session_about
+from megacontext.session import Session, Tokens, session_about
+from megacontext.session_config import SessionConfig
 from megacontext.session_folder import SessionFolder
+from megacontext.session_report import InferenceReport
 from megacontext.working_context import WorkingContext
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 class InferenceSessions:
     """What `MCController` can do with one session at a time.
 
-    Every method raises a RuntimeError in training context, and all but the first two when there is
-    no session.
+    What runs a network raises a RuntimeError in training context, and all but the first two methods
+    do when there is no session.
     """
 
     _session: Session | None = None
@@ -41,6 +43,8 @@ class InferenceSessions:
         progress: Callable[[int], None] = lambda _: None,
     ) -> Tensor:
         """Begin a session with its first tokens; it takes the place of the one before.
+
+        The weights must stay as they are while it lasts: finished gists are kept.
 
         Args:
             tokens: int64 ``[T]`` or ``[1, T]``, or such pieces one after another, which need not
@@ -65,7 +69,8 @@ class InferenceSessions:
         if (tree_store == "disk") != (path is not None):
             raise ValueError("tree_store='disk' and path belong together: give both or neither")
         with self._inference() as mc:
-            given = iter([tokens] if isinstance(tokens, Tensor) else tokens)
+            several = isinstance(tokens, Iterable) and not isinstance(tokens, Tensor)
+            given: Iterator[object] = iter(tokens if several else [tokens])
             chunks: Iterator[Tokens] = (_as_tokens(c, mc.config.vocab_size) for c in given)
             first = next(chunks, None)
             if first is None:
@@ -198,7 +203,7 @@ class InferenceSessions:
                     yield mc
 
 
-def _as_tokens(tokens: Tensor, vocab_size: int) -> Tokens:
+def _as_tokens(tokens: object, vocab_size: int) -> Tokens:
     """Refuse what cannot be appended; host integers ``[T]``."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__

@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +20,11 @@ from torch import Tensor
 
 from megacontext.allocators.focus import Edits, FocusAllocator
 from megacontext.allocators.rules import FocusRules, first_that_fits
-from megacontext.cut import Cut, check_int, coarse_cut
+from megacontext.cut import Cut, coarse_cut
 from megacontext.language_model import Seen
+from megacontext.session_config import SessionConfig, check_sizes
 from megacontext.session_folder import SessionFolder, fingerprint
+from megacontext.session_report import FocusEvent, InferenceReport
 from megacontext.tree_store import TreeStore
 from megacontext.working_context import NO_LABEL, WorkingContext
 
@@ -32,115 +33,6 @@ if TYPE_CHECKING:
 
 Tokens = NDArray[np.int64]
 _EVENTS_KEPT = 1_000
-
-
-@dataclass(frozen=True)
-class SessionConfig:
-    """What a user may choose of a session.
-
-    Attributes:
-        wc_length: most entries of a working context after a refocus; the model's
-            ``train_wc_length`` if None.
-        refocus_interval: tokens from one refocus to the next.
-        iterations: of each refocus, with one LensNet call each.
-        expand_threshold, collapse_threshold, margin, max_edits, cooldown, detail_share: see
-            `FocusRules`.
-
-    Raises:
-        TypeError, ValueError: a value that makes no session, named.
-    """
-
-    wc_length: int | None = None
-    refocus_interval: int = 32
-    iterations: int = 1
-    expand_threshold: float = FocusRules.expand_threshold
-    collapse_threshold: float = FocusRules.collapse_threshold
-    margin: float = FocusRules.margin
-    max_edits: int = FocusRules.max_edits
-    cooldown: int = FocusRules.cooldown
-    detail_share: float = FocusRules.detail_share
-
-    def __post_init__(self) -> None:
-        for name in ("refocus_interval", "iterations"):
-            check_int(name, getattr(self, name))
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        wc_length = 1 if self.wc_length is None else self.wc_length
-        self.rules(wc_length, block_size=2, max_lod=1, recent_tokens=1)  # checks the rest
-
-    def rules(
-        self, wc_length: int, block_size: int, max_lod: int, recent_tokens: int
-    ) -> FocusRules:
-        """The rules of the focus allocator; expansions reserve what will be appended meanwhile."""
-        appended = self.cooldown * self.refocus_interval
-        growth = max_lod * (block_size - 1) + -(-appended // block_size**max_lod)
-        return FocusRules(
-            wc_length=wc_length,
-            block_size=block_size,
-            max_lod=max_lod,
-            recent_tokens=recent_tokens,
-            expand_threshold=self.expand_threshold,
-            collapse_threshold=self.collapse_threshold,
-            margin=self.margin,
-            max_edits=self.max_edits,
-            cooldown=self.cooldown,
-            reserve=growth if self.cooldown else 0,
-            detail_share=self.detail_share,
-        )
-
-
-@dataclass(frozen=True)
-class FocusEvent:
-    """One iteration of a refocus.
-
-    Attributes:
-        tokens: of the history at that moment.
-        expanded, collapsed: edits.
-        dropped: entries that were lost at the old end.
-        before, after: entries of the working context.
-        first_token: the first that is covered afterwards.
-    """
-
-    tokens: int
-    expanded: int
-    collapsed: int
-    dropped: int
-    before: int
-    after: int
-    first_token: int
-
-
-@dataclass(frozen=True)
-class InferenceReport:
-    """A session as of now.
-
-    Attributes:
-        tokens: of the history.
-        first_token: the first that the working context covers; 0 while nothing was lost.
-        length: entries of the working context now.
-        wc_length: most entries after a refocus.
-        entries_by_lod: how many of each level of detail.
-        next_refocus: tokens until then.
-        refocuses, lensnet_calls: so far, before a kill included.
-        expanded, collapsed, dropped: edits, and entries lost at the old end, so far.
-        ram_bytes, disk_bytes: of the tree.
-        events: the newest iterations since the session began or was resumed, oldest first.
-    """
-
-    tokens: int
-    first_token: int
-    length: int
-    wc_length: int
-    entries_by_lod: tuple[int, ...]
-    next_refocus: int
-    refocuses: int
-    lensnet_calls: int
-    expanded: int
-    collapsed: int
-    dropped: int
-    ram_bytes: int
-    disk_bytes: int
-    events: tuple[FocusEvent, ...]
 
 
 class Session:
@@ -203,7 +95,7 @@ class Session:
             max_lod=config.max_lod,
             recent_tokens=config.recent_tokens,
         )
-        _check_sizes(rules, config.horizon_tokens, config.focus_window)
+        check_sizes(rules, config.horizon_tokens, config.focus_window)
         return rules
 
     # What the user does ------------------------------------------------------------------------
@@ -474,27 +366,3 @@ def session_about(mc: "MCController", settings: SessionConfig) -> dict[str, Any]
         "weights": fingerprint(mc.language_model.embedding, mc.gistnet),
         "settings": dataclasses.asdict(settings),
     }
-
-
-def _check_sizes(rules: FocusRules, horizon_tokens: int, focus_window: int) -> None:
-    """Refuse sizes with which a session would fail later.
-
-    Raises:
-        ValueError: naming what would fit.
-    """
-    if rules.wc_length < rules.shortest_wc_length:
-        raise ValueError(
-            f"wc_length {rules.wc_length} is too short for a session: the last "
-            f"{rules.recent_tokens} tokens at LOD0, and what cannot be collapsed before them, "
-            f"take up to {rules.shortest_wc_length} entries"
-        )
-    k = rules.block_size
-    # The view of what the coarsest working context covers, whose LOD0 tail is longer.
-    nodes = sum(horizon_tokens // k**lod for lod in range(1, rules.max_lod + 1))
-    longest = rules.wc_length - (k - 1) * nodes
-    if longest > focus_window:
-        raise ValueError(
-            f"focus_window {focus_window} is too short for a wc_length of {rules.wc_length}: the "
-            f"focus view of all that it can cover has up to {longest} entries; choose a shorter "
-            "wc_length, or a model with a wider focus_window"
-        )

@@ -32,19 +32,18 @@ SETTINGS: dict[str, tuple[MCConfig, TrainConfig]] = {
     ),
     "text": (
         MCConfig(
-            sequence_tokens=512,
-            train_wc_length=160,
+            sequence_tokens=256,
+            train_wc_length=67,
             recent_tokens=32,
             horizon_tokens=16,
-            num_variants=5,
+            num_variants=7,
         ),
         TrainConfig(
             lm_steps=800,
-            lm_batch_size=16,
             steps=500,
-            batch_size=8,
+            batch_size=16,
             learning_rate=2e-3,
-            lens_learning_rate=1e-3,
+            lens_learning_rate=2e-3,
         ),
     ),
 }

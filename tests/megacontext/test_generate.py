@@ -111,9 +111,9 @@ class TestText:
             run_dir, "--text", "y = 1\n" * 200, "--max-tokens", 70, "--show-focus"
         )
         assert code == 0
-        assert err.count("each character is 15 tokens: █ LOD0") == 1
-        assert err.count("each character is 16 tokens: █ LOD0") == 1
-        strips = [line for line in err.splitlines() if line and not set(line) - set("█▒░·")]
+        assert err.count("each character is 15 tokens:  █ LOD0") == 1
+        assert err.count("each character is 16 tokens:  █ LOD0") == 1
+        strips = [line for line in err.splitlines() if line and not set(line) - set("█▒░")]
         assert len(strips) == 3
         assert strips[-1].endswith("█")
 

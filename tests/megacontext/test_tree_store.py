@@ -121,6 +121,17 @@ class TestGather:
         assert takes == np.bincount(cut.lods).tolist()
 
 
+class TestDiskColumn:
+    def test_a_torn_row_is_cut_off_before_anything_is_appended(self, tmp_path: Path) -> None:
+        """Or all later rows would be skewed."""
+        (tmp_path / "rows").write_bytes(np.arange(6, dtype=np.int32).tobytes() + b"to")
+        column = DiskColumn(tmp_path / "rows", np.dtype(np.int32), (2,))
+        column.append(np.array([[6, 7]]))
+        assert column.take(np.array([3, 0])).tolist() == [[6, 7], [0, 1]]
+        column.close()
+        assert (tmp_path / "rows").stat().st_size == 32
+
+
 class TestFiles:
     def test_tokens_take_one_byte_each_and_gists_four_a_feature(self, tmp_path: Path) -> None:
         """Nothing else is on disk, and nothing in memory."""
@@ -155,17 +166,23 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_tree_store import levels, make_store, some_tokens
 import numpy as np
+from megacontext.tree_store import DiskColumn
 torch.set_grad_enabled(False)
 store = make_store(Path(sys.argv[1]))
 store.append(some_tokens(100))
 before = levels(store)
 limit = (Path(sys.argv[1]) / "gists1.bin").stat().st_size + 40
+column = DiskColumn(Path(sys.argv[1]) / "alone.bin", np.dtype(np.int64))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 try:
     store.append(some_tokens(60, seed=1))
 except OSError as error:
     print(error)
 assert [len(level) for level in levels(store)] == [100, 25, 6]
+try:
+    column.append(np.arange(10_000))
+except OSError:
+    assert (Path(sys.argv[1]) / "alone.bin").stat().st_size == len(column) == 0
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 store.append(some_tokens(60, seed=1))
 print(store.gists)

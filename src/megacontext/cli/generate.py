@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.text import Text
 from torch import Tensor
 
 from lensnet_guard import LensNetViolation
 from megacontext.controller import MCController
-from megacontext.focus_strip import focus_legend, focus_strip
+from megacontext.focus_strip import focus_legend, focus_strip, tokens_per_character
 from megacontext.pretrained import load_model
 from megacontext.sampling import SamplingRules, sample_token
-from megacontext.session import FocusEvent, SessionConfig
+from megacontext.session_config import SessionConfig
+from megacontext.session_report import FocusEvent
 from megacontext.text_stream import TextStream
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -159,7 +159,7 @@ class _Generation:
             raise ValueError(f"--max-tokens must not be negative, but is {self._max_tokens}")
         self._text: list[str] = []
         self._told = 0  # refocuses that were told
-        self._legend: Text | None = None
+        self._drawn_scale = 0  # tokens of a character in the last legend
 
     def run(self) -> None:
         logits = self._begin()
@@ -236,12 +236,12 @@ class _Generation:
             self._draw()
 
     def _draw(self) -> None:
-        cut, tokens = self._mc.inference_cut, self._mc.inference_report().tokens
-        legend = focus_legend(tokens, self._console.width)
-        if legend != self._legend:  # when a character comes to stand for more tokens
-            self._console.print(legend, soft_wrap=True)
-            self._legend = legend
-        self._console.print(focus_strip(cut, tokens, self._console.width))
+        cut, width = self._mc.inference_cut, self._console.width
+        each = tokens_per_character(cut, width)
+        if each != self._drawn_scale:
+            self._console.print(focus_legend(each), soft_wrap=True)
+            self._drawn_scale = each
+        self._console.print(focus_strip(cut, width))
 
     def _end(self, tokens: int) -> None:
         report = self._mc.inference_report()

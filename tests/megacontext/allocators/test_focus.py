@@ -17,7 +17,7 @@ from megacontext.allocators.focus import (
 )
 from megacontext.allocators.rules import coarsest_length, first_that_fits
 from megacontext.cut import coarse_cut, lod0_tail
-from megacontext.session import SessionConfig
+from megacontext.session_config import SessionConfig
 from megacontext.working_context import WorkingContext
 
 K = 4
