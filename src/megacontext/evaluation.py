@@ -18,7 +18,7 @@ from megacontext.controller import MCController
 from megacontext.cut import Cut, coarse_cut, lod0_tail
 from megacontext.data import Batch, Source
 from megacontext.recall import RecallBatch
-from megacontext.session import SessionConfig
+from megacontext.session_config import SessionConfig
 from megacontext.tree import MegaContextTree
 from megacontext.working_context import NO_LABEL
 
