@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from megacontext.config import MCConfig
-from megacontext.evaluation import LENSNET, ORACLE, RANDOM, Evaluation, evaluate
+from megacontext.evaluation import (
+    FULL,
+    LENSNET,
+    RANDOM,
+    SALIENCE,
+    Evaluation,
+    bootstrap_interval,
+    evaluate,
+)
 from megacontext.pretrained import load_model
 from megacontext.trainer import StepReport, TrainConfig, load_source, train
 
@@ -43,6 +51,9 @@ ABLATIONS = (
 )
 
 
+WAYS = (LENSNET, SALIENCE, RANDOM, FULL)
+
+
 @dataclass(frozen=True)
 class AblationResult:
     """How a changed recipe fared.
@@ -56,9 +67,13 @@ class AblationResult:
     evaluation: Evaluation
 
     def to_json(self) -> dict[str, Any]:
-        """Mean NLL per label by the way of picking, nats."""
-        ways = (LENSNET, RANDOM, ORACLE, "full context")
-        return {"name": self.name, **{w: float(self.evaluation.nll[w].mean()) for w in ways}}
+        """Mean NLL per label by the way of picking, nats, and LensNet's interval."""
+        nll = self.evaluation.nll
+        return {
+            "name": self.name,
+            **{way: float(nll[way].mean()) for way in WAYS if way in nll},
+            "interval": list(bootstrap_interval(nll[LENSNET])),
+        }
 
 
 def ablate(
@@ -89,5 +104,7 @@ def ablate(
         mc = load_model(folder, settings.device)
         # Judged as the recipe is, whatever it was trained on.
         source = load_source(settings, replace(mc.config, judged="horizon"))
-        evaluation = evaluate(mc, source, sequences=sequences, seed=seed, oracle_draws=8)
+        evaluation = evaluate(
+            mc, source, sequences=sequences, seed=seed, oracle_draws=1, in_session=False
+        )
         yield AblationResult(ablation.name, evaluation)

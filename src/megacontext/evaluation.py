@@ -31,6 +31,7 @@ LENSNET = "LensNet focus"
 RANDOM = "random collapse"
 ORACLE = "oracle"
 SALIENCE = "salience"
+FULL = "full context"
 SESSION = f"{LENSNET}, in a session"
 
 
@@ -58,6 +59,7 @@ def evaluate(
     sequences: int,
     seed: int,
     oracle_draws: int = 64,
+    in_session: bool = True,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Evaluation:
     """Compare ways to pick a working context on held-out sequences.
@@ -66,6 +68,7 @@ def evaluate(
         sequences: S, how many.
         seed: of the sequences and of everything random.
         oracle_draws: random cuts of which the oracle takes the best.
+        in_session: also let each history come bit by bit, which takes the longest.
         progress: called with the number of sequences that are done.
 
     Raises:
@@ -83,7 +86,10 @@ def evaluate(
         batch = source.held_out_batch(
             rng, min(CHUNK, sequences - done), mc.config.sequence_tokens
         ).to(next(mc.parameters()).device)
-        picked = _Chunk(mc, batch, rng).losses(oracle_draws)
+        chunk = _Chunk(mc, batch, rng)
+        picked = chunk.losses(oracle_draws)
+        if in_session:
+            picked[SESSION] = chunk.session()
         for name, (nll, cuts) in picked.items():
             losses.setdefault(name, []).append(nll)
             if not done and cuts:
@@ -147,11 +153,10 @@ class _Chunk:
             ways["the facts that are asked for"] = self._focus(
                 self._block_scores(self.batch.asked_blocks)
             )
-        ways["full context"] = [lod0_tail(self.length, self.length, k)] * rows
+        ways[FULL] = [lod0_tail(self.length, self.length, k)] * rows
         picked = {
             name: (self._nll([[cut] for cut in cuts])[:, 0], cuts) for name, cuts in ways.items()
         }
-        picked[SESSION] = self._session()
         picked[ORACLE] = self._oracle(oracle_draws)
         return picked
 
@@ -166,7 +171,7 @@ class _Chunk:
         out: Floats = mean.view(len(cuts), -1).double().numpy(force=True)
         return out
 
-    def _session(self) -> tuple[Floats, list[Cut]]:
+    def session(self) -> tuple[Floats, list[Cut]]:
         """Each history as it comes, refocused again and again, the last time at the horizon.
 
         The session's budget leaves room for the horizon, so that the length is equal at its end.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from megacontext import ablation
 from megacontext.config import MCConfig
 from megacontext.evaluation import (
     LENSNET,
-    ORACLE,
-    RANDOM,
     Evaluation,
     bootstrap_interval,
     evaluate,
@@ -129,7 +128,7 @@ def _rows(evaluation: Evaluation) -> list[_Row]:
     ]
 
 
-def _interval(interval: tuple[float, float], sign: str = "") -> str:
+def _interval(interval: Sequence[float], sign: str = "") -> str:
     low, high = (f"{bound:{sign}.3f}" for bound in interval)
     return f"[{low}, {high}]"
 
@@ -209,14 +208,14 @@ def _ablate(
             report=report,
         )
     table = Table(title=f"{folder.path}: one thing changed, {sequences} sequences, seed {seed}")
-    for heading in ("training", LENSNET, RANDOM, ORACLE, "full context", "gap closed"):
-        table.add_column(heading, justify="left" if heading == "training" else "right")
-    rows = []
-    for result in results:
-        row = {**result.to_json(), "gap_closed": gap_closed(result.evaluation, LENSNET)}
-        rows.append(row)
-        figures = [row[w] for w in (LENSNET, RANDOM, ORACLE, "full context")]
-        table.add_row(result.name, *(f"{f:.3f}" for f in figures), f"{row['gap_closed']:.2f}")
+    ways = [way for way in ablation.WAYS if way in results[0].evaluation.nll]
+    table.add_column("training")
+    for way in ways:
+        table.add_column(f"{way}, nats", justify="right")
+    rows = [result.to_json() for result in results]
+    for row in rows:
+        lensnet = f"{row[LENSNET]:.3f} {_interval(row['interval'])}"
+        table.add_row(row["name"], lensnet, *(f"{row[way]:.3f}" for way in ways[1:]))
     console.print(table)
     outcome = {"run_dir": str(folder.path), "sequences": sequences, "seed": seed, "rows": rows}
     path = folder.path / "ablations.json"
