@@ -94,7 +94,7 @@ def evaluate(
             losses.setdefault(name, []).append(nll)
             if not done and cuts:
                 entries[name], examples[name] = len(cuts[0]), cuts[0]
-                tokens = int(cuts[0].ends[-1])
+                tokens = max(tokens, int(cuts[0].ends[-1]))
         progress(done + len(batch.tokens))
     return Evaluation(
         {name: np.concatenate(parts) for name, parts in losses.items()}, entries, examples, tokens
