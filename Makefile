@@ -13,7 +13,7 @@ eval: .venv/installed  ## train both small settings from scratch, and compare Le
 	$(BIN)/megacontext train --setting recall --run-dir runs/eval/recall
 	$(BIN)/megacontext eval --run-dir runs/eval/recall
 	$(BIN)/megacontext train --setting text --run-dir runs/eval/text
-	$(BIN)/megacontext eval --run-dir runs/eval/text --sequences 512 --oracle-draws 32
+	$(BIN)/megacontext eval --run-dir runs/eval/text
 
 test: .venv/installed  ## every test, in parallel
 	$(BIN)/pytest -n auto

@@ -39,7 +39,7 @@ SETTINGS: dict[str, tuple[MCConfig, TrainConfig]] = {
             num_variants=7,
         ),
         TrainConfig(
-            lm_steps=800,
+            lm_steps=500,
             steps=500,
             batch_size=16,
             learning_rate=2e-3,
