@@ -73,6 +73,8 @@ def command(
       megacontext eval --run-dir runs/recall --sequences 512 --seed 7 --json
       megacontext eval --run-dir runs/recall --ablate
     """
+    if steps is not None and not ablate:
+        raise click.UsageError("--steps is of the trainings of --ablate; leave it out, or add that")
     console = Console(stderr=as_json, highlight=False)
     try:
         if ablate:
