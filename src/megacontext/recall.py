@@ -92,9 +92,10 @@ class RecallSource:
 
     def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
         """Short sequences with many questions: retrieval is learned from them soonest."""
-        many = replace(self, questions=3 * self.facts)
-        shortest = 2 * (self.facts + 1) * self.block_size
-        return many.batch(rng, batch_size, min(length, shortest))
+        for_facts = (self.facts + 1) * self.block_size
+        questions = max(min(3 * self.facts, (length - for_facts) // 3), 1)
+        many = replace(self, questions=questions)
+        return many.batch(rng, batch_size, min(length, for_facts + 3 * questions))
 
     def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
         """No two sequences are ever the same."""

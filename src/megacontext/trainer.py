@@ -176,13 +176,14 @@ def load_source(settings: TrainConfig, model: MCConfig) -> Source:
                 f"the answers of recall take {source.horizon_tokens} tokens, so horizon_tokens "
                 f"must be that, not {model.horizon_tokens}"
             )
-        for make in (source.batch, source.lm_batch):  # a length that is too short is refused here
-            make(np.random.default_rng(0), 1, model.sequence_tokens)
     if model.vocab_size < source.vocab_size:
         raise ValueError(
             f"tokens of {settings.data} are below {source.vocab_size}, so vocab_size must be at "
             f"least that, not {model.vocab_size}"
         )
+    if settings.data == "recall":
+        for make in (source.batch, source.lm_batch):  # a length that is too short is refused here
+            make(np.random.default_rng(0), 1, model.sequence_tokens)
     return source
 
 

@@ -219,8 +219,8 @@ class TestRecall:
         assert str(raised.value) == (
             "tokens of recall are below 48, so vocab_size must be at least that, not 40"
         )
-        short = dataclasses.replace(model, horizon_tokens=6, sequence_tokens=64)
-        with pytest.raises(ValueError, match="sequences of 64 tokens have no room for"):
+        short = dataclasses.replace(model, horizon_tokens=6, sequence_tokens=48)
+        with pytest.raises(ValueError, match="sequences of 48 tokens have no room for"):
             train(tmp_path / "run", short, settings)
         assert not (tmp_path / "run").exists()
 
