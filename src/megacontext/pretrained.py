@@ -1,4 +1,4 @@
-"""A model from the run folder that it was trained in."""
+"""A model from the run folder that it was trained in, on a device that works."""
 
 import os
 
@@ -23,3 +23,17 @@ def load_model(run_dir: str | os.PathLike[str], device: torch.device | str = "cp
         raise FileNotFoundError(f"{folder.path} has no checkpoint yet; train it first")
     mc.load_state_dict(state["model"])
     return mc
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ValueError: it cannot be used here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+    return device

@@ -20,6 +20,7 @@ from lensnet_guard.postmortem import LogVerdict, read_verdict
 from megacontext.config import MCConfig, check_choice, check_numbers
 from megacontext.controller import MCController, Variants
 from megacontext.data import Source, load_corpus
+from megacontext.pretrained import usable_device
 from megacontext.recall import RecallSource
 from megacontext.run_folder import RunFolder
 
@@ -125,7 +126,7 @@ def train(
         model = MCConfig(**saved["model"])
         settings = TrainConfig(**{**saved["train"], "text": tuple(saved["train"]["text"])})
     model, settings = model or MCConfig(), settings or TrainConfig()
-    device = _device(settings.device)
+    device = usable_device(settings.device)
     source = load_source(settings, model)
     trainer = _Trainer(model, settings, source, folder, device)
     if not resume:
@@ -359,12 +360,3 @@ class _Trainer:
             self.mc.allocator.rng_state = state["allocator_rng"]
             self.data_rng.bit_generator.state = state["data_rng"]
         self.folder.drop_metrics_after(self.step)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
-    return device

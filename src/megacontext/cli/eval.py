@@ -23,7 +23,7 @@ from megacontext.evaluation import (
     gap_closed,
 )
 from megacontext.overview import draw_evaluation
-from megacontext.pretrained import load_model
+from megacontext.pretrained import load_model, usable_device
 from megacontext.run_folder import RunFolder, write_atomically
 from megacontext.trainer import StepReport, TrainConfig, load_source
 
@@ -139,7 +139,7 @@ def _evaluate(
     console: Console, folder: RunFolder, sequences: int, seed: int, draws: int, device: str
 ) -> dict[str, Any]:
     saved = folder.read_config()["train"]
-    mc = load_model(folder.path, device)
+    mc = load_model(folder.path, usable_device(device))
     source = load_source(TrainConfig(**{**saved, "text": tuple(saved["text"])}), mc.config)
     with _progress(console) as progress:
         task = progress.add_task("sequences", total=sequences)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lensnet_guard import LensNetViolation
 from megacontext.controller import MCController
 from megacontext.focus_strip import focus_legend, focus_strip, tokens_per_character
-from megacontext.pretrained import load_model
+from megacontext.pretrained import load_model, usable_device
 from megacontext.sampling import SamplingRules, sample_token
 from megacontext.session_config import SessionConfig
 from megacontext.session_report import FocusEvent
@@ -92,7 +92,7 @@ def command(run_dir: Path, device: str, **options: Any) -> None:
     console = Console(stderr=True, highlight=False)
     try:
         _check_usage(click.get_current_context())
-        mc = load_model(run_dir, _usable_device(device))
+        mc = load_model(run_dir, usable_device(device))
         if mc.config.vocab_size != 256:
             raise ValueError(
                 f"{run_dir} was not trained on bytes: its vocab_size is {mc.config.vocab_size}, "
@@ -111,15 +111,6 @@ def command(run_dir: Path, device: str, **options: Any) -> None:
         again = f" Continue with: --session-dir {where} --resume" if where is not None else ""
         console.print(f"\nInterrupted.{again}", markup=False, soft_wrap=True)
         sys.exit(130)
-
-
-def _usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
-    return device
 
 
 def _check_usage(ctx: click.Context) -> None:

@@ -56,6 +56,9 @@ class TestEval:
         code, _, err = run("eval", "--run-dir", trained, "--sequences", 0)
         assert code == 2
         assert "an evaluation needs sequences" in err
+        code, _, err = run("eval", "--run-dir", trained, "--device", "abacus")
+        assert code == 2
+        assert "device 'abacus' cannot be used here" in err
         code, _, err = run("eval", "--run-dir", trained, "--steps", 5)
         assert code == 2
         assert "--steps is of the trainings of --ablate; leave it out, or add that" in err

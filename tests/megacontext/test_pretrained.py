@@ -1,0 +1,41 @@
+"""A trained model comes back from its run folder; what cannot is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megacontext import MCConfig, MCController
+from megacontext.pretrained import load_model, usable_device
+from megacontext.run_folder import RunFolder
+
+
+class TestLoadModel:
+    def test_the_weights_of_the_newest_checkpoint(self, tmp_path: Path, config: MCConfig) -> None:
+        """And LensNet is guarded, as always."""
+        folder = RunFolder(tmp_path / "run")
+        folder.create({"model": vars(config), "train": {}, "source": {}})
+        mc = MCController(config)
+        mc.language_model.norm.weight.data.fill_(3.0)
+        folder.save_checkpoint({"model": mc.state_dict()})
+        loaded = load_model(tmp_path / "run")
+        assert loaded.language_model.norm.weight.eq(3).all()
+        assert loaded.guard.mode == "enforce"
+
+    def test_a_run_without_a_checkpoint(self, tmp_path: Path, config: MCConfig) -> None:
+        """It was killed before its first."""
+        RunFolder(tmp_path / "run").create({"model": vars(config), "train": {}, "source": {}})
+        with pytest.raises(FileNotFoundError) as raised:
+            load_model(tmp_path / "run")
+        assert str(raised.value) == f"{tmp_path / 'run'} has no checkpoint yet; train it first"
+
+
+class TestUsableDevice:
+    def test_what_works(self) -> None:
+        """A CPU does, everywhere."""
+        assert usable_device("cpu") == torch.device("cpu")
+
+    def test_what_does_not(self) -> None:
+        """Named, with torch's reason."""
+        with pytest.raises(ValueError, match="device 'abacus' cannot be used here: "):
+            usable_device("abacus")
