@@ -304,25 +304,30 @@ class TestCodeBase:
 
     sources = sorted(Path(megacontext.__file__).parent.rglob("*.py"))
 
-    def test_the_only_lensnet_call_in_the_code_base_is_the_scorers(self) -> None:
-        """`self.lensnet(...)` stands once, inside `with self.guard.sanctioned(...)`."""
-        calls = [
+    def test_the_only_training_call_in_the_code_base_is_the_scorers(self) -> None:
+        """`lensnet(...)` stands once in `with self.guard.sanctioned(...)`, else in inference."""
+        calls = {
             (path.name, node.lineno)
             for path in self.sources
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
             and node.func.attr == "lensnet"
-        ]
-        scopes = [
-            range(node.lineno, (node.end_lineno or 0) + 1)
+        }
+        (scope,) = self.inside("guard.sanctioned(")
+        inference = set().union(*self.inside("context('inference')"))
+        (training,) = calls - inference
+        assert training[0] == "controller.py"
+        assert training in scope
+
+    def inside(self, opened: str) -> list[set[tuple[str, int]]]:
+        """The lines of every with statement that opens this."""
+        return [
+            {(path.name, line) for line in range(node.lineno, (node.end_lineno or 0) + 1)}
             for path in self.sources
             for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.With) and "sanctioned" in ast.unparse(node.items[0])
+            if isinstance(node, ast.With) and any(opened in ast.unparse(i) for i in node.items)
         ]
-        assert len(calls) == len(scopes) == 1
-        assert calls[0][0] == "controller.py"
-        assert calls[0][1] in scopes[0]
 
     def test_no_cudagraph_work_arounds(self) -> None:
         """No cudagraph_mark_step_begin, no defensive clone, no compiler escape hatch."""

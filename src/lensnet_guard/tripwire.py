@@ -244,7 +244,9 @@ class _ArmedMeta(type):
         return isinstance(instance, cls._lensnet_original)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, cls._lensnet_original)
+        # By inheritance alone: an abstract original (DDP is one) asks each of its subclasses, and
+        # thus this one, so asking it in turn would never end.
+        return type.__subclasscheck__(cls._lensnet_original, subclass)
 
     def __eq__(cls, other: object) -> bool:  # type(part) == nn.Linear, as torch's own docs write
         return other is cls or other is cls._lensnet_original

@@ -467,3 +467,21 @@ class TestClasses:
         assert module(X).shape == (2, 2)
         wire.disarm()
         assert type(module) is nn.Linear
+
+
+class TestAbstractClasses:
+    def test_isinstance_of_an_abstract_class_never_ended(self):
+        """DDP is abstract; with one guarded, asking whether anything is a DDP recursed."""
+
+        class Abstract(nn.Linear, abc.ABC):
+            pass
+
+        module = Abstract(3, 2)
+        guard = guard_module(module)
+        other = nn.Linear(3, 2)
+        assert not isinstance(other, Abstract)
+        assert not isinstance(other, type(module))
+        assert isinstance(module, Abstract)
+        assert isinstance(Abstract(1, 1), type(module))
+        assert issubclass(Abstract, type(module))
+        assert guard.module is not None

@@ -186,7 +186,7 @@ class TestWrongUsage:
     def test_a_model_of_other_data(self, tmp_path: Path) -> None:
         """Its tokens are no bytes."""
         folder = RunFolder(tmp_path / "run")
-        folder.create({"model": {"vocab_size": 48}, "train": {}, "corpus": {}})
+        folder.create({"model": {"vocab_size": 48}, "train": {}, "source": {}})
         mc = MCController(MCConfig(vocab_size=48))
         folder.save_checkpoint({"model": mc.state_dict()})
         code, _, err = generate(tmp_path / "run", "--text", "a")
