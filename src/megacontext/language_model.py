@@ -26,7 +26,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, d_model)
         # What came right before each entry. Looking something up needs keys that know what preceded
         # them; with this the first attention layer has them, as with the smeared keys of Olsson et
-        # al. 2022 (In-context learning and induction heads): it learns so in 250 steps, not in 600.
+        # al. 2022 (In-context learning and induction heads).
         self.previous = nn.Linear(d_model, d_model, bias=False)
         # Standard deviation 1: gists keep the variance of what they sum, the norms do the rest.
         self.blocks = nn.ModuleList(Block(d_model, num_heads) for _ in range(num_layers))

@@ -311,16 +311,18 @@ class TestLabelled:
         assert set(kept.sum(1).tolist()) <= {2, 3}
         assert torch.equal(labels[:, -2].view(3, -1)[:, 0], tokens[:, 95])
 
-    def test_the_loss_of_unlabelled_tokens_has_no_gradient(self, config: MCConfig) -> None:
-        """A token that is never a label and never an input moves nothing."""
-        mc = MCController(config)
-        tokens = torch.arange(96).remainder(8)[None]
-        labelled = torch.zeros(1, 96, dtype=torch.bool)
-        labelled[0, 95] = True
-        loss = mc.full_detail_loss(tokens, labelled)
-        other = tokens.masked_fill(torch.arange(96) == 95, 7 - int(tokens[0, 95]))
-        assert loss != mc.full_detail_loss(other, labelled)
-        assert loss == mc.full_detail_loss(tokens.roll(0), labelled)
+    def test_full_detail_loss_is_the_mean_over_labelled_tokens(
+        self, mc: MCController, tokens: Tensor
+    ) -> None:
+        """Of two labels it is the mean of each alone, and not that of all."""
+
+        def loss(*at: int) -> float:
+            labelled = torch.zeros_like(tokens, dtype=torch.bool)
+            labelled[:, list(at)] = True
+            return mc.full_detail_loss(tokens, labelled).item()
+
+        assert loss(50, 95) == pytest.approx((loss(50) + loss(95)) / 2, rel=1e-5)
+        assert loss(50) != pytest.approx(mc.full_detail_loss(tokens).item(), rel=1e-3)
 
 
 class TestAblations:
