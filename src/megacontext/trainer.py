@@ -7,9 +7,10 @@ ends with a verdict that is computed from the guard's log file.
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +72,11 @@ class TrainConfig:
         if self.data == "recall" and self.text:
             raise ValueError("recall makes its own sequences; leave out the text")
 
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "TrainConfig":
+        """As ``config.json`` holds it."""
+        return cls(**{**saved, "text": tuple(saved["text"])})
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -124,7 +130,7 @@ def train(
     if resume:
         saved = folder.read_config()
         model = MCConfig(**saved["model"])
-        settings = TrainConfig(**{**saved["train"], "text": tuple(saved["train"]["text"])})
+        settings = TrainConfig.from_json(saved["train"])
     model, settings = model or MCConfig(), settings or TrainConfig()
     device = usable_device(settings.device)
     source = load_source(settings, model)

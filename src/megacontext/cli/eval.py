@@ -140,7 +140,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     saved = folder.read_config()["train"]
     mc = load_model(folder.path, usable_device(device))
-    source = load_source(TrainConfig(**{**saved, "text": tuple(saved["text"])}), mc.config)
+    source = load_source(TrainConfig.from_json(saved), mc.config)
     with _progress(console) as progress:
         task = progress.add_task("sequences", total=sequences)
         evaluation = evaluate(
@@ -188,7 +188,7 @@ def _ablate(
 ) -> dict[str, Any]:
     saved = folder.read_config()
     model = MCConfig(**saved["model"])
-    settings = TrainConfig(**{**saved["train"], "text": tuple(saved["train"]["text"])})
+    settings = TrainConfig.from_json(saved["train"])
     if steps is not None:
         settings = dataclasses.replace(settings, steps=steps)
     results: list[ablation.AblationResult] = []
