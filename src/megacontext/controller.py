@@ -28,6 +28,8 @@ from megacontext.gistnet import GistNet
 from megacontext.inference import InferenceSessions
 from megacontext.language_model import LanguageModel
 from megacontext.lensnet import LensNet
+from megacontext.tokens import check_batch
+from megacontext.transfer import to_device
 from megacontext.tree import MegaContextTree
 from megacontext.working_context import NO_LABEL, WorkingContext
 
@@ -131,7 +133,8 @@ class MCController(InferenceSessions, nn.Module):
         Args:
             tokens: int64 ``[B, T]``.
             step, micro_step: for the records: optimizer step, and micro-batch within it.
-            pad_mask: bool ``[B, T]``, True at the pads on the left of shorter sequences.
+            pad_mask: bool ``[B, T]``, True at the pads on the left of shorter sequences. Give it
+                on the host: what it says decides shapes, and the host waits for a device's.
             labelled: bool ``[B, T]``, the tokens that count in losses; all by default.
 
         Raises:
@@ -185,19 +188,20 @@ class MCController(InferenceSessions, nn.Module):
             pad_mask: bool ``[B, T]``, True at pads on the left.
             labelled: bool ``[B, T]``, the tokens that count in losses; all by default.
         """
-        lengths = self._check_batch(tokens, pad_mask)
+        lengths = check_batch(tokens, pad_mask, self.config)
         kept = [
             kept_tokens(n, self.config.train_wc_length, self.config.block_size) for n in lengths
         ]
         width = max(kept)
         # Every row starts at its oldest kept token; rows that are shorter repeat their last one.
         offsets = np.minimum(np.arange(width), np.array(kept)[:, None] - 1)
-        index = torch.from_numpy(tokens.shape[1] - np.array(kept)[:, None] + offsets)
-        index = index.to(tokens.device)
+        host = torch.from_numpy(tokens.shape[1] - np.array(kept)[:, None] + offsets)
+        index = to_device(host, tokens.device)
         tokens = tokens.gather(1, index)
         labels = None
         if labelled is not None:
-            labels = tokens.masked_fill(~labelled.to(tokens.device).gather(1, index), NO_LABEL)
+            labelled = to_device(labelled, tokens.device).gather(1, index)
+            labels = tokens.masked_fill(~labelled, NO_LABEL)
         return MegaContextTree.build(
             tokens,
             self.language_model.embed(tokens),
@@ -232,7 +236,7 @@ class MCController(InferenceSessions, nn.Module):
             tokens: int64 ``[B, T]``.
             labelled: bool ``[B, T]``, the tokens that count; all by default.
         """
-        self._check_batch(tokens, None)
+        check_batch(tokens, None, self.config)
         starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits = self.language_model(
             self.language_model.embed(tokens), starts, torch.ones_like(starts)
@@ -261,7 +265,8 @@ class MCController(InferenceSessions, nn.Module):
                 relative_detail(cuts, length)
                 for cuts, length in zip(variants.cuts, tree.lengths, strict=True)
             ]
-            finer, coarser = torch.from_numpy(np.stack(detail, axis=1)).to(nll.device)
+            host = torch.from_numpy(np.stack(detail, axis=1))
+            finer, coarser = to_device(host, nll.device)
             return variants.working_context, preference.make_plain_pairs(judged, finer, coarser)
         views = [self.focus_view(length) for length in tree.lengths]
         view = tree.working_context([[cut] for cut in views])
@@ -314,9 +319,9 @@ class MCController(InferenceSessions, nn.Module):
         context, per_history = variants.working_context, 1 + self.config.num_variants
         if self.config.judged == "all":
             return nll.sum(-1).view(-1, per_history)
-        first = torch.tensor(tree.lengths) - self.config.horizon_tokens
-        first = first.to(nll.device, non_blocking=True).repeat_interleave(per_history)
-        in_horizon = context.starts + context.spans >= first[:, None]
+        first = np.repeat(tree.lengths, per_history)[:, None] - self.config.horizon_tokens
+        first_judged = to_device(torch.from_numpy(first), nll.device)
+        in_horizon = context.starts + context.spans >= first_judged
         return (nll * in_horizon).sum(-1).view(-1, per_history)
 
     def _held(self, variants: Variants, views: Sequence[Cut], tree: MegaContextTree) -> Tensor:
@@ -325,46 +330,7 @@ class MCController(InferenceSessions, nn.Module):
         held = np.zeros((len(views), 1 + self.config.num_variants, width), dtype=np.bool_)
         for row, cuts, view, length in zip(held, variants.cuts, views, tree.lengths, strict=True):
             row[:, width - len(view) :] = held_at_lod0(cuts, view, length)
-        return torch.from_numpy(held).to(tree.levels.device)
-
-    def _check_batch(self, tokens: Tensor, pad_mask: Tensor | None) -> list[int]:
-        """Refuse what cannot be a batch; return the number of tokens of each sequence."""
-        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-            found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise TypeError(f"tokens must be an int64 tensor, not {found}")
-        if tokens.dim() != 2 or not tokens.shape[0]:
-            raise ValueError(f"tokens must be [B, T] with B ≥ 1, not {list(tokens.shape)}")
-        batch, width = tokens.shape
-        lengths = [width] * batch
-        if pad_mask is not None:
-            if pad_mask.shape != tokens.shape or pad_mask.dtype != torch.bool:
-                raise ValueError(
-                    f"pad_mask must be bool {list(tokens.shape)}, "
-                    f"not {pad_mask.dtype} {list(pad_mask.shape)}"
-                )
-            pads = pad_mask.sum(1)
-            if not torch.equal(pad_mask, torch.arange(width, device=pads.device) < pads[:, None]):
-                raise ValueError("pad_mask must be True on the left of each sequence only")
-            lengths = [width - n for n in pads.tolist()]
-        if width > self.config.sequence_tokens:
-            raise ValueError(
-                f"the batch is {width} tokens long, longer than sequence_tokens "
-                f"{self.config.sequence_tokens}"
-            )
-        shortest = min(lengths)
-        if shortest <= self.config.horizon_tokens:
-            raise ValueError(
-                f"sequence {lengths.index(shortest)} has {shortest} tokens; at least "
-                f"{self.config.horizon_tokens + 1} are needed, one more than horizon_tokens"
-            )
-        if tokens.device.type == "cpu":  # on a device this check would wait for it
-            low, high = tokens.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"tokens must lie in [0, {self.config.vocab_size}), "
-                    f"but run from {int(low)} to {int(high)}"
-                )
-        return lengths
+        return to_device(torch.from_numpy(held), tree.levels.device)
 
 
 def _lod_losses(nll: Tensor, context: WorkingContext) -> dict[str, Tensor]:

@@ -36,8 +36,7 @@ class Cut:
     @property
     def spans(self) -> Ints:
         """Tokens that each entry covers, int64 ``[W]``."""
-        spans: Ints = self.block_size**self.lods
-        return spans
+        return spans_of(self.lods, self.block_size)
 
     @property
     def ends(self) -> Ints:
@@ -90,11 +89,27 @@ class Cut:
     __hash__ = None  # type: ignore[assignment]  # arrays are mutable
 
 
-def from_token_lods(token_lods: Ints, block_size: int) -> Cut:
-    """The cut that holds token ``i`` at ``token_lods[i]``; whole spans must agree."""
-    tokens = np.arange(len(token_lods), dtype=np.int64)
-    positions = np.flatnonzero(tokens % block_size**token_lods == 0)
-    return Cut(positions, token_lods[positions], block_size)
+def spans_of(lods: Ints, block_size: int) -> Ints:
+    """Tokens that entries of these LODs cover, int64, of the same shape."""
+    spans: Ints = (block_size ** np.arange(3))[lods]  # looked up: integer powers are slow
+    return spans
+
+
+def from_block_lods(block_lods: Ints, num_tokens: int, block_size: int) -> Cut:
+    """The cut that holds block ``i`` at ``block_lods[i]``, and what follows the blocks at LOD0.
+
+    Args:
+        block_lods: int64 ``[blocks]``; the K blocks of a LOD2 span agree.
+    """
+    k = block_size
+    blocks = np.arange(len(block_lods), dtype=np.int64)
+    entries = np.array([k, 1, 0])[block_lods]
+    entries[(block_lods == 2) & (blocks % k == 0)] = 1  # the gist stands where its span begins
+    lods = np.repeat(block_lods, entries)
+    # Within a block at LOD0 positions go up by one; each block begins where it begins.
+    positions = np.arange(len(lods)) + np.repeat(blocks * k - entries.cumsum() + entries, entries)
+    rest = np.arange(len(block_lods) * k, num_tokens, dtype=np.int64)
+    return Cut(np.concatenate([positions, rest]), np.concatenate([lods, np.zeros_like(rest)]), k)
 
 
 def lod0_tail(num_tokens: int, length: int, block_size: int) -> Cut:

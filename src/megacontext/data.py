@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megacontext.transfer import to_device
+
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 _HELD_OUT_ONE_IN = 10
 
@@ -30,8 +32,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        labelled = None if self.labelled is None else self.labelled.to(device)
-        return replace(self, tokens=self.tokens.to(device), labelled=labelled)
+        labelled = None if self.labelled is None else to_device(self.labelled, device)
+        return replace(self, tokens=to_device(self.tokens, device), labelled=labelled)
 
 
 class Source(Protocol):

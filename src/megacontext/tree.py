@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megacontext.cut import Cut
+from megacontext.cut import Cut, Ints, spans_of
 from megacontext.gistnet import GistNet
+from megacontext.transfer import to_device
 from megacontext.working_context import NO_LABEL, WorkingContext
 
 
@@ -77,43 +79,38 @@ class MegaContextTree:
         Returns:
             R = B·V working contexts, those of the first history first.
         """
-        rows = [(b, cut) for b, of_history in enumerate(cuts) for cut in of_history]
-        width = max(len(cut) for _, cut in rows)
-        num_tokens = self.tokens.shape[1]
-        sizes = [num_tokens // self.block_size**lod for lod in range(self.max_lod + 1)]
-        offsets = np.cumsum([0, *sizes])
+        history = np.repeat(np.arange(len(cuts)), [len(of_history) for of_history in cuts])[:, None]
+        rows = [cut for of_history in cuts for cut in of_history]
+        positions, lods, pads = _left_padded(rows)
+        num_tokens, k = self.tokens.shape[1], self.block_size
+        offsets = np.cumsum([0, *(num_tokens // k**lod for lod in range(self.max_lod + 1))])
+        spans = spans_of(lods, k)
+        in_levels = history * offsets[-1] + offsets[lods] + positions // spans
+        following = positions + spans
+        labelled = ~pads & (following < np.array(self.lengths)[history])
+        following = np.where(labelled, history * num_tokens + following, -1)
+        host = np.stack([in_levels, positions, spans, lods, following, pads])
+        on_device = to_device(torch.from_numpy(host), self.levels.device)
 
-        # Host planes of one transfer: index into levels, start, LOD, index of the label, pad.
-        planes = np.zeros((5, len(rows), width), dtype=np.int64)
-        planes[3], planes[4] = -1, 1
-        for row, (b, cut) in enumerate(rows):
-            entries = slice(width - len(cut), width)
-            in_level = cut.positions // cut.spans
-            planes[0, row, entries] = b * offsets[-1] + offsets[cut.lods] + in_level
-            planes[1, row, entries] = cut.positions
-            planes[2, row, entries] = cut.lods
-            labelled = cut.ends < self.lengths[b]
-            planes[3, row, entries] = np.where(labelled, b * num_tokens + cut.ends, -1)
-            planes[4, row, entries] = 0
-        padded = bool(planes[4].any())
-        index, starts, lods, label_index, pads = _to_device(planes, self.levels.device)
-
-        gathered = self.levels.flatten(0, 1).index_select(0, index.flatten())
-        labels = self.labels.flatten()[label_index.clamp(min=0)]
+        index, starts, spans_, lods_, label_index, padded = on_device
+        embeddings = self.levels.flatten(0, 1).index_select(0, index.flatten())
+        labels = self.labels.take(label_index.clamp(min=0))
         return WorkingContext(
-            embeddings=gathered.view(*index.shape, -1),
+            embeddings=embeddings.view(*index.shape, -1),
             starts=starts,
-            spans=self.block_size**lods,
-            lods=lods,
+            spans=spans_,
+            lods=lods_,
             labels=labels.masked_fill(label_index < 0, NO_LABEL),
-            pad_mask=pads.bool() if padded else None,
+            pad_mask=padded.bool() if pads.any() else None,
         )
 
 
-def _to_device(
-    planes: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", device: torch.device
-) -> Tensor:
-    host = torch.from_numpy(planes)
-    if device.type == "cuda":  # from pinned memory the copy does not wait for the device
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
+def _left_padded(cuts: Sequence[Cut]) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+    """Positions and LODs of R cuts, 0 at pads, int64 ``[R, W]``; and where the pads are, bool."""
+    width = max(map(len, cuts))
+    positions, lods = np.zeros((2, len(cuts), width), dtype=np.int64)
+    for row, cut in enumerate(cuts):
+        positions[row, width - len(cut) :] = cut.positions
+        lods[row, width - len(cut) :] = cut.lods
+    lengths = np.array([len(cut) for cut in cuts])
+    return positions, lods, np.arange(width) < width - lengths[:, None]

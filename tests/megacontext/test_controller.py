@@ -1,13 +1,18 @@
 """MCController: from tokens to losses. That LensNet is called once is in test_mc_components."""
 
-import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lensnet_guard import CallPolicy, guard_module
 from megacontext import LensNet, MCConfig, MCController
+from megacontext.data import Batch
 from megacontext.working_context import NO_LABEL
 
 
@@ -259,6 +264,76 @@ class TestBadInput:
         assert mc.process_batch(tokens).loss.isfinite()
 
 
+class RefuseWaiting(TorchDispatchMode):
+    """Raises at the operators for which the host would have to wait for a device."""
+
+    WAITING = (
+        "aten::_local_scalar_dense",
+        "aten::nonzero",
+        "aten::masked_select",
+        "aten::equal",
+    )
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket._qualified_op_name
+        by_mask = name.startswith("aten::index") and any(
+            isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1:2])
+        )
+        if name in self.WAITING or by_mask:
+            raise AssertionError(f"the host waits for the device at {func}")
+        return func(*args, **(kwargs or {}))
+
+
+class TestNoWaiting:
+    """A micro-step queues its work on the device and reads nothing back."""
+
+    @pytest.mark.parametrize(
+        "change", [{}, {"scored": "variant"}, {"judged": "all", "standardize": True}]
+    )
+    def test_process_batch_reads_nothing_from_the_device(
+        self, config: MCConfig, tokens: Tensor, change: dict[str, Any]
+    ) -> None:
+        """No ``item()``, no ``nonzero``: with all tokens, with some labelled, with ragged rows."""
+        mc = MCController(replace(config, **change))
+        labelled = torch.rand(tokens.shape) > 0.5
+        with RefuseWaiting():
+            for options in (
+                {},
+                {"labelled": labelled},
+                {"pad_mask": ragged(tokens, [96, 70, 50])},
+            ):
+                result = mc.process_batch(tokens, **options)
+                torch.autograd.backward(result.loss)
+        assert result.loss.isfinite()
+
+    @pytest.mark.parametrize(
+        "read", [float, bool, lambda x: x[x > 0], lambda x: x.masked_select(x > 0), torch.nonzero]
+    )
+    def test_what_reads_would_be_noticed(self, read: Callable[[Tensor], object]) -> None:
+        """The test above can fail."""
+        with RefuseWaiting(), pytest.raises(AssertionError, match="the host waits"):
+            read(torch.ones(1))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    @pytest.mark.lensnet_calls(exact=3)
+    def test_cuda_never_waits(self, config: MCConfig, tokens: Tensor) -> None:
+        """Torch's own check of the real thing; the first step warms up."""
+        mc = MCController(config).cuda()
+        labelled = torch.rand(tokens.shape) > 0.5
+        try:
+            for mode in ("default", "error", "error"):
+                torch.cuda.set_sync_debug_mode(mode)
+                batch = Batch(tokens, labelled).to(torch.device("cuda"))
+                result = mc.process_batch(batch.tokens, labelled=batch.labelled)
+                torch.autograd.backward(result.loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert result.loss.isfinite()
+
+
 class TestPlumbing:
     def test_state_dict_has_plain_keys_and_loads(self, mc: MCController, tokens: Tensor) -> None:
         """The guard leaves no trace in a checkpoint."""
@@ -328,7 +403,7 @@ class TestLabelled:
 class TestAblations:
     def test_variants_can_be_scored_one_by_one(self, config: MCConfig, tokens: Tensor) -> None:
         """The plain recipe: still one batched call, and LensNet still learns from it."""
-        mc = MCController(dataclasses.replace(config, scored="variant"))
+        mc = MCController(replace(config, scored="variant"))
         result = mc.process_batch(tokens)
         (call,) = mc.guard.calls
         assert call.inputs[0] == f"float32[{3 * 4}, 48, 32] cpu"
@@ -340,14 +415,14 @@ class TestAblations:
     ) -> None:
         """Other advantages, the same language model loss."""
         horizon = MCController(config).process_batch(tokens)
-        everything = MCController(dataclasses.replace(config, judged="all")).process_batch(tokens)
+        everything = MCController(replace(config, judged="all")).process_batch(tokens)
         assert torch.equal(horizon.lm_loss, everything.lm_loss)
         assert everything.metrics["adv_delta_mean"] > horizon.metrics["adv_delta_mean"]
 
     def test_auxiliary_losses_are_added(self, config: MCConfig, tokens: Tensor) -> None:
         """Each raises the loss by its weight times its own."""
         losses = [
-            MCController(dataclasses.replace(config, **w)).process_batch(tokens).lens_loss.item()
+            MCController(replace(config, **w)).process_batch(tokens).lens_loss.item()
             for w in ({}, {"rank_weight": 1.0}, {"rank_weight": 2.0}, {"budget_weight": 1e3})
         ]
         assert losses[0] < losses[1]

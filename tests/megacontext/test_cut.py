@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megacontext import Cut, TrainingWCVariationAllocator, UnreachableTarget
 from megacontext.cut import (
     focus_view,
-    from_token_lods,
+    from_block_lods,
     held_at_lod0,
     kept_tokens,
     lod0_tail,
@@ -28,12 +28,29 @@ class TestCut:
         assert mixed.ends.tolist() == [16, 20, 21, 22]
         assert len(mixed) == 4
 
-    def test_token_lods_and_back(self) -> None:
-        """The LOD of every token defines the cut, and the cut the LODs."""
+    def test_token_lods_tell_the_lod_of_every_token(self) -> None:
+        """Each entry's, once for every token it covers."""
         mixed = cut([0, 16, 20, 21], [2, 1, 0, 0])
-        lods = mixed.token_lods(22)
-        assert lods.tolist() == [2] * 16 + [1] * 4 + [0, 0]
-        assert from_token_lods(lods, 4) == mixed
+        assert mixed.token_lods(22).tolist() == [2] * 16 + [1] * 4 + [0, 0]
+
+    def test_from_block_lods(self) -> None:
+        """A LOD2 span is one entry, a LOD1 block one, a LOD0 block K; the rest is LOD0."""
+        made = from_block_lods(np.array([2, 2, 2, 2, 1, 0]), 25, 4)
+        assert made == cut([0, 16, 20, 21, 22, 23, 24], [2, 1, 0, 0, 0, 0, 0])
+        made.check(0, 25)
+
+    @given(st.integers(2, 5), st.lists(st.integers(0, 2), max_size=6), st.integers(0, 30))
+    def test_from_block_lods_and_back(self, k: int, of_spans: list[int], rest: int) -> None:
+        """Whatever the spans are, the cut is legal and holds each token at its block's LOD."""
+        blocks = np.repeat(np.array(of_spans, dtype=np.int64), k)
+        num_tokens = len(blocks) * k + rest
+        made = from_block_lods(blocks, num_tokens, k)
+        made.check(0, num_tokens)
+        assert made.token_lods(num_tokens).tolist() == [*np.repeat(blocks, k)] + [0] * rest
+
+    def test_no_blocks_at_all(self) -> None:
+        """A history that is all protected tail."""
+        assert from_block_lods(np.zeros(0, dtype=np.int64), 3, 4) == lod0_tail(3, 3, 4)
 
     def test_tokens_that_are_not_held_have_lod_minus_one(self) -> None:
         """The baseline does not hold what lies before its tail."""

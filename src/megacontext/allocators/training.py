@@ -14,7 +14,7 @@ from megacontext.cut import (
     UnreachableTarget,
     check_block_size,
     check_int,
-    from_token_lods,
+    from_block_lods,
     shortest_length,
 )
 
@@ -110,9 +110,7 @@ class TrainingWCVariationAllocator:
                 if block // k < num_spans:
                     span_units[block // k] -= 1
                 block = next(blocks, None)
-        token_lods = np.zeros(num_tokens, dtype=np.int64)
-        token_lods[: len(block_lods) * k] = np.repeat(block_lods, k)
-        return from_token_lods(token_lods, k)
+        return from_block_lods(block_lods, num_tokens, k)
 
     def reachable_length(self, num_tokens: int, target_length: int) -> int:
         """The longest length that can be reached and does not exceed ``target_length``.

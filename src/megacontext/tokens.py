@@ -1,0 +1,57 @@
+"""What comes in as a batch of tokens, checked."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megacontext.config import MCConfig
+
+
+def check_batch(tokens: Tensor, pad_mask: Tensor | None, config: MCConfig) -> list[int]:
+    """Refuse what cannot be a batch; return the number of tokens of each sequence.
+
+    Tokens on a device are not looked at, for the host would have to wait for them.
+
+    Args:
+        tokens: int64 ``[B, T]``.
+        pad_mask: bool ``[B, T]``, True at pads on the left.
+
+    Raises:
+        TypeError, ValueError: saying what is wrong, and in which sequence.
+    """
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens must be an int64 tensor, not {found}")
+    if tokens.dim() != 2 or not tokens.shape[0]:
+        raise ValueError(f"tokens must be [B, T] with B ≥ 1, not {list(tokens.shape)}")
+    batch, width = tokens.shape
+    lengths = [width] * batch
+    if pad_mask is not None:
+        if pad_mask.shape != tokens.shape or pad_mask.dtype != torch.bool:
+            raise ValueError(
+                f"pad_mask must be bool {list(tokens.shape)}, "
+                f"not {pad_mask.dtype} {list(pad_mask.shape)}"
+            )
+        pads = pad_mask.numpy(force=True)
+        if (pads[:, 1:] > pads[:, :-1]).any():
+            raise ValueError("pad_mask must be True on the left of each sequence only")
+        lengths = (width - pads.sum(axis=1)).tolist()
+    if width > config.sequence_tokens:
+        raise ValueError(
+            f"the batch is {width} tokens long, longer than sequence_tokens "
+            f"{config.sequence_tokens}"
+        )
+    shortest = min(lengths)
+    if shortest <= config.horizon_tokens:
+        raise ValueError(
+            f"sequence {lengths.index(shortest)} has {shortest} tokens; at least "
+            f"{config.horizon_tokens + 1} are needed, one more than horizon_tokens"
+        )
+    if tokens.device.type == "cpu":
+        host = tokens.numpy()
+        low, high = np.min(host), np.max(host)
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"tokens must lie in [0, {config.vocab_size}), but run from {low} to {high}"
+            )
+    return lengths

@@ -1,0 +1,15 @@
+"""From the host to the device without making the host wait."""
+
+import torch
+from torch import Tensor
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, whose copy is queued there when it comes from the host.
+
+    A copy out of ordinary memory makes the host wait for the device; one out of pinned memory does
+    not, and torch keeps that memory until the copy is done.
+    """
+    if device.type == "cuda" and host.device.type == "cpu":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
