@@ -6,6 +6,7 @@ gists can stand side by side. Entry covering [p, p + s) predicts token p + s.
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megacontext.positional import gaussian_rope
 from megacontext.transformer import Block, LayerCache, attention_mask
@@ -18,10 +19,15 @@ class LanguageModel(nn.Module):
         vocab_size: number of tokens.
         d_model: width D.
         num_layers, num_heads: of the transformer.
+
+    Attributes:
+        recompute: keep only what goes into each block for backward, which computes the rest again:
+            a forward more for a fraction of the memory. Sessions are not affected.
     """
 
     def __init__(self, vocab_size: int, d_model: int, num_layers: int, num_heads: int) -> None:
         super().__init__()
+        self.recompute = False
         self.head_dim = d_model // num_heads
         self.embedding = nn.Embedding(vocab_size, d_model)
         # What came right before each entry. Looking something up needs keys that know what preceded
@@ -67,15 +73,27 @@ class LanguageModel(nn.Module):
         else:
             before = torch.cat([seen.last, before], dim=1)
         x = inputs_embeds + self.previous(before)
-        layers = seen.layers if seen is not None else [None] * len(self.blocks)
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, rope, mask, True, layer)
         if seen is not None:
+            for block, layer in zip(self.blocks, seen.layers, strict=True):
+                x = block(x, rope, mask, True, layer)
             seen.last = inputs_embeds[:, -1:]
+        else:
+            for block in self.blocks:
+                x = self._run(block, x, rope, mask)
         logits: Tensor = nn.functional.linear(
             self.norm(x) * self.embedding.embedding_dim**-0.5, self.embedding.weight
         )
         return logits
+
+    def _run(self, block: nn.Module, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        """One block over ``[B, W, D]``."""
+        arguments = (x, rope, mask, True)
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing in a block is random, so there is no random state to keep.
+            x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(*arguments)
+        return x
 
 
 class Seen:

@@ -286,6 +286,23 @@ class RefuseWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class TestRecompute:
+    @pytest.mark.lensnet_calls(exact=2)
+    def test_a_recomputing_language_model_changes_nothing(
+        self, config: MCConfig, tokens: Tensor
+    ) -> None:
+        """Same gradients, and still one call of LensNet, which is not recomputed."""
+        gradients = []
+        for recompute in (False, True):
+            mc = MCController(config)
+            mc.language_model.recompute = recompute
+            with mc.context("training"):
+                torch.autograd.backward(mc.process_batch(tokens).loss)
+            gradients.append(torch.cat([p.grad.flatten() for p in mc.parameters()]))
+            assert [record.kind for record in mc.guard.calls] == ["call"]
+        assert torch.equal(*gradients)
+
+
 class TestNoWaiting:
     """A micro-step queues its work on the device and reads nothing back."""
 

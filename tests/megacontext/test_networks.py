@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lensnet_guard import CallPolicy, guard_module
 from megacontext import GistNet, LanguageModel, LensNet
 from megacontext.language_model import Seen
 
@@ -144,6 +145,51 @@ class TestLanguageModel:
         """No second vocabulary matrix."""
         shapes = [tuple(p.shape) for p in self.model().parameters()]
         assert shapes.count((11, 16)) == 1
+
+
+class TestRecompute:
+    """Activation checkpoints of the language model's blocks."""
+
+    @staticmethod
+    def step(model: LanguageModel, reads: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Gradients of a step, and the bytes that autograd held for it."""
+        held: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        inputs = [reads["embeddings"], reads["starts"], reads["spans"]]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = model(*inputs, reads.get("pad_mask"))
+        model.zero_grad()
+        logits.logsumexp(-1).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()]), sum(held.values())
+
+    @pytest.mark.parametrize("pads", [0, 3])
+    def test_same_gradients_for_less_memory(self, pads: int) -> None:
+        """Bit by bit; what is held of blocks is gone."""
+        torch.manual_seed(0)
+        model = LanguageModel(50, 16, num_layers=3, num_heads=2)
+        reads = padded(entries(2, 30), pads) if pads else entries(2, 30)
+        expected, held = self.step(model, reads)
+        model.recompute = True
+        gradients, held_of_recompute = self.step(model, reads)
+        assert torch.equal(gradients, expected)
+        assert held_of_recompute < held / 2
+
+    def test_a_guarded_language_model_is_called_once(self) -> None:
+        """Its blocks run again in backward, when no scope is open: no call, and no bypass."""
+        model = LanguageModel(50, 16, num_layers=2, num_heads=2)
+        model.recompute = True
+        guard = guard_module(model, policy=CallPolicy({"training": 1}))
+        reads = entries(2, 30)
+        with guard.context("training"), guard.micro_step(0):
+            with guard.sanctioned("training"):
+                logits = guard.module(reads["embeddings"], reads["starts"], reads["spans"])
+            logits.sum().backward()
+        assert guard.count("training") == 1
+        assert guard.violations == ()
 
 
 class TestSeen:

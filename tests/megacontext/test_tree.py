@@ -1,10 +1,14 @@
 """The tree and its gather: an entry is the gist of exactly the tokens that it covers."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megacontext import GistNet, LanguageModel, MegaContextTree, TrainingWCVariationAllocator
 from megacontext.cut import lod0_tail
@@ -111,3 +115,25 @@ class TestWorkingContext:
             tree.working_context(cuts)
         calls = {event.key: event.count for event in profile.key_averages()}
         assert calls["aten::index_select"] == 1
+
+    def test_variants_share_the_level_table(self) -> None:
+        """All floats that a gather allocates are its output: no copy of the levels per variant."""
+        allocator = TrainingWCVariationAllocator(K, 2, 0.3, 8)
+        tree = make_tree(torch.zeros(2, 200, dtype=torch.int64))
+        cuts = [[allocator.sample(200, 50) for _ in range(5)] for _ in range(2)]
+        made: list[Tensor] = []
+
+        class Made(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+            ) -> Any:
+                result = func(*args, **(kwargs or {}))
+                made.extend(t for t in tree_leaves(result) if t.is_floating_point())
+                return result
+
+        with Made():
+            context = tree.working_context(cuts)
+        shared = tree.levels.untyped_storage().data_ptr()
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in made}
+        assert storages.pop(shared) == tree.levels.nbytes
+        assert list(storages.values()) == [context.embeddings.nbytes]
