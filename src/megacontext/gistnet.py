@@ -34,12 +34,13 @@ class GistNet(nn.Module):
         """
         # All levels come out of one call: under CUDA graphs a second call without gradients would
         # write over what the first one gave out, and LOD1 is still needed once LOD2 is made.
+        batch, _, d_model = embeddings.shape
         levels = [embeddings]
         for _ in range(max_lod):
             below = levels[-1]
             blocks = below.shape[1] // block_size
             children = below[:, : blocks * block_size]
-            levels.append(self.gist(children.unflatten(1, (blocks, block_size))))
+            levels.append(self.gist(children.reshape(batch, blocks, block_size, d_model)))
         return torch.cat(levels, dim=1)
 
     def gist(self, children: Tensor) -> Tensor:
