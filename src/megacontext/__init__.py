@@ -2,11 +2,12 @@
 
 from megacontext.allocators.training import TrainingWCVariationAllocator
 from megacontext.config import MCConfig
-from megacontext.controller import MCBatchResult, MCController, Variants
+from megacontext.controller import MCController
 from megacontext.cut import Cut, UnreachableTarget
 from megacontext.gistnet import GistNet
 from megacontext.language_model import LanguageModel
 from megacontext.lensnet import LensNet
+from megacontext.micro_step import MCBatchResult, Variants
 from megacontext.session_config import SessionConfig
 from megacontext.session_report import FocusEvent, InferenceReport
 from megacontext.tree import MegaContextTree

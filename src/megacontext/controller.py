@@ -6,7 +6,6 @@ always guarded; the one training call stands in `process_batch`, inside the sanc
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
 from megacontext import preference
+from megacontext.allocators.training import TrainingWCVariationAllocator
 from megacontext.config import MCConfig
 from megacontext.cut import (
     Cut,
@@ -28,6 +28,13 @@ from megacontext.gistnet import GistNet
 from megacontext.inference import InferenceSessions
 from megacontext.language_model import LanguageModel
 from megacontext.lensnet import LensNet
+from megacontext.micro_step import (
+    MCBatchResult,
+    Variants,
+    lensnet_inputs,
+    lod_losses,
+    scores_by_sequence,
+)
 from megacontext.tokens import check_batch
 from megacontext.transfer import to_device
 from megacontext.tree import MegaContextTree
@@ -36,52 +43,22 @@ from megacontext.working_context import NO_LABEL, WorkingContext
 PREFERENCE_SCORER = "preference_scorer"
 
 
-@dataclass(frozen=True)
-class Variants:
-    """The working contexts that are compared: per history the LOD0 baseline, then random cuts.
-
-    Attributes:
-        cuts: ``[B][1 + V]``, the baseline first.
-        working_context: all of them, ``[B · (1 + V), W]``.
-    """
-
-    cuts: tuple[tuple[Cut, ...], ...]
-    working_context: WorkingContext
-
-
-@dataclass(frozen=True)
-class MCBatchResult:
-    """What a micro-step produced.
-
-    Attributes:
-        loss: what the trainer calls backward on, ``lm_loss + lens_loss``; scalar.
-        lm_loss: mean NLL of every labelled entry of every variant, nats; scalar.
-        lens_loss: the preference loss; trains LensNet alone; scalar.
-        variants: the working contexts that were compared.
-        metrics: scalars by name, left on the device; nan where undefined (an LOD that no entry
-            has), except ``lensnet_calls``, an int.
-    """
-
-    loss: Tensor
-    lm_loss: Tensor
-    lens_loss: Tensor
-    variants: Variants
-    metrics: dict[str, Tensor | int]
-
-
 class MCController(InferenceSessions, nn.Module):
     """Language model, GistNet, guarded LensNet and training allocator in one.
 
     Args:
         config: sizes; checked when it was made.
+        bf16: run the networks' forward passes of training and validation under autocast to
+            bfloat16. Losses and preference pairs are computed in the dtype of the weights.
 
     Attributes:
         lensnet: the guarded proxy; ``mc.guard`` is its guard.
     """
 
-    def __init__(self, config: MCConfig) -> None:
+    def __init__(self, config: MCConfig, *, bf16: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.bf16 = bf16
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # not the generators of devices
             self.language_model = LanguageModel(
@@ -113,6 +90,22 @@ class MCController(InferenceSessions, nn.Module):
     def context(self, context: str) -> AbstractContextManager[None]:
         """``with mc.context("training"):`` or ``with mc.context("inference"):``."""
         return self.guard.context(context)  # type: ignore[arg-type]  # checked there
+
+    def compile_networks(self) -> None:
+        """Compile language model, GistNet and LensNet in place, for batches of fixed shapes.
+
+        LensNet and GistNet get CUDA graphs where they run on CUDA. Parameters must have gradient
+        buffers of their own then (`optimization.own_gradients`). For training: a session's shapes
+        change, and torch gives up compiling after eight.
+        """
+        # A network with CUDA graphs writes every call's outputs to the same memory, and does so
+        # from the next call of any of them on that no backward is pending for. What is read after
+        # one is therefore the output of an ordinary operation: of a gather, a loss, a metric.
+        # And LensNet, with its graphs, is the last to be called before backward: a compiled call
+        # after it would let its backward start over with the memory that GistNet's backward needs.
+        self.language_model.compile(dynamic=False)
+        self.gistnet.compile(mode="reduce-overhead", dynamic=False)
+        self.lensnet.compile(mode="reduce-overhead", dynamic=False)
 
     # One micro-step ----------------------------------------------------------------------------
 
@@ -152,18 +145,9 @@ class MCController(InferenceSessions, nn.Module):
             variants = self.build_variants(tree)
             nll = self.token_nll(variants.working_context)
             view, pairs = self._comparison(tree, variants, nll)
-            with self.guard.sanctioned(PREFERENCE_SCORER):
-                scores = self.lensnet(
-                    # Detached: the preference loss trains LensNet, not what it looks at.
-                    view.embeddings.detach(),
-                    view.starts,
-                    view.spans,
-                    view.lods,
-                    view.pad_mask,
-                )
-            # One row per sequence, also where its variants were scored one by one.
-            scores = scores.view(len(tree.lengths), -1)
-            gists = (view.lods > 0).view_as(scores)
+            with self.guard.sanctioned(PREFERENCE_SCORER), self._autocast():
+                scores = self.lensnet(*lensnet_inputs(view))
+            scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
             lens_loss = self._lens_loss(scores, pairs, gists)
             lm_loss = nll.sum() / (variants.working_context.labels != NO_LABEL).sum()
             calls = sum(ledger.calls.values())
@@ -171,7 +155,7 @@ class MCController(InferenceSessions, nn.Module):
             "lm_loss": lm_loss.detach(),
             "lens_loss": lens_loss.detach(),
             "lensnet_calls": calls,
-            **_lod_losses(nll, variants.working_context),
+            **lod_losses(nll, variants.working_context),
             **preference.preference_metrics(scores, pairs, gists),
         }
         return MCBatchResult(lm_loss + lens_loss, lm_loss, lens_loss, variants, metrics)
@@ -202,30 +186,68 @@ class MCController(InferenceSessions, nn.Module):
         if labelled is not None:
             labelled = to_device(labelled, tokens.device).gather(1, index)
             labels = tokens.masked_fill(~labelled, NO_LABEL)
-        return MegaContextTree.build(
-            tokens,
-            self.language_model.embed(tokens),
-            self.gistnet,
-            block_size=self.config.block_size,
-            max_lod=self.config.max_lod,
-            lengths=kept,
-            labels=labels,
-        )
+        with self._autocast():
+            return MegaContextTree.build(
+                tokens,
+                self.language_model.embed(tokens),
+                self.gistnet,
+                block_size=self.config.block_size,
+                max_lod=self.config.max_lod,
+                lengths=kept,
+                labels=labels,
+            )
 
-    def build_variants(self, tree: MegaContextTree) -> Variants:
-        """One LOD0 baseline and ``num_variants`` random cuts per history, gathered at once."""
+    def build_variants(
+        self, tree: MegaContextTree, allocator: TrainingWCVariationAllocator | None = None
+    ) -> Variants:
+        """One LOD0 baseline and ``num_variants`` random cuts per history, gathered at once.
+
+        Args:
+            allocator: samples the cuts; the controller's own by default.
+        """
         cuts = tuple(
             (
                 lod0_tail(length, self.config.train_wc_length, self.config.block_size),
-                *(self._collapse_wc_randomly(length) for _ in range(self.config.num_variants)),
+                *(
+                    self._collapse_wc_randomly(length, allocator)
+                    for _ in range(self.config.num_variants)
+                ),
             )
             for length in tree.lengths
         )
         return Variants(cuts, tree.working_context(cuts))
 
-    def _collapse_wc_randomly(self, num_tokens: int) -> Cut:
+    def _collapse_wc_randomly(
+        self, num_tokens: int, allocator: TrainingWCVariationAllocator | None = None
+    ) -> Cut:
         """A random cut of exactly the training length (all tokens, if there are fewer)."""
-        return self.allocator.sample(num_tokens, min(num_tokens, self.config.train_wc_length))
+        allocator = allocator or self.allocator
+        return allocator.sample(num_tokens, min(num_tokens, self.config.train_wc_length))
+
+    # Validation --------------------------------------------------------------------------------
+
+    def held_out_agreement(self, tokens: Tensor, labelled: Tensor | None = None) -> Tensor:
+        """``preference_agreement`` on sequences that are not trained on, scalar on the device.
+
+        In inference context, with one call of LensNet. The variants are the same every time, and
+        the training allocator's random sequence is left alone. nan where no pair tells anything.
+
+        Args:
+            tokens: int64 ``[B, T]``.
+            labelled: bool ``[B, T]``, the tokens that count in losses; all by default.
+
+        Raises:
+            TypeError, ValueError: tokens that cannot be a batch.
+            ContextSwitchRefused: a micro-step is open.
+        """
+        with self.context("inference"), torch.no_grad():
+            tree = self.build_tree(tokens, labelled=labelled)
+            variants = self.build_variants(tree, self.config.new_allocator())
+            view, pairs = self._comparison(tree, variants, self.token_nll(variants.working_context))
+            with self._autocast():
+                scores = self.lensnet(*lensnet_inputs(view))
+            scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
+            return preference.preference_metrics(scores, pairs, gists)["preference_agreement"]
 
     # Without LensNet ---------------------------------------------------------------------------
 
@@ -238,15 +260,27 @@ class MCController(InferenceSessions, nn.Module):
         """
         check_batch(tokens, None, self.config)
         starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        logits = self.language_model(
-            self.language_model.embed(tokens), starts, torch.ones_like(starts)
-        )
+        logits = self._logits(self.language_model.embed(tokens), starts, torch.ones_like(starts))
         labels = tokens if labelled is None else tokens.masked_fill(~labelled, NO_LABEL)
         return F.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LABEL
         )
 
     # Pieces of process_batch -------------------------------------------------------------------
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        """Around forward passes of the networks, and nothing else."""
+        if not self.bf16:
+            return nullcontext()
+        return torch.autocast(self.language_model.embedding.weight.device.type, torch.bfloat16)
+
+    def _logits(
+        self, embeddings: Tensor, starts: Tensor, spans: Tensor, pad_mask: Tensor | None = None
+    ) -> Tensor:
+        """The language model's, in the dtype of the embeddings, also where it ran in bfloat16."""
+        with self._autocast():
+            logits: Tensor = self.language_model(embeddings, starts, spans, pad_mask)
+        return logits.to(embeddings.dtype)
 
     def _training_context(self) -> AbstractContextManager[None]:
         return self.context("training") if self.guard.current_context is None else nullcontext()
@@ -303,9 +337,7 @@ class MCController(InferenceSessions, nn.Module):
 
     def token_nll(self, context: WorkingContext) -> Tensor:
         """NLL of each entry's label, nats, ``[R, W]``; 0 where there is none."""
-        logits = self.language_model(
-            context.embeddings, context.starts, context.spans, context.pad_mask
-        )
+        logits = self._logits(context.embeddings, context.starts, context.spans, context.pad_mask)
         flat = F.cross_entropy(
             logits.flatten(0, 1),
             context.labels.flatten(),
@@ -331,12 +363,3 @@ class MCController(InferenceSessions, nn.Module):
         for row, cuts, view, length in zip(held, variants.cuts, views, tree.lengths, strict=True):
             row[:, width - len(view) :] = held_at_lod0(cuts, view, length)
         return to_device(torch.from_numpy(held), tree.levels.device)
-
-
-def _lod_losses(nll: Tensor, context: WorkingContext) -> dict[str, Tensor]:
-    """Mean NLL after entries of each LOD, nats; nan for an LOD that no labelled entry has."""
-    labelled = context.labels != NO_LABEL
-    of_lod = context.lods == torch.arange(3, device=nll.device)[:, None, None]
-    of_lod &= labelled
-    means = (nll.detach() * of_lod).sum((1, 2)) / of_lod.sum((1, 2))
-    return {f"lod_loss/{lod}": mean for lod, mean in enumerate(means)}

@@ -1,5 +1,6 @@
-"""GistNet: K child embeddings become one gist."""
+"""GistNet: K child embeddings become one gist, level by level."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,8 +22,29 @@ class GistNet(nn.Module):
         nn.init.zeros_(out.bias)
         self.mlp = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.GELU(), out)
 
-    def forward(self, children: Tensor) -> Tensor:
-        """``[..., K, D]`` to ``[..., D]``."""
+    def forward(self, embeddings: Tensor, block_size: int, max_lod: int) -> Tensor:
+        """All levels of a tree, one after another, ``[B, N + N//K + N//K², D]``.
+
+        Blocks at the end of a level that are not full have no gist.
+
+        Args:
+            embeddings: of LOD0, ``[B, N, D]``.
+            block_size: children of a gist, K.
+            max_lod: highest level, 1 or 2.
+        """
+        # All levels come out of one call: under CUDA graphs a second call without gradients would
+        # write over what the first one gave out, and LOD1 is still needed once LOD2 is made.
+        batch, _, d_model = embeddings.shape
+        levels = [embeddings]
+        for _ in range(max_lod):
+            below = levels[-1]
+            blocks = below.shape[1] // block_size
+            children = below[:, : blocks * block_size]
+            levels.append(self.gist(children.reshape(batch, blocks, block_size, d_model)))
+        return torch.cat(levels, dim=1)
+
+    def gist(self, children: Tensor) -> Tensor:
+        """One step up, ``[..., K, D]`` to ``[..., D]``; never compiled."""
         total: Tensor = children.sum(dim=-2) * children.shape[-2] ** -0.5
         residual: Tensor = self.mlp(self.norm(total))
         return total + residual

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lensnet_guard.postmortem import LogVerdict
-from megacontext.controller import Variants
 from megacontext.cut import Cut
+from megacontext.micro_step import Variants
 from megacontext.run_folder import RunFolder
 
 _LOD_COLOURS = {-1: "#e8e8e8", 0: "#1b6ca8", 1: "#f0a202", 2: "#b3312c"}

@@ -5,7 +5,6 @@ ends with a verdict that is computed from the guard's log file.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,13 +18,16 @@ from torch import Tensor
 from lensnet_guard import lensnet_guard
 from lensnet_guard.postmortem import LogVerdict, read_verdict
 from megacontext.config import MCConfig, check_choice, check_numbers
-from megacontext.controller import MCController, Variants
+from megacontext.controller import MCController
 from megacontext.data import Source, load_corpus
+from megacontext.micro_step import Variants
+from megacontext.optimization import new_optimizer, own_gradients, rate_at, update
 from megacontext.pretrained import usable_device
 from megacontext.recall import RecallSource
 from megacontext.run_folder import RunFolder
 
 VALIDATION_SEQUENCES = 32
+COMPARED_SEQUENCES = 16  # of validation, with all their variants
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class TrainConfig:
         clip_norm: gradient norm, clipped for LensNet and for the rest separately.
         log_interval, checkpoint_interval: in steps.
         device: torch device.
+        compile: run language model, GistNet and LensNet under torch.compile, the latter two with
+            CUDA graphs on CUDA.
+        bf16: run forward passes under autocast to bfloat16.
 
     Raises:
         TypeError, ValueError: a value that cannot train.
@@ -65,6 +70,8 @@ class TrainConfig:
     log_interval: int = 10
     checkpoint_interval: int = 50
     device: str = "cpu"
+    compile: bool = False
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("warmup_steps", "lm_steps"))
@@ -212,18 +219,16 @@ class _Trainer:
         self.lm_step = 0
         self.step = 0
         self.totals: dict[str, Tensor] = {}  # metric -> [sum, count] since the last logged step
-        self.mc = MCController(model).to(device)
-        lens = list(self.mc.lensnet.parameters())
-        of_lens = set(lens)
-        self.parameters = [[p for p in self.mc.parameters() if p not in of_lens], lens]
-        rates = (settings.learning_rate, settings.lens_learning_rate)
-        self.optimizer = torch.optim.AdamW(
+        self.mc = MCController(model, bf16=settings.bf16).to(device)
+        if settings.compile:
+            self.mc.compile_networks()
+        lens = set(self.mc.lensnet.parameters())
+        rest = [p for p in self.mc.parameters() if p not in lens]
+        self.optimizer = new_optimizer(
             [
-                {"params": group, "lr": rate, "peak": rate}
-                for group, rate in zip(self.parameters, rates, strict=True)
-            ],
-            betas=(0.9, 0.95),
-            weight_decay=0.01,
+                (rest, settings.learning_rate),
+                (self.mc.lensnet.parameters(), settings.lens_learning_rate),
+            ]
         )
         self.data_rng = np.random.default_rng([model.seed, 1])
 
@@ -233,6 +238,7 @@ class _Trainer:
         if self.step == 0 and self.lm_step == 0:
             self.save()  # so that a run can be resumed from its first moment
         with self.mc.context("training"):
+            own_gradients(self.mc.language_model.parameters())
             while self.lm_step < settings.lm_steps:
                 loss = self._lm_step()
                 self.lm_step += 1
@@ -248,6 +254,7 @@ class _Trainer:
                     )
                 if last or self.lm_step % settings.checkpoint_interval == 0:
                     self.save()
+            own_gradients(self.mc.parameters())
             while self.step < settings.steps:
                 variants = self._optimizer_step()
                 self.step += 1
@@ -256,7 +263,10 @@ class _Trainer:
                 if checkpoint or self.step % settings.log_interval == 0:
                     self._check_finite()
                 if last or self.step % settings.log_interval == 0:
-                    row = self._take_metrics() | {"validation_loss": self.validation_loss()}
+                    row = self._take_metrics() | {
+                        "validation_loss": self.validation_loss(),
+                        "validation_agreement": self.validation_agreement(),
+                    }
                     self.folder.append_metrics({"step": self.step, **row})
                     report(StepReport("training", self.step, settings.steps, row))
                 if checkpoint:
@@ -271,7 +281,8 @@ class _Trainer:
         ).to(self.device)
         loss = self.mc.full_detail_loss(batch.tokens, batch.labelled)
         torch.autograd.backward(loss)
-        self._update(min(1.0, (self.lm_step + 1) / max(settings.warmup_steps, 1)))
+        rate = min(1.0, (self.lm_step + 1) / max(settings.warmup_steps, 1))
+        update(self.optimizer, rate, settings.clip_norm)
         return loss.detach()
 
     def _optimizer_step(self) -> Variants:
@@ -286,17 +297,9 @@ class _Trainer:
             )
             torch.autograd.backward(result.loss / settings.accumulation)
             self._add_metrics({"loss": result.loss.detach(), **result.metrics})
-        self._update(self._rate(self.step))
+        rate = rate_at(self.step, settings.steps, settings.warmup_steps)
+        update(self.optimizer, rate, settings.clip_norm)
         return result.variants
-
-    def _update(self, rate: float) -> None:
-        """Clip, and step at ``rate`` of the peak learning rates."""
-        for parameters in self.parameters:
-            torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def _check_finite(self) -> None:
         """Stop before a checkpoint of a model that has diverged replaces a good one."""
@@ -320,14 +323,6 @@ class _Trainer:
         self.totals = {}
         return means
 
-    def _rate(self, step: int) -> float:
-        """Share of the peak learning rate at a step: linear warm-up, then cosine to a tenth."""
-        warmup = self.settings.warmup_steps
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(self.settings.steps - warmup, 1)
-        return 0.55 + 0.45 * math.cos(math.pi * progress)
-
     def validation_loss(self) -> float:
         """Of the language model on the same held-out windows every time, nats per label."""
         batch = self.source.held_out_batch(
@@ -335,6 +330,13 @@ class _Trainer:
         ).to(self.device)
         with torch.no_grad():
             return float(self.mc.full_detail_loss(batch.tokens, batch.labelled))
+
+    def validation_agreement(self) -> float:
+        """Of LensNet with the preference pairs of the same held-out sequences every time."""
+        batch = self.source.held_out_batch(
+            np.random.default_rng(0), COMPARED_SEQUENCES, self.mc.config.sequence_tokens
+        ).to(self.device)
+        return float(self.mc.held_out_agreement(batch.tokens, batch.labelled))
 
     def _validation_tokens(self) -> int:
         """As many as a working context has of text; recall needs room for its facts."""

@@ -47,25 +47,19 @@ class MegaContextTree:
         lengths: Sequence[int] | None = None,
         labels: Tensor | None = None,
     ) -> "MegaContextTree":
-        """Build all levels; GistNet runs once per level, for the whole batch.
+        """Build all levels; GistNet makes each of them once, for the whole batch.
 
         Args:
             tokens, embeddings: int64 ``[B, N]`` and their embeddings ``[B, N, D]``.
             lengths: tokens of each history; N for all by default.
             labels: int64 ``[B, N]``; the tokens by default.
         """
-        batch, num_tokens, d_model = embeddings.shape
-        levels = [embeddings]
-        for _ in range(max_lod):
-            below = levels[-1]
-            blocks = below.shape[1] // block_size
-            children = below[:, : blocks * block_size]
-            levels.append(gistnet(children.reshape(batch, blocks, block_size, d_model)))
+        batch, num_tokens, _ = embeddings.shape
         return cls(
             tokens=tokens,
             labels=tokens if labels is None else labels,
             lengths=tuple(lengths) if lengths is not None else (num_tokens,) * batch,
-            levels=torch.cat(levels, dim=1),
+            levels=gistnet(embeddings, block_size, max_lod),
             block_size=block_size,
             max_lod=max_lod,
         )

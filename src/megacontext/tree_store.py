@@ -244,7 +244,7 @@ class TreeStore:
             children = self.embed(rows.astype(np.int64))
         else:
             children = torch.from_numpy(rows).to(self._model.embedding.weight)
-        gists: Tensor = self._gistnet(children.view(number, self._block_size, -1))
+        gists = self._gistnet.gist(children.view(number, self._block_size, -1))
         made: Array = gists.float().numpy(force=True)
         return made
 

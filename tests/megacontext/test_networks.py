@@ -44,14 +44,14 @@ class TestGistNet:
     def test_shape_and_start_as_the_scaled_sum(self) -> None:
         """[..., K, D] to [..., D]; before training it keeps the children's variance."""
         children = torch.randn(2, 3, 4, 16)
-        torch.testing.assert_close(GistNet(16)(children), children.sum(-2) / 2)
+        torch.testing.assert_close(GistNet(16).gist(children), children.sum(-2) / 2)
 
     def test_the_order_of_the_children_does_not_matter(self) -> None:
         """A gist is no concatenation."""
         gistnet = GistNet(16)
         torch.nn.init.normal_(gistnet.mlp[2].weight)
         children = torch.randn(5, 4, 16)
-        torch.testing.assert_close(gistnet(children), gistnet(children.flip(1)))
+        torch.testing.assert_close(gistnet.gist(children), gistnet.gist(children.flip(1)))
 
 
 class TestLensNet:

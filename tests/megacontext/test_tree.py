@@ -39,13 +39,18 @@ class TestLevels:
         assert tree.levels.shape == (2, 39 + 9 + 2, 8)
         assert tree.lengths == (39, 39)
 
-    def test_gistnet_runs_once_per_level(self) -> None:
-        """For the whole batch at once."""
-        gistnet, shapes = make_gistnet(), []
-        gistnet.register_forward_hook(lambda _, args, __: shapes.append(list(args[0].shape)))
+    def test_gistnet_makes_each_level_once(self) -> None:
+        """For the whole batch at once, and all levels in one call: LOD1 is in use as LOD2 is made.
+
+        Two calls without gradients would write to the same memory under CUDA graphs.
+        """
+        gistnet, calls, gists = make_gistnet(), [], []
+        gistnet.register_forward_hook(lambda _, __, levels: calls.append(list(levels.shape)))
+        gistnet.norm.register_forward_hook(lambda _, args, __: gists.append(list(args[0].shape)))
         tokens = torch.zeros(3, 32, dtype=torch.int64)
         MegaContextTree.build(tokens, torch.zeros(3, 32, 8), gistnet, block_size=K, max_lod=2)
-        assert shapes == [[3, 8, 4, 8], [3, 2, 4, 8]]
+        assert calls == [[3, 32 + 8 + 2, 8]]
+        assert gists == [[3, 8, 8], [3, 2, 8]]
 
 
 class TestWorkingContext:
@@ -68,7 +73,7 @@ class TestWorkingContext:
             tokens = context.starts[at][:, None] + torch.arange(K**lod)
             expected = tree.levels[history[at][:, None], tokens]  # from the tokens alone
             for _ in range(lod):
-                expected = gistnet(expected.unflatten(1, (-1, K)))
+                expected = gistnet.gist(expected.unflatten(1, (-1, K)))
             torch.testing.assert_close(context.embeddings[at], expected.squeeze(1))
 
     def test_the_label_of_an_entry_is_the_token_after_its_span(self) -> None:

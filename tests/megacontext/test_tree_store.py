@@ -71,13 +71,13 @@ class TestGrowth:
         np.testing.assert_allclose(made, tree.levels[0, len(tokens) :].numpy(), atol=1e-5)
 
     def test_an_appended_token_never_makes_a_finished_gist_again(self, folder: Path | None) -> None:
-        """Counted where it cannot lie: at GistNet's input."""
-        store, children = make_store(folder), []
-        store._gistnet.register_forward_hook(lambda _, args, __: children.append(len(args[0])))
+        """Counted where it cannot lie: inside GistNet."""
+        store, made = make_store(folder), []
+        store._gistnet.norm.register_forward_hook(lambda _, args, __: made.append(len(args[0])))
         for token in some_tokens(100):
             store.append(np.array([token]))
-        assert sum(children) == 100 // K + 100 // K**2
-        assert set(children) == {1}
+        assert sum(made) == 100 // K + 100 // K**2
+        assert set(made) == {1}
 
     def test_many_tokens_are_taken_in_bounded_pieces(
         self, folder: Path | None, monkeypatch: pytest.MonkeyPatch
@@ -85,8 +85,8 @@ class TestGrowth:
         """No more are embedded at once than CHUNK_TOKENS."""
         monkeypatch.setattr(tree_store, "CHUNK_TOKENS", 24)
         store, sizes = make_store(folder), []
-        store._gistnet.register_forward_hook(
-            lambda _, args, __: sizes.append(args[0][..., 0].numel())
+        store._gistnet.norm.register_forward_hook(
+            lambda _, args, __: sizes.append(len(args[0]) * K)  # children of the gists
         )
         store.append(some_tokens(1_000))
         assert max(sizes) <= 24

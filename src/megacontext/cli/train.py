@@ -58,6 +58,8 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
 @_option("--log-interval", _TRAIN.log_interval, "Steps between lines of metrics.")
 @_option("--checkpoint-interval", _TRAIN.checkpoint_interval, "Steps between checkpoints.")
 @_option("--device", _TRAIN.device, "Torch device, such as cpu or cuda.")
+@click.option("--compile", is_flag=True, help="Run all networks under torch.compile.")
+@click.option("--bf16", is_flag=True, help="Run forward passes in bfloat16, by autocast.")
 @_option("--seed", _MODEL.seed, "Of weights, data order and cuts.")
 @_option("--d-model", _MODEL.d_model, "Width of all networks.")
 @_option("--num-heads", _MODEL.num_heads, "Attention heads.")

@@ -1,0 +1,71 @@
+"""What a micro-step compares, and what it produces."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megacontext.cut import Cut
+from megacontext.working_context import NO_LABEL, WorkingContext
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The working contexts that are compared: per history the LOD0 baseline, then random cuts.
+
+    Attributes:
+        cuts: ``[B][1 + V]``, the baseline first.
+        working_context: all of them, ``[B · (1 + V), W]``.
+    """
+
+    cuts: tuple[tuple[Cut, ...], ...]
+    working_context: WorkingContext
+
+
+@dataclass(frozen=True)
+class MCBatchResult:
+    """What a micro-step produced.
+
+    Attributes:
+        loss: what the trainer calls backward on, ``lm_loss + lens_loss``; scalar.
+        lm_loss: mean NLL of every labelled entry of every variant, nats; scalar.
+        lens_loss: the preference loss; trains LensNet alone; scalar.
+        variants: the working contexts that were compared.
+        metrics: scalars by name, left on the device; nan where undefined (an LOD that no entry
+            has), except ``lensnet_calls``, an int.
+    """
+
+    loss: Tensor
+    lm_loss: Tensor
+    lens_loss: Tensor
+    variants: Variants
+    metrics: dict[str, Tensor | int]
+
+
+def lensnet_inputs(view: WorkingContext) -> tuple[Tensor | None, ...]:
+    """Arguments of LensNet. Detached: its loss trains LensNet, not what it looks at."""
+    return view.embeddings.detach(), view.starts, view.spans, view.lods, view.pad_mask
+
+
+def scores_by_sequence(
+    scores: Tensor, view: WorkingContext, sequences: int
+) -> tuple[Tensor, Tensor]:
+    """LensNet's scores in the dtype of what it read, and which of them are gists', ``[B, E]``.
+
+    One row per sequence, also where its variants were scored one by one.
+
+    Args:
+        scores: as LensNet gave them out, of the view's shape.
+        sequences: B.
+    """
+    scores = scores.to(view.embeddings.dtype).view(sequences, -1)
+    return scores, (view.lods > 0).view_as(scores)
+
+
+def lod_losses(nll: Tensor, context: WorkingContext) -> dict[str, Tensor]:
+    """Mean NLL after entries of each LOD, nats; nan for an LOD that no labelled entry has."""
+    labelled = context.labels != NO_LABEL
+    of_lod = context.lods == torch.arange(3, device=nll.device)[:, None, None]
+    of_lod &= labelled
+    means = (nll.detach() * of_lod).sum((1, 2)) / of_lod.sum((1, 2))
+    return {f"lod_loss/{lod}": mean for lod, mean in enumerate(means)}
