@@ -41,6 +41,7 @@ def draw_overview(
         {
             "lens_loss": "lens loss",
             "preference_agreement": "agreement",
+            "validation_agreement": "agreement, held out",
             "policy_score_std_mean": "spread of scores",
         },
     )

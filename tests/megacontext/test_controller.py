@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lensnet_guard import CallPolicy, guard_module
+from lensnet_guard import BudgetUnmet, CallPolicy, ContextSwitchRefused, guard_module
 from megacontext import LensNet, MCConfig, MCController
 from megacontext.data import Batch
 from megacontext.working_context import NO_LABEL
@@ -445,3 +445,90 @@ class TestAblations:
         assert losses[0] < losses[1]
         assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
         assert losses[3] > losses[0]
+
+
+class TestHeldOutAgreement:
+    """What validation asks of LensNet."""
+
+    def test_it_is_that_of_a_micro_step(self, config: MCConfig, tokens: Tensor) -> None:
+        """Of the same sequences and variants; there is no second way to compare."""
+        trained = MCController(config).process_batch(tokens).metrics["preference_agreement"]
+        agreement = MCController(config).held_out_agreement(tokens)
+        assert torch.equal(agreement, torch.as_tensor(trained))
+        assert not agreement.requires_grad
+
+    def test_it_draws_nothing_from_the_training_allocator(
+        self, mc: MCController, tokens: Tensor
+    ) -> None:
+        """So that a run validated more often has the same variants; nor do its own change."""
+        before = mc.allocator.rng_state
+        with mc.context("training"):
+            first, second = mc.held_out_agreement(tokens), mc.held_out_agreement(tokens)
+        assert mc.allocator.rng_state == before
+        assert torch.equal(first, second)
+
+    def test_it_is_one_call_in_inference_context(self, mc: MCController, tokens: Tensor) -> None:
+        """Between micro-steps, and never inside one."""
+        with mc.context("training"):
+            mc.held_out_agreement(tokens)
+            (call,) = mc.guard.calls
+            assert (call.context, call.grad_enabled) == ("inference", False)
+            with pytest.raises(BudgetUnmet), mc.guard.micro_step(0):
+                pass
+        with pytest.raises(ContextSwitchRefused), mc.context("training"):
+            with mc.guard.micro_step(1):
+                mc.held_out_agreement(tokens)
+
+    def test_it_is_undefined_where_nothing_is_preferred(
+        self, mc: MCController, tokens: Tensor
+    ) -> None:
+        """nan, as in training: no gist of the view is held by one variant only."""
+        mc.config = dataclasses.replace(mc.config, lod2_probability=0.0)
+        short = tokens[:, :48]  # as long as a working context: every variant is the baseline
+        assert mc.held_out_agreement(short).isnan()
+
+
+class TestBfloat16:
+    """Autocast of the forward passes, and of nothing else."""
+
+    def test_the_networks_run_in_it_and_the_losses_do_not(
+        self, config: MCConfig, tokens: Tensor
+    ) -> None:
+        """Log-softmax, pairs and preference loss are computed from float32."""
+        mc = MCController(config, bf16=True)
+        ran: dict[str, torch.dtype] = {}
+        for name in ("language_model", "lensnet", "gistnet.mlp"):
+            mc.get_submodule(name).register_forward_hook(
+                lambda _, __, out, name=name: ran.update({name: out.dtype})  # type: ignore[misc]
+            )
+        result = mc.process_batch(tokens)
+        assert ran == dict.fromkeys(ran, torch.bfloat16)
+        assert len(ran) == 3
+        assert result.variants.working_context.embeddings.dtype == torch.float32
+        metrics = [m for m in result.metrics.values() if isinstance(m, Tensor)]
+        for value in (result.loss, result.lm_loss, result.lens_loss, *metrics):
+            assert value.dtype == torch.float32
+        result.loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in mc.parameters())  # type: ignore[union-attr]
+
+    def test_the_loss_is_the_softmax_of_what_the_model_gave_out(
+        self, config: MCConfig, tokens: Tensor
+    ) -> None:
+        """Not rounded once more: bfloat16 keeps two to three digits."""
+        mc = MCController(config, bf16=True)
+        logits: list[Tensor] = []
+        mc.language_model.register_forward_hook(lambda _, __, out: logits.append(out))
+        loss = mc.full_detail_loss(tokens)
+        expected = torch.nn.functional.cross_entropy(
+            logits[0].double()[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+    def test_it_is_close_to_float32(self, config: MCConfig, tokens: Tensor) -> None:
+        """And not the same."""
+        exact = MCController(config).process_batch(tokens)
+        rounded = MCController(config, bf16=True).process_batch(tokens)
+        assert rounded.lm_loss.item() == pytest.approx(exact.lm_loss.item(), rel=1e-2)
+        assert not torch.equal(rounded.lm_loss, exact.lm_loss)
+        mc = MCController(config, bf16=True)
+        assert 0 <= float(mc.held_out_agreement(tokens)) <= 1

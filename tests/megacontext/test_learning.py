@@ -36,7 +36,9 @@ def test_lensnet_finds_the_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Two blocks of six hold facts, and two can be expanded: it beats chance by far."""
     monkeypatch.setattr(trainer, "load_source", lambda *_: SOURCE)
     result = train(tmp_path / "run", MODEL, SETTINGS)
-    assert str(result.verdict) == "60 micro-steps, 60 LensNet calls, 0 violations"
+    assert str(result.verdict) == (
+        "60 micro-steps, 60 LensNet calls, 0 violations; 6 inference calls"
+    )
     found = evaluate(load_model(tmp_path / "run"), SOURCE, sequences=128, seed=1, oracle_draws=8)
     low, _ = bootstrap_interval(found.nll[RANDOM] - found.nll[LENSNET])
     assert low > 0.5  # nats; 1.3 is usual

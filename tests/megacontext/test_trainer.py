@@ -65,12 +65,45 @@ class TestRun:
         assert [row["step"] for row in rows] == [2, 4, 6]
         assert all(row["lensnet_calls"] == 1 for row in rows)
 
+    def test_validation_asks_lensnet_about_the_same_sequences_every_time(
+        self,
+        tmp_path: Path,
+        model: MCConfig,
+        settings: TrainConfig,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Held-out ones; what is undefined is null in the metrics."""
+        asked: list[torch.Tensor] = []
+
+        def undefined(self: MCController, tokens: torch.Tensor, labelled: None) -> torch.Tensor:
+            asked.append(tokens)
+            return torch.tensor(float("nan") if len(asked) == 2 else 0.75)
+
+        monkeypatch.setattr(MCController, "held_out_agreement", undefined)
+        train(tmp_path / "run", model, settings)
+        rows = RunFolder(tmp_path / "run").read_metrics()
+        assert [row["validation_agreement"] for row in rows] == [0.75, None, 0.75]
+        assert asked[0].shape == (16, model.sequence_tokens)
+        assert all(tokens.equal(asked[0]) for tokens in asked)
+
+    def test_how_often_it_is_validated_changes_nothing(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig
+    ) -> None:
+        """Validation draws from no random sequence of the training."""
+        often = dataclasses.replace(settings, log_interval=1)
+        train(tmp_path / "often", model, often)
+        train(tmp_path / "seldom", model, settings)
+        first, second = weights(tmp_path / "often"), weights(tmp_path / "seldom")
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
     def test_the_verdict_is_computed_from_the_log_file(
         self, tmp_path: Path, model: MCConfig, settings: TrainConfig
     ) -> None:
         """A line that is taken out of the log is missing from the verdict."""
         result = train(tmp_path / "run", model, settings)
-        assert str(result.verdict) == "12 micro-steps, 12 LensNet calls, 0 violations"
+        assert str(result.verdict) == (
+            "12 micro-steps, 12 LensNet calls, 0 violations; 3 inference calls"
+        )
         assert result.verdict.clean
         assert result.verdict.calls_per_micro_step == (1,) * 12
         log = result.run_dir / "lensnet.rank0.jsonl"
@@ -151,6 +184,16 @@ class TestResume:
         assert again.metrics == first.metrics
         assert again.verdict.micro_steps == first.verdict.micro_steps
 
+    def test_a_run_begun_before_a_setting_was_there(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig
+    ) -> None:
+        """Takes what it is by default."""
+        train(tmp_path / "run", model, settings)
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert (config["train"].pop("compile"), config["train"].pop("bf16")) == (False, False)
+        (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+        assert train(tmp_path / "run", resume=True).verdict.clean
+
     def test_changed_text_is_refused(
         self, tmp_path: Path, model: MCConfig, settings: TrainConfig
     ) -> None:
@@ -172,7 +215,9 @@ class TestLanguageModelAlone:
         settings = dataclasses.replace(settings, lm_steps=3, lm_batch_size=2, steps=1)
         seen: list[StepReport] = []
         result = train(tmp_path / "run", model, settings, report=seen.append)
-        assert str(result.verdict) == "2 micro-steps, 2 LensNet calls, 0 violations"
+        assert str(result.verdict) == (
+            "2 micro-steps, 2 LensNet calls, 0 violations; 1 inference call"
+        )
         assert [(r.phase, r.step, r.steps) for r in seen] == [
             ("language model", 2, 3),
             ("language model", 3, 3),
@@ -295,7 +340,7 @@ class TestRefusals:
         with pytest.raises(UnsanctionedCall):
             train(tmp_path / "run", model, settings)
         verdict = read_verdict(tmp_path / "run")
-        assert str(verdict) == "9 micro-steps, 9 LensNet calls, 1 violation"
+        assert str(verdict) == ("9 micro-steps, 9 LensNet calls, 1 violation; 2 inference calls")
         checkpoint = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"))
         assert checkpoint is not None
         assert checkpoint["step"] == 3

@@ -23,7 +23,7 @@ _POINTS = 1_000  # of a curve
 _PICTURE_BYTES = 8 * 2**20
 _CURVES = {  # title -> the metrics in it
     "loss": ("loss", "lm_loss", "validation_loss"),
-    "preference learning": ("lens_loss", "preference_agreement"),
+    "preference learning": ("lens_loss", "preference_agreement", "validation_agreement"),
 }
 
 _HEAD = """<!DOCTYPE html>

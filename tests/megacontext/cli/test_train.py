@@ -13,6 +13,7 @@ from megacontext import MCController
 from megacontext.cli import main
 
 TEXT = str(Path(megacontext.__file__).parent)
+VERDICT = "3 micro-steps, 3 LensNet calls, 0 violations; 1 inference call"
 SMALL = "--steps 3 --batch-size 2 --accumulation 1 --d-model 16 --lm-layers 1 --lens-layers 1"
 
 
@@ -30,7 +31,7 @@ class TestTrain:
         """The last line is computed from the log; exit code 0."""
         code, out, _ = train(tmp_path / "run")
         assert code == 0
-        assert out.splitlines()[-1] == "3 micro-steps, 3 LensNet calls, 0 violations"
+        assert out.splitlines()[-1] == VERDICT
         assert "unigram entropy" in out
 
     def test_json_goes_to_stdout_and_nothing_else_does(self, tmp_path: Path) -> None:
@@ -47,7 +48,16 @@ class TestTrain:
         train(tmp_path / "run")
         code, out, _ = run("train", "--run-dir", tmp_path / "run", "--resume")
         assert code == 0
-        assert out.splitlines()[-1] == "3 micro-steps, 3 LensNet calls, 0 violations"
+        assert out.splitlines()[-1] == VERDICT
+
+    def test_how_to_run_is_kept_for_a_resume(self, tmp_path: Path) -> None:
+        """`--bf16` and `--compile` are settings like the others; what is compiled runs too."""
+        code, _, _ = train(tmp_path / "run", "--bf16")
+        saved = json.loads((tmp_path / "run" / "config.json").read_text())["train"]
+        assert (code, saved["bf16"], saved["compile"]) == (0, True, False)
+        code, _, err = run("train", "--run-dir", tmp_path / "run", "--resume", "--compile")
+        assert code == 2
+        assert "leave out --compile" in err
 
     def test_a_violation_is_printed_and_exits_with_1(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
