@@ -3,20 +3,24 @@
 Example: python benchmarks/startup.py
          python benchmarks/startup.py --rounds 21 --json
 
-Each row is a fresh Python process, started in turn with the others, round after round; files are
-in the kernel's cache after the round that does not count. Figures are medians over the rounds. What
-is added to ``import torch`` is the median of the differences within each round.
+Each row is a fresh Python process, started in turn with the others, round after round. A first
+round that does not count reads the files and leaves the compiled ones (``__pycache__``), as an
+installation does. Figures are medians over the rounds; what is added to ``import torch`` is the
+median of the differences within each round.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 
+from rich.console import Console
 from rich.progress import Progress
 
+NO_CACHE = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
 TORCH = "import torch"
 GUARD = "import torch, lensnet_guard"
 NAMES = "import torch, lensnet_guard, every public name used"
@@ -35,22 +39,24 @@ ROWS = {
 ADDED = (GUARD, NAMES)
 MOST_SECONDS = {MEGACONTEXT: 0.3, LENSNET_GUARD: 0.3}
 MOST_ADDED_MS = 50
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in NO_CACHE}
 
 
 def seconds(arguments: tuple[str, ...]) -> float:
     """From the start of a process to its end."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+    command = [sys.executable, *arguments]
+    subprocess.run(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT, check=True)
     return time.perf_counter() - start
 
 
 def measure(rounds: int) -> list[dict[str, float]]:
     """Seconds of each row, round by round."""
     taken = []
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
         for number in progress.track(range(rounds + 1), description="rounds"):
             row = {name: seconds(arguments) for name, arguments in ROWS.items()}
-            if number:  # the first has read the files from the disk
+            if number:
                 taken.append(row)
     return taken
 
