@@ -236,7 +236,7 @@ class _Trainer:
             weight_decay=0.01,
         )
         self.data_rng = np.random.default_rng([model.seed, 1])
-        # A range in a trace, only on demand: it costs 15 µs where no trace is taken.
+        # A range in a trace, only on demand: it is not free where no trace is taken.
         self.phase: Callable[[str], AbstractContextManager[object]] = nullcontext
 
     def run(self, report: Callable[[StepReport], None], profile: bool) -> Variants | None:

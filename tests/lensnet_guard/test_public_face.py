@@ -68,7 +68,7 @@ class TestPublicFace:
         assert lensnet_guard.__version__ == version("lensnet-guard")
 
     def test_using_every_name_loads_no_log_library(self, run_python):
-        """structlog brings rich; the first log loads them, and they took 100 ms."""
+        """structlog brings rich, and both take longer than the guard: the first log loads them."""
         code = """
             import sys
             from lensnet_guard import *
