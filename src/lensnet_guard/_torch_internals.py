@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.autograd.graph
+import torch.autograd.profiler as _profiler
 import torch.utils.checkpoint as checkpointing
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -204,6 +205,17 @@ def capturing() -> bool:
 
 
 _has_cuda = torch.version.cuda is not None or torch.version.hip is not None
+
+
+def profiling() -> bool:
+    """Whether a torch profiler is taking a trace, in whatever thread; False where unknown.
+
+    Read from torch 2.13, torch/autograd/profiler.py: a flag of the process, which holds for NVTX
+    and ITT too. The one that C++ tells is the thread's own, and stays down with
+    ``profile_all_threads``.
+    """
+    flag: bool = getattr(_profiler, "_is_profiler_enabled", False)
+    return flag
 
 
 def _loaded(module: str) -> object | None:

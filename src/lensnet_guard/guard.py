@@ -21,6 +21,7 @@ from lensnet_guard.errors import build_violation
 from lensnet_guard.hazards import CompiledCalls
 from lensnet_guard.history import History
 from lensnet_guard.policy import CallPolicy, decide
+from lensnet_guard.profiling import in_range
 from lensnet_guard.proxy import GuardedModule, guard_of
 from lensnet_guard.recompute import Recomputes
 from lensnet_guard.record import CallRecord, Context, Kind, describe_inputs, find_caller
@@ -252,7 +253,7 @@ class Guard:
                 if earlier is not None:
                     sink.hazard(record, earlier)
             inside.here = True
-            result = run(*args, **kwargs)
+            result = in_range(record, run)(*args, **kwargs)
             self._compiled.end(record, result)
             record.outcome = "returned"
         except BaseException as error:

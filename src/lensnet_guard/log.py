@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
-import structlog
 import torch
 
 from lensnet_guard._version import __version__
@@ -56,6 +55,8 @@ class RunLog(Sink):
     def __init__(self, folder: str | os.PathLike[str], header: dict[str, Any]) -> None:
         if not isinstance(folder, (str, os.PathLike)):
             raise TypeError(f"log must be a folder's path, not {folder!r}")
+        import structlog  # it brings rich, which takes longer to import than the whole guard
+
         self.folder = Path(folder)
         self.closed = False
         self._header = header

@@ -1,7 +1,8 @@
 """The files of a run, each written so that a kill at any moment loses nothing.
 
 A run folder holds ``config.json``, ``metrics.jsonl`` (a line per logged step), ``checkpoint.pt``
-(the newest), ``lensnet.rank0.jsonl`` (the guard's log) and ``overview.png``.
+(the newest), ``lensnet.rank0.jsonl`` (the guard's log), ``overview.png`` and, where it was asked
+for, ``profile.json.gz``.
 """
 
 import json
@@ -34,6 +35,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint.pt"
         self.overview = self.path / "overview.png"
+        self.profile = self.path / "profile.json.gz"
 
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the folder for a new run.

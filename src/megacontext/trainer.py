@@ -7,6 +7,7 @@ ends with a verdict that is computed from the guard's log file.
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from lensnet_guard import lensnet_guard
 from lensnet_guard.postmortem import LogVerdict, read_verdict
@@ -25,6 +27,7 @@ from megacontext.optimization import new_optimizer, own_gradients, rate_at, upda
 from megacontext.pretrained import usable_device
 from megacontext.recall import RecallSource
 from megacontext.run_folder import RunFolder
+from megacontext.step_profile import step_profile
 
 VALIDATION_SEQUENCES = 32
 COMPARED_SEQUENCES = 16  # of validation, with all their variants
@@ -105,6 +108,8 @@ class TrainResult:
         validation_loss: of the language model on held-out data at full detail, nats per label.
         unigram_entropy: of the held-out data, nats per label.
         run_dir: the run folder.
+        profile: the trace of some of the steps that were made now; None where it was not asked for,
+            and where there were no steps left to make.
     """
 
     verdict: LogVerdict
@@ -112,6 +117,7 @@ class TrainResult:
     validation_loss: float
     unigram_entropy: float
     run_dir: Path
+    profile: Path | None
 
 
 def train(
@@ -120,12 +126,15 @@ def train(
     settings: TrainConfig | None = None,
     *,
     resume: bool = False,
+    profile: bool = False,
     report: Callable[[StepReport], None] = lambda _: None,
 ) -> TrainResult:
     """Train in a new run folder, or continue the run that a folder holds.
 
     Args:
         model, settings: of a new run; a resumed run takes its own from ``config.json``.
+        profile: take a trace of a few of the steps, see `megacontext.step_profile`, in which every
+            LensNet call and every phase of a micro-step is a range.
         report: called after every logged step.
 
     Raises:
@@ -159,7 +168,7 @@ def train(
         if resume:
             trainer.restore()
         with lensnet_guard(trainer.mc, log=folder.path):
-            variants = trainer.run(report)
+            variants = trainer.run(report, profile)
     verdict = read_verdict(folder.path)
     result = TrainResult(
         verdict=verdict,
@@ -167,6 +176,7 @@ def train(
         validation_loss=trainer.validation_loss(),
         unigram_entropy=source.unigram_entropy(),
         run_dir=folder.path,
+        profile=folder.profile if profile and variants is not None else None,
     )
     from megacontext.overview import draw_overview  # matplotlib is slow to import
 
@@ -231,8 +241,10 @@ class _Trainer:
             ]
         )
         self.data_rng = np.random.default_rng([model.seed, 1])
+        # A range in a trace, only on demand: it is not free where no trace is taken.
+        self.phase: Callable[[str], AbstractContextManager[object]] = nullcontext
 
-    def run(self, report: Callable[[StepReport], None]) -> Variants | None:
+    def run(self, report: Callable[[StepReport], None], profile: bool) -> Variants | None:
         """All remaining steps; returns the last micro-step's variants, to look at."""
         settings, variants = self.settings, None
         if self.step == 0 and self.lm_step == 0:
@@ -254,6 +266,12 @@ class _Trainer:
                     )
                 if last or self.lm_step % settings.checkpoint_interval == 0:
                     self.save()
+        steps = settings.steps - self.step if profile else 0
+        self.phase = record_function if profile else nullcontext
+        with (
+            self.mc.context("training"),
+            step_profile(self.folder.profile, steps, cuda=self.device.type == "cuda") as end_step,
+        ):
             own_gradients(self.mc.parameters())
             while self.step < settings.steps:
                 variants = self._optimizer_step()
@@ -271,6 +289,7 @@ class _Trainer:
                     report(StepReport("training", self.step, settings.steps, row))
                 if checkpoint:
                     self.save()
+                end_step()
         return variants
 
     def _lm_step(self) -> Tensor:
@@ -292,13 +311,16 @@ class _Trainer:
             batch = self.source.batch(
                 self.data_rng, settings.batch_size, self.mc.config.sequence_tokens
             ).to(self.device)
-            result = self.mc.process_batch(
-                batch.tokens, step=self.step, micro_step=micro_step, labelled=batch.labelled
-            )
-            torch.autograd.backward(result.loss / settings.accumulation)
+            with self.phase("process_batch"):
+                result = self.mc.process_batch(
+                    batch.tokens, step=self.step, micro_step=micro_step, labelled=batch.labelled
+                )
+            with self.phase("backward"):
+                torch.autograd.backward(result.loss / settings.accumulation)
             self._add_metrics({"loss": result.loss.detach(), **result.metrics})
-        rate = rate_at(self.step, settings.steps, settings.warmup_steps)
-        update(self.optimizer, rate, settings.clip_norm)
+        with self.phase("optimizer"):
+            rate = rate_at(self.step, settings.steps, settings.warmup_steps)
+            update(self.optimizer, rate, settings.clip_norm)
         return result.variants
 
     def _check_finite(self) -> None:

@@ -66,3 +66,14 @@ class TestPublicFace:
         """__version__ and the installed metadata agree."""
         version = importlib.import_module("importlib.metadata").version
         assert lensnet_guard.__version__ == version("lensnet-guard")
+
+    def test_using_every_name_loads_no_log_library(self, run_python):
+        """structlog brings rich, and both take longer than the guard: the first log loads them."""
+        code = """
+            import sys
+            from lensnet_guard import *
+            print({"structlog", "rich", "matplotlib", "torch._dynamo"} & {*sys.modules})
+            guard_module(__import__("torch").nn.Linear(3, 2), log="log")
+            print("structlog" in sys.modules)
+        """
+        assert run_python(code).stdout == "set()\nTrue\n"

@@ -45,6 +45,13 @@ class TestStillThere:
         checkpoint(run, torch.ones(1, requires_grad=True), use_reentrant=True)
         assert seen == [True, True]
 
+    def test_profiling(self):
+        """From the start of a profile to its end."""
+        assert _torch_internals.profiling() is False
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+            assert _torch_internals.profiling() is True
+        assert _torch_internals.profiling() is False
+
     def test_eager_only_needs_no_wrapper(self):
         """The function itself comes back, marked, and nothing of torch.compile is imported."""
 
@@ -226,6 +233,7 @@ class TestGone:
             (torch.autograd.graph, "_engine_run_backward"),
             (torch._C, "_current_graph_task_id"),
             (torch._C._autograd, "_top_saved_tensors_default_hooks"),
+            (torch.autograd.profiler, "_is_profiler_enabled"),
         )
         frame = sys._getframe()
         assert module.backward_pass() is None
@@ -233,6 +241,7 @@ class TestGone:
         assert list(module.open_checkpoints(frame)) == []
         assert module.recomputed_checkpoint(frame) is None
         assert module.stops_recomputing(RuntimeError()) is False
+        assert module.profiling() is False
 
     def test_eager_only(self, without):
         """The public way out of a graph is taken instead."""

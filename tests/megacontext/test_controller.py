@@ -483,7 +483,7 @@ class TestHeldOutAgreement:
         self, mc: MCController, tokens: Tensor
     ) -> None:
         """nan, as in training: no gist of the view is held by one variant only."""
-        mc.config = dataclasses.replace(mc.config, lod2_probability=0.0)
+        mc.config = replace(mc.config, lod2_probability=0.0)
         short = tokens[:, :48]  # as long as a working context: every variant is the baseline
         assert mc.held_out_agreement(short).isnan()
 

@@ -48,6 +48,12 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     show_default="the standard library's sources",
     help="File or folder to train on, byte by byte; may be repeated.",
 )
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Write a torch profiler's trace of a few steps, after a warm-up, to profile.json.gz in "
+    "the run folder; LensNet calls and phases are ranges in it. May be given with --resume.",
+)
 @_option("--lm-steps", _TRAIN.lm_steps, "Optimizer steps of the language model alone, before.")
 @_option("--steps", _TRAIN.steps, "Optimizer steps.")
 @_option("--batch-size", _TRAIN.batch_size, "Sequences per micro-step.")
@@ -78,6 +84,7 @@ def command(
     run_dir: Path,
     setting: str,
     resume: bool,
+    profile: bool,
     text: tuple[Path, ...],
     as_json: bool,
     **options: Any,
@@ -92,6 +99,7 @@ def command(
       megacontext train --run-dir runs/mine --text notes.txt --text src/ --steps 1000
       megacontext train --run-dir runs/mine --resume
       megacontext train --run-dir runs/recall --setting recall --seed 1
+      megacontext train --run-dir runs/first --steps 10 --profile
     """
     if resume:
         _refuse_settings(click.get_current_context())
@@ -107,6 +115,7 @@ def command(
                 _replace(model, given),
                 _replace(settings, given),
                 resume=resume,
+                profile=profile,
                 report=display,
             )
     except (ValueError, TypeError, OSError) as error:
@@ -127,7 +136,7 @@ def command(
     if as_json:
         click.echo(json.dumps(_result_json(result, held)))
     else:
-        _print_result(console, result)
+        _print_result(console, result, profile)
     sys.exit(0 if held else 1)
 
 
@@ -145,7 +154,7 @@ def _replace(config: _Config, given: dict[str, Any]) -> _Config:
 
 def _refuse_settings(ctx: click.Context) -> None:
     """A resumed run takes every setting from its config.json."""
-    own = ("run_dir", "resume", "as_json")
+    own = ("run_dir", "resume", "profile", "as_json")
     given = [name for name in ctx.params if _is_given(name) and name not in own]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(given))
@@ -206,14 +215,18 @@ def _figures(metrics: dict[str, float]) -> str:
     return "  ".join(text.format(metrics[n]) for n, text in names.items() if n in metrics)
 
 
-def _print_result(console: Console, result: TrainResult) -> None:
+def _print_result(console: Console, result: TrainResult, profile: bool) -> None:
     bits = math.log(2)
+    profiled = f"profile in {result.profile}: open it in https://ui.perfetto.dev"
+    if result.profile is None:
+        profiled = "no profile was written: all steps of the run had been made; profile a new run"
     for line in (
         f"held-out loss {result.validation_loss:.3f} nats per token "
         f"({result.validation_loss / bits:.2f} bits); unigram entropy "
         f"{result.unigram_entropy:.3f} ({result.unigram_entropy / bits:.2f} bits)",
         f"files in {result.run_dir}: config.json metrics.jsonl lensnet.rank0.jsonl "
         "checkpoint.pt overview.png",
+        *([profiled] if profile else []),
         str(result.verdict),
     ):
         console.print(line, markup=False, soft_wrap=True)
@@ -227,4 +240,5 @@ def _result_json(result: TrainResult, held: bool) -> dict[str, Any]:
         "validation_loss": result.validation_loss,
         "unigram_entropy": result.unigram_entropy,
         "run_dir": str(result.run_dir),
+        "profile": None if result.profile is None else str(result.profile),
     }

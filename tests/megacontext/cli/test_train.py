@@ -59,6 +59,26 @@ class TestTrain:
         assert code == 2
         assert "leave out --compile" in err
 
+    def test_profile(self, tmp_path: Path) -> None:
+        """The result says where it is, or why there is none: no step is left to profile."""
+        path = tmp_path / "run" / "profile.json.gz"
+        out = train(tmp_path / "run", "--profile")[1]
+        assert f"\nprofile in {path}: open it in https://ui.perfetto.dev\n3 micro-steps" in out
+        assert path.exists()
+        resume = "train", "--run-dir", tmp_path / "run", "--resume"
+        code, out, _ = run(*resume, "--profile")
+        assert code == 0
+        assert (
+            "\nno profile was written: all steps of the run had been made; profile a new run\n"
+        ) in out
+        assert "no profile" not in run(*resume)[1]
+
+    def test_profile_as_json(self, tmp_path: Path) -> None:
+        """Its path, and null where it was not asked for."""
+        printed = train(tmp_path / "run", "--profile", "--json")[1]
+        assert json.loads(printed)["profile"] == str(tmp_path / "run" / "profile.json.gz")
+        assert json.loads(train(tmp_path / "other", "--json")[1])["profile"] is None
+
     def test_a_violation_is_printed_and_exits_with_1(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
