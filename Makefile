@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo eval test check format clean
+.PHONY: demo eval bench test check format clean
 
 demo: .venv/installed  ## train LensNet on real text under the guard and show that the invariant held
 	rm -rf runs/demo
@@ -14,6 +14,9 @@ eval: .venv/installed  ## train both small settings from scratch, and compare Le
 	$(BIN)/megacontext eval --run-dir runs/eval/recall
 	$(BIN)/megacontext train --setting text --run-dir runs/eval/text
 	$(BIN)/megacontext eval --run-dir runs/eval/text
+
+bench: .venv/installed  ## every benchmark, as one table; wants a quiet machine
+	$(BIN)/python benchmarks/table.py
 
 test: .venv/installed  ## every test, in parallel
 	$(BIN)/pytest -n auto

@@ -38,7 +38,8 @@ from lensnet_guard.postmortem import read_verdict
 from megacontext import MCConfig, MCController
 from megacontext.optimization import own_gradients
 from megacontext.run_folder import RunFolder
-from megacontext.trainer import TrainConfig, _Trainer, load_source
+from megacontext.train_config import TrainConfig
+from megacontext.trainer import _Trainer, load_source
 
 FIRST = 10  # steps in which both still have almost the same weights
 FIRST_TOLERANCE = 1e-3  # relative, of each step's loss
@@ -87,7 +88,7 @@ class Run:
                     torch.cuda.synchronize()
                 self.step_ms.append((time.perf_counter() - begin) * 1e3)
                 trainer.step += 1
-                self.rows.append(trainer._take_metrics())
+                self.rows.append(trainer.means.take())
                 done()
             self.validations.append((trainer.validation_loss(), trainer.validation_agreement()))
         if cuda:

@@ -16,7 +16,8 @@ from megacontext.evaluation import (
     evaluate,
 )
 from megacontext.pretrained import load_model
-from megacontext.trainer import StepReport, TrainConfig, load_source, train
+from megacontext.train_config import TrainConfig
+from megacontext.trainer import StepReport, load_source, train
 
 
 @dataclass(frozen=True)

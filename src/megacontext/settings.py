@@ -2,7 +2,7 @@
 
 from megacontext.config import MCConfig
 from megacontext.recall import RecallSource
-from megacontext.trainer import TrainConfig
+from megacontext.train_config import TrainConfig
 
 _RECALL = RecallSource()
 

@@ -6,11 +6,10 @@ ends with a verdict that is computed from the guard's log file.
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch.profiler import record_function
 
 from lensnet_guard import lensnet_guard
 from lensnet_guard.postmortem import LogVerdict, read_verdict
-from megacontext.config import MCConfig, check_choice, check_numbers
+from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.data import Source, load_corpus
 from megacontext.micro_step import Variants
@@ -27,65 +26,12 @@ from megacontext.optimization import new_optimizer, own_gradients, rate_at, upda
 from megacontext.pretrained import usable_device
 from megacontext.recall import RecallSource
 from megacontext.run_folder import RunFolder
+from megacontext.running_means import RunningMeans
 from megacontext.step_profile import step_profile
+from megacontext.train_config import TrainConfig
 
 VALIDATION_SEQUENCES = 32
 COMPARED_SEQUENCES = 16  # of validation, with all their variants
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-        data: ``"text"``, or ``"recall"`` for facts far back that are asked for at the end.
-        text: files and folders to read; empty for the standard library's sources.
-        lm_steps: optimizer steps of the language model alone, before anything else: LensNet learns
-            from what its losses tell, so they must tell something.
-        lm_batch_size: sequences of each.
-        steps: optimizer steps.
-        batch_size: sequences per micro-step.
-        accumulation: micro-steps per optimizer step.
-        learning_rate, lens_learning_rate: peaks for language model and GistNet, and for LensNet.
-        warmup_steps: of linear warm-up; a cosine then falls to a tenth of the peak.
-        clip_norm: gradient norm, clipped for LensNet and for the rest separately.
-        log_interval, checkpoint_interval: in steps.
-        device: torch device.
-        compile: run language model, GistNet and LensNet under torch.compile, the latter two with
-            CUDA graphs on CUDA.
-        bf16: run forward passes under autocast to bfloat16.
-
-    Raises:
-        TypeError, ValueError: a value that cannot train.
-    """
-
-    data: str = "text"
-    text: tuple[str, ...] = ()
-    lm_steps: int = 0
-    lm_batch_size: int = 32
-    steps: int = 240
-    batch_size: int = 8
-    accumulation: int = 1
-    learning_rate: float = 3e-3
-    lens_learning_rate: float = 3e-4
-    warmup_steps: int = 20
-    clip_norm: float = 1.0
-    log_interval: int = 10
-    checkpoint_interval: int = 50
-    device: str = "cpu"
-    compile: bool = False
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        check_numbers(self, may_be_zero=("warmup_steps", "lm_steps"))
-        check_choice("data", self.data, ("text", "recall"))
-        if self.data == "recall" and self.text:
-            raise ValueError("recall makes its own sequences; leave out the text")
-
-    @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> "TrainConfig":
-        """As ``config.json`` holds it."""
-        return cls(**{**saved, "text": tuple(saved["text"])})
 
 
 @dataclass(frozen=True)
@@ -228,8 +174,9 @@ class _Trainer:
         self.device = device
         self.lm_step = 0
         self.step = 0
-        self.totals: dict[str, Tensor] = {}  # metric -> [sum, count] since the last logged step
+        self.means = RunningMeans(device)  # of metrics, since the last logged step
         self.mc = MCController(model, bf16=settings.bf16).to(device)
+        self.mc.language_model.recompute = settings.recompute
         if settings.compile:
             self.mc.compile_networks()
         lens = set(self.mc.lensnet.parameters())
@@ -281,7 +228,7 @@ class _Trainer:
                 if checkpoint or self.step % settings.log_interval == 0:
                     self._check_finite()
                 if last or self.step % settings.log_interval == 0:
-                    row = self._take_metrics() | {
+                    row = self.means.take() | {
                         "validation_loss": self.validation_loss(),
                         "validation_agreement": self.validation_agreement(),
                     }
@@ -317,7 +264,7 @@ class _Trainer:
                 )
             with self.phase("backward"):
                 torch.autograd.backward(result.loss / settings.accumulation)
-            self._add_metrics({"loss": result.loss.detach(), **result.metrics})
+            self.means.add({"loss": result.loss.detach(), **result.metrics})
         with self.phase("optimizer"):
             rate = rate_at(self.step, settings.steps, settings.warmup_steps)
             update(self.optimizer, rate, settings.clip_norm)
@@ -325,25 +272,11 @@ class _Trainer:
 
     def _check_finite(self) -> None:
         """Stop before a checkpoint of a model that has diverged replaces a good one."""
-        if self.totals and not bool(self.totals["loss"].isfinite().all()):
+        if not self.means.finite():
             raise FloatingPointError(
                 f"the loss is no longer finite at step {self.step}; the last checkpoint in "
                 f"{self.folder.path} is kept: lower the learning rate"
             )
-
-    def _add_metrics(self, metrics: dict[str, Tensor | int]) -> None:
-        """Add up what is defined, on the device."""
-        for name, metric in metrics.items():
-            value = torch.as_tensor(metric, dtype=torch.float32, device=self.device)
-            undefined = value.isnan() & (name not in ("loss", "lm_loss", "lens_loss"))
-            summand = torch.stack([value.masked_fill(undefined, 0.0), (~undefined).float()])
-            self.totals[name] = self.totals.get(name, 0) + summand
-
-    def _take_metrics(self) -> dict[str, float]:
-        """Means over the micro-steps since the last call; nan where never defined."""
-        means = {name: float(total / count) for name, (total, count) in self.totals.items()}
-        self.totals = {}
-        return means
 
     def validation_loss(self) -> float:
         """Of the language model on the same held-out windows every time, nats per label."""
@@ -371,7 +304,7 @@ class _Trainer:
             {
                 "lm_step": self.lm_step,
                 "step": self.step,
-                "totals": self.totals,
+                "means": self.means.state,
                 "model": self.mc.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "allocator_rng": self.mc.allocator.rng_state,
@@ -384,7 +317,7 @@ class _Trainer:
         if state is not None:
             self.lm_step = state["lm_step"]
             self.step = state["step"]
-            self.totals = state["totals"]
+            self.means.state = state["means"]
             self.mc.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.mc.allocator.rng_state = state["allocator_rng"]

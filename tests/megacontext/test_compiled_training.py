@@ -17,7 +17,8 @@ import megacontext
 from megacontext import MCConfig, MCController
 from megacontext.optimization import new_optimizer, own_gradients, update
 from megacontext.run_folder import RunFolder
-from megacontext.trainer import StepReport, TrainConfig, train
+from megacontext.train_config import TrainConfig
+from megacontext.trainer import StepReport, train
 
 # Importing inductor, and tracing, warn of torch's own old ways.
 pytestmark = pytest.mark.filterwarnings(

@@ -8,7 +8,8 @@ from megacontext import MCConfig, trainer
 from megacontext.evaluation import LENSNET, RANDOM, bootstrap_interval, evaluate, gap_closed
 from megacontext.pretrained import load_model
 from megacontext.recall import RecallSource
-from megacontext.trainer import TrainConfig, train
+from megacontext.train_config import TrainConfig
+from megacontext.trainer import train
 
 SOURCE = RecallSource(keys=4, symbols=8, facts=2, questions=1)
 MODEL = MCConfig(

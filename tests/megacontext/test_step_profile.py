@@ -14,7 +14,8 @@ import megacontext
 from megacontext import MCConfig, MCController
 from megacontext.run_folder import RunFolder
 from megacontext.step_profile import step_profile
-from megacontext.trainer import TrainConfig, train
+from megacontext.train_config import TrainConfig
+from megacontext.trainer import train
 
 TEXT = (str(Path(megacontext.__file__).parent),)
 

@@ -17,7 +17,8 @@ from lensnet_guard import UnsanctionedCall
 from lensnet_guard.postmortem import read_verdict
 from megacontext import MCConfig, MCController
 from megacontext.run_folder import RunFolder
-from megacontext.trainer import StepReport, TrainConfig, train
+from megacontext.train_config import TrainConfig
+from megacontext.trainer import StepReport, train
 
 TEXT = (str(Path(megacontext.__file__).parent),)
 

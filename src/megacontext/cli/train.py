@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lensnet_guard import LensNetViolation
 from megacontext.config import MCConfig
 from megacontext.settings import SETTINGS
-from megacontext.trainer import StepReport, TrainConfig, TrainResult, train
+from megacontext.train_config import TrainConfig
+from megacontext.trainer import StepReport, TrainResult, train
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Config = TypeVar("_Config", MCConfig, TrainConfig)
@@ -66,6 +67,11 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
 @_option("--device", _TRAIN.device, "Torch device, such as cpu or cuda.")
 @click.option("--compile", is_flag=True, help="Run all networks under torch.compile.")
 @click.option("--bf16", is_flag=True, help="Run forward passes in bfloat16, by autocast.")
+@click.option(
+    "--recompute",
+    is_flag=True,
+    help="Keep less of the language model for backward, and run its blocks twice: less memory.",
+)
 @_option("--seed", _MODEL.seed, "Of weights, data order and cuts.")
 @_option("--d-model", _MODEL.d_model, "Width of all networks.")
 @_option("--num-heads", _MODEL.num_heads, "Attention heads.")

@@ -1,0 +1,62 @@
+"""Means of metrics over micro-steps, added up on the device and read when they are logged."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOSSES = ("loss", "lm_loss", "lens_loss")  # are always defined: nan is a diverged run there
+
+
+class RunningMeans:
+    """Adds up what is defined; nothing is read back from the device before `take`.
+
+    Args:
+        device: where the metrics are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._names: tuple[str, ...] = ()
+        self._totals: Tensor | None = None  # sums and counts, float32 [2, M]
+
+    def add(self, metrics: Mapping[str, Tensor | int]) -> None:
+        """Those of one micro-step: scalars by name, `LOSSES` and others; nan is undefined."""
+        names = (*LOSSES, *(name for name in metrics if name not in LOSSES))
+        values = torch.stack([self._on_device(metrics[name]) for name in names])
+        undefined = values.isnan()
+        undefined[: len(LOSSES)] = False
+        summands = torch.stack([values.masked_fill(undefined, 0.0), (~undefined).float()])
+        self._totals = summands if self._totals is None else self._totals + summands
+        self._names = names
+
+    def finite(self) -> bool:
+        """Whether the losses so far are finite numbers; waits for the device."""
+        if self._totals is None:
+            return True
+        return bool(self._totals[0, : len(LOSSES)].isfinite().all())
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call; nan where never defined; waits for the device."""
+        if self._totals is None:
+            return {}
+        sums, counts = self._totals
+        means = dict(zip(self._names, (sums / counts).tolist(), strict=True))
+        self._totals = None
+        return means
+
+    def _on_device(self, metric: Tensor | int) -> Tensor:
+        if isinstance(metric, Tensor):
+            return metric.float()
+        # Filled in there: a number that is copied from the host waits for the device.
+        return torch.full((), float(metric), device=self._device)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; assign it to continue there."""
+        return {"names": list(self._names), "totals": self._totals}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._names, self._totals = tuple(state["names"]), state["totals"]
