@@ -199,6 +199,20 @@ def compile_counters() -> tuple[int, int]:
     return stats.get("unique_graphs", 0), inductor.get("cudagraph_skips", 0)
 
 
+def default_store(prefix: str) -> Any:
+    """What all ranks of torch.distributed read and write, under a prefix; None where unknown.
+
+    A connection of its own: one that another thread waits on is locked. Read from torch 2.13,
+    torch/distributed/distributed_c10d.py.
+    """
+    try:
+        distributed: Any = torch.distributed
+        store = distributed.distributed_c10d._get_default_store().clone()
+        return distributed.PrefixStore(prefix, store)
+    except (AttributeError, RuntimeError):
+        return None
+
+
 def capturing() -> bool:
     """Whether the user captures a CUDA graph: its replays will run no Python."""
     return _has_cuda and torch.cuda.is_current_stream_capturing()

@@ -106,6 +106,20 @@ class ContextSwitchRefused(LensNetViolation):
     )
 
 
+class RankDivergence(LensNetViolation):
+    """Ranks of a distributed run that have not made the same calls."""
+
+    headline = "{module} was not called alike by all ranks, which hangs what they do together:"
+    remedy = (
+        "Let all ranks decide alike: from what they share (reduce it first), never from one "
+        "rank's own data; and give each as many batches."
+    )
+
+
+class RankStopped(RuntimeError):
+    """Another rank of a distributed run has raised, and says why."""
+
+
 def build_violation(
     record: "CallRecord",
     policy: "CallPolicy",

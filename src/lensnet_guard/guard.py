@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from torch import nn
 
@@ -26,6 +26,9 @@ from lensnet_guard.proxy import GuardedModule, guard_of
 from lensnet_guard.recompute import Recomputes
 from lensnet_guard.record import CallRecord, Context, Kind, describe_inputs, find_caller
 from lensnet_guard.tripwire import Inside, Tripwire, describe_part
+
+if TYPE_CHECKING:
+    from lensnet_guard.ranks import Ranks
 
 Mode = Literal["enforce", "observe", "off"]
 
@@ -59,6 +62,7 @@ class Guard:
         self._history = History(name)
         self._recomputes = Recomputes()
         self._inside, self._compiled = inside or Inside(), CompiledCalls(module)
+        self._ranks: Ranks | None = None  # while they are compared
         self._tripwire: Tripwire | None = None
         if mode != "off":
             shared = policy.shared_submodules
@@ -300,7 +304,8 @@ class Guard:
     def _violate(self, reason: str, here: Position, detail: str) -> None:
         """Refuse something that is not a call."""
         if self.mode != "off":
-            kind: Kind = "micro_step" if reason == "BudgetUnmet" else "context"
+            switches = ("NoContext", "ContextSwitchRefused")
+            kind: Kind = "context" if reason in switches else "micro_step"
             self._refuse(kind, reason, here, sys._getframe(1), here.scope, detail=detail)
 
     def _require_context(self, what: str) -> Position:
@@ -331,6 +336,8 @@ class Guard:
             if ledger is not None and settles and (unmet := ledger.unmet()):
                 made = ", ".join(f"{s} made {n} of {due} calls" for s, (n, due) in unmet.items())
                 self._violate("BudgetUnmet", here, f": {made}")
+            if self._ranks and ledger is not None and settles and ledger.context == "training":
+                self._ranks.settle(ledger.step, ledger.micro_step)
         except BaseException as error:
             for earlier, last in self._compiled.blame(error):
                 for sink in self._history.sinks:
