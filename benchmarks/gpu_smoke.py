@@ -6,7 +6,7 @@ Example: python benchmarks/gpu_smoke.py
 Two trainings with the same seeds, one of them with ``--compile``, take turns: a block of steps
 each, then a validation each. On CUDA, where LensNet and GistNet get CUDA graphs, the model is the
 demo's, without CUDA a small one. The verdict goes to a JSON file, a line for each thing that must
-hold; the exit code is 0 when all of them do.
+hold, and the loss of every step; the exit code is 0 when all of them hold.
 
 Rounding differs, and training amplifies it, so that the two drift apart however right both are.
 They are compared over the first steps, before that; and all along from the same weights on the
@@ -255,6 +255,8 @@ def smoke(steps: int, interval: int, folder: Path, console: Console) -> dict[str
         line("a forward waits for the GPU", waited is None if cuda else None, waited),
     ]
     times = {name: median(run.step_ms[1:]) for name, run in runs.items()}
+    losses = {name: run.losses() for name, run in runs.items()}
+    apart = list(map(relative, losses["compiled"], losses["eager"]))
     return {
         "passed": all(entry["passed"] is not False for entry in lines),
         "device": torch.cuda.get_device_name()
@@ -272,6 +274,8 @@ def smoke(steps: int, interval: int, folder: Path, console: Console) -> dict[str
         "peak_memory_mb": {n: r.peak_bytes / 2**20 if cuda else None for n, r in runs.items()},
         "final_validation": {n: r.validations[-1:] for n, r in runs.items()},
         "other_warnings": others,
+        "loss_apart_worst": max(apart, default=None),
+        "losses": losses,
     }
 
 
@@ -336,7 +340,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         verdict = smoke(arguments.steps, arguments.validate_every, Path(folder), console)
     arguments.out.write_text(json.dumps(verdict, indent=2) + "\n")
-    print(json.dumps(verdict, indent=2))
+    print(json.dumps({k: v for k, v in verdict.items() if k != "losses"}, indent=2))
     marks = {True: "pass", False: "FAIL", None: "-"}
     for entry in verdict["lines"]:
         console.print(f"{marks[entry['passed']]:4}  {entry['name']}", markup=False)
