@@ -36,6 +36,7 @@ from torch._dynamo.utils import counters
 from lensnet_guard import LensNetHazard, lensnet_guard
 from lensnet_guard.postmortem import read_verdict
 from megacontext import MCConfig, MCController
+from megacontext.distributed import World
 from megacontext.optimization import own_gradients
 from megacontext.run_folder import RunFolder
 from megacontext.train_config import TrainConfig
@@ -68,7 +69,7 @@ class Run:
         self.folder = RunFolder(folder)
         device = torch.device(settings.device)
         source = load_source(settings, model)
-        self.trainer = _Trainer(model, settings, source, self.folder, device)
+        self.trainer = _Trainer(model, settings, source, self.folder, device, World())
         own_gradients(self.trainer.mc.parameters())
         self.rows: list[dict[str, float]] = []
         self.validations: list[tuple[float, float]] = []
@@ -111,12 +112,12 @@ class Probe:
         """One optimizer step's micro-steps, from the same weights on the same sequences."""
         trainer = self.run.trainer
         self.mc.load_state_dict(trainer.mc.state_dict())
-        drawn = trainer.mc.allocator.rng_state  # the training goes on as if nothing had been drawn
+        drawn = trainer.mc.allocator.drawn  # the training goes on as if nothing had been drawn
         results = []
         for mc in (self.mc, trainer.mc):
-            mc.allocator.rng_state = drawn
+            mc.allocator.drawn = drawn
             results.append(self._micro_steps(mc))
-        trainer.mc.allocator.rng_state = drawn
+        trainer.mc.allocator.drawn = drawn
         (eager, expected), (compiled, found) = results
         self.differences.append(
             {

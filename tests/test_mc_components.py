@@ -172,10 +172,10 @@ class TestOneCallPerMicroStep:
     ) -> None:
         """On one fixed set of variants LensNet learns to order the pairs as their losses do."""
         optimizer = torch.optim.AdamW(mc.lensnet.parameters(), lr=3e-3)
-        state = mc.allocator.rng_state
+        state = mc.allocator.drawn
         agreement = []
         for _ in range(60):
-            mc.allocator.rng_state = state
+            mc.allocator.drawn = state
             result = mc.process_batch(tokens)
             optimizer.zero_grad()
             result.lens_loss.backward()

@@ -30,6 +30,11 @@ class Batch:
     tokens: Tensor
     labelled: Tensor | None
 
+    def share(self, rank: int, size: int) -> "Batch":
+        """Every ``size``-th sequence, from number ``rank`` on."""
+        labelled = None if self.labelled is None else self.labelled[rank::size]
+        return replace(self, tokens=self.tokens[rank::size], labelled=labelled)
+
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
         labelled = None if self.labelled is None else to_device(self.labelled, device)

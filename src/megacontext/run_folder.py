@@ -37,11 +37,11 @@ class RunFolder:
         self.overview = self.path / "overview.png"
         self.profile = self.path / "profile.json.gz"
 
-    def create(self, config: Mapping[str, Any]) -> None:
-        """Make the folder for a new run.
+    def require_new(self) -> None:
+        """Make sure that a new run can begin here.
 
         Raises:
-            FileExistsError: it holds a run already, or something else.
+            FileExistsError: the folder holds a run already, or something else.
         """
         if self.config.exists():
             raise FileExistsError(
@@ -50,6 +50,14 @@ class RunFolder:
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise FileExistsError(f"{self.path} is not an empty folder; choose another --run-dir")
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Make the folder for a new run.
+
+        Raises:
+            FileExistsError: as for `require_new`.
+        """
+        self.require_new()
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, json.dumps(config, indent=2).encode() + b"\n")
 

@@ -1,12 +1,17 @@
 """Means of metrics over micro-steps, added up on the device and read when they are logged."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Total = Callable[[Tensor], Tensor]
 LOSSES = ("loss", "lm_loss", "lens_loss")  # are always defined: nan is a diverged run there
+
+
+def _own(totals: Tensor) -> Tensor:
+    return totals
 
 
 class RunningMeans:
@@ -37,26 +42,30 @@ class RunningMeans:
             return True
         return bool(self._totals[0, : len(LOSSES)].isfinite().all())
 
-    def take(self) -> dict[str, float]:
-        """Means since the last call; nan where never defined; waits for the device."""
+    def take(self, total: Total = _own) -> dict[str, float]:
+        """Means since the last call; nan where never defined; waits for the device.
+
+        Args:
+            total: sums over all processes, which must take together.
+        """
         if self._totals is None:
             return {}
-        sums, counts = self._totals
+        sums, counts = total(self._totals)
         means = dict(zip(self._names, (sums / counts).tolist(), strict=True))
         self._totals = None
         return means
+
+    def state(self, total: Total = _own) -> dict[str, Any]:
+        """For a checkpoint, see `take`."""
+        totals = None if self._totals is None else total(self._totals)
+        return {"names": list(self._names), "totals": totals}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue there; with several processes, in one of them."""
+        self._names, self._totals = tuple(state["names"]), state["totals"]
 
     def _on_device(self, metric: Tensor | int) -> Tensor:
         if isinstance(metric, Tensor):
             return metric.float()
         # Filled in there: a number that is copied from the host waits for the device.
         return torch.full((), float(metric), device=self._device)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint; assign it to continue there."""
-        return {"names": list(self._names), "totals": self._totals}
-
-    @state.setter
-    def state(self, state: dict[str, Any]) -> None:
-        self._names, self._totals = tuple(state["names"]), state["totals"]

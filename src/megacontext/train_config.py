@@ -16,10 +16,10 @@ class TrainConfig:
         text: files and folders to read; empty for the standard library's sources.
         lm_steps: optimizer steps of the language model alone, before anything else: LensNet learns
             from what its losses tell, so they must tell something.
-        lm_batch_size: sequences of each.
+        lm_batch_size: sequences of each; several processes share them.
         steps: optimizer steps.
         batch_size: sequences per micro-step.
-        accumulation: micro-steps per optimizer step.
+        accumulation: micro-steps per optimizer step; several processes share them.
         learning_rate, lens_learning_rate: peaks for language model and GistNet, and for LensNet.
         warmup_steps: of linear warm-up; a cosine then falls to a tenth of the peak.
         clip_norm: gradient norm, clipped for LensNet and for the rest separately.
@@ -28,6 +28,8 @@ class TrainConfig:
         compile: run language model, GistNet and LensNet under torch.compile, the latter two with
             CUDA graphs on CUDA.
         bf16: run forward passes under autocast to bfloat16.
+        shard: with several processes, share weights, gradients and optimizer state among them by
+            FSDP2; by default each has all of them (DDP).
         recompute: let the language model keep less for backward, and run its blocks twice.
 
     Raises:
@@ -51,12 +53,18 @@ class TrainConfig:
     compile: bool = False
     bf16: bool = False
     recompute: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("warmup_steps", "lm_steps"))
         check_choice("data", self.data, ("text", "recall"))
         if self.data == "recall" and self.text:
             raise ValueError("recall makes its own sequences; leave out the text")
+        if self.compile and self.shard:
+            raise ValueError(
+                "compile and shard cannot be combined: FSDP2 gathers weights between the blocks "
+                "of one network, where a graph would break; leave one of them out"
+            )
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "TrainConfig":

@@ -16,12 +16,21 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lensnet_guard import lensnet_guard
+from lensnet_guard import compare_ranks, lensnet_guard
 from lensnet_guard.postmortem import LogVerdict, read_verdict
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.data import Source, load_corpus
-from megacontext.micro_step import Variants
+from megacontext.distributed import (
+    DataParallel,
+    World,
+    device_name,
+    gathered,
+    joined_world,
+    load_optimizer,
+    load_weights,
+)
+from megacontext.micro_step import MCBatchResult, Variants
 from megacontext.optimization import new_optimizer, own_gradients, rate_at, update
 from megacontext.pretrained import usable_device
 from megacontext.recall import RecallSource
@@ -30,6 +39,7 @@ from megacontext.running_means import RunningMeans
 from megacontext.step_profile import step_profile
 from megacontext.train_config import TrainConfig
 
+LM_DATA, DATA = 0, 1  # what random numbers are for
 VALIDATION_SEQUENCES = 32
 COMPARED_SEQUENCES = 16  # of validation, with all their variants
 
@@ -94,39 +104,51 @@ def train(
         model = MCConfig(**saved["model"])
         settings = TrainConfig.from_json(saved["train"])
     model, settings = model or MCConfig(), settings or TrainConfig()
-    device = usable_device(settings.device)
+    device = usable_device(device_name(settings.device))
     source = load_source(settings, model)
-    trainer = _Trainer(model, settings, source, folder, device)
-    if not resume:
-        folder.create(
-            {
-                "model": dataclasses.asdict(model),
-                "train": dataclasses.asdict(settings),
-                "source": source.description,
-            }
+    with joined_world(settings.device) as world:
+        world.check(settings)
+        trainer = _Trainer(model, settings, source, folder, device, world)
+        if resume and saved["source"].get("sha256") != source.description.get("sha256"):
+            raise ValueError(
+                f"the text has changed since {folder.path} was begun (its sha256 differs), "
+                "so the run cannot be continued; start a new one"
+            )
+        if not resume:
+            folder.require_new()  # so that all processes refuse
+            world.wait()
+        if world.first and not resume:
+            folder.create(
+                {
+                    "model": dataclasses.asdict(model),
+                    "train": dataclasses.asdict(settings),
+                    "source": source.description,
+                }
+            )
+        world.wait()
+        with folder.locked() if world.first else nullcontext():
+            if resume:
+                trainer.restore()
+            with (
+                lensnet_guard(trainer.mc, log=folder.path) as guard,
+                compare_ranks(guard) if world.size > 1 else nullcontext(),
+            ):
+                variants = trainer.run(report if world.first else lambda _: None, profile)
+            world.wait()  # for all logs to be complete
+        verdict = read_verdict(folder.path)
+        result = TrainResult(
+            verdict=verdict,
+            metrics=folder.read_metrics()[-1],
+            validation_loss=trainer.validation_loss(),
+            unigram_entropy=source.unigram_entropy(),
+            run_dir=folder.path,
+            profile=folder.profile if profile and variants is not None else None,
         )
-    elif saved["source"].get("sha256") != source.description.get("sha256"):
-        raise ValueError(
-            f"the text has changed since {folder.path} was begun (its sha256 differs), "
-            "so the run cannot be continued; start a new one"
-        )
-    with folder.locked():
-        if resume:
-            trainer.restore()
-        with lensnet_guard(trainer.mc, log=folder.path):
-            variants = trainer.run(report, profile)
-    verdict = read_verdict(folder.path)
-    result = TrainResult(
-        verdict=verdict,
-        metrics=folder.read_metrics()[-1],
-        validation_loss=trainer.validation_loss(),
-        unigram_entropy=source.unigram_entropy(),
-        run_dir=folder.path,
-        profile=folder.profile if profile and variants is not None else None,
-    )
-    from megacontext.overview import draw_overview  # matplotlib is slow to import
+        if world.first:
+            from megacontext.overview import draw_overview  # matplotlib is slow to import
 
-    draw_overview(folder, verdict, variants, source.unigram_entropy())
+            draw_overview(folder, verdict, variants, source.unigram_entropy())
+        world.wait()
     return result
 
 
@@ -167,11 +189,13 @@ class _Trainer:
         source: Source,
         folder: RunFolder,
         device: torch.device,
+        world: World,
     ) -> None:
         self.settings = settings
         self.source = source
         self.folder = folder
         self.device = device
+        self.world = world
         self.lm_step = 0
         self.step = 0
         self.means = RunningMeans(device)  # of metrics, since the last logged step
@@ -179,6 +203,7 @@ class _Trainer:
         self.mc.language_model.recompute = settings.recompute
         if settings.compile:
             self.mc.compile_networks()
+        self.call = DataParallel(self.mc, world, shard=settings.shard)
         lens = set(self.mc.lensnet.parameters())
         rest = [p for p in self.mc.parameters() if p not in lens]
         self.optimizer = new_optimizer(
@@ -187,7 +212,6 @@ class _Trainer:
                 (self.mc.lensnet.parameters(), settings.lens_learning_rate),
             ]
         )
-        self.data_rng = np.random.default_rng([model.seed, 1])
         # A range in a trace, only on demand: it is not free where no trace is taken.
         self.phase: Callable[[str], AbstractContextManager[object]] = nullcontext
 
@@ -198,21 +222,17 @@ class _Trainer:
             self.save()  # so that a run can be resumed from its first moment
         with self.mc.context("training"):
             own_gradients(self.mc.language_model.parameters())
+            self.call.train(self.mc.language_model)
             while self.lm_step < settings.lm_steps:
                 loss = self._lm_step()
                 self.lm_step += 1
                 last = self.lm_step == settings.lm_steps
                 if last or self.lm_step % settings.log_interval == 0:
-                    report(
-                        StepReport(
-                            "language model",
-                            self.lm_step,
-                            settings.lm_steps,
-                            {"lm_loss": float(loss)},
-                        )
-                    )
+                    row = {"lm_loss": float(self.world.sum(loss)) / self.world.size}
+                    report(StepReport("language model", self.lm_step, settings.lm_steps, row))
                 if last or self.lm_step % settings.checkpoint_interval == 0:
                     self.save()
+        profile = profile and self.world.first
         steps = settings.steps - self.step if profile else 0
         self.phase = record_function if profile else nullcontext
         with (
@@ -220,6 +240,7 @@ class _Trainer:
             step_profile(self.folder.profile, steps, cuda=self.device.type == "cuda") as end_step,
         ):
             own_gradients(self.mc.parameters())
+            self.call.train(self.mc)
             while self.step < settings.steps:
                 variants = self._optimizer_step()
                 self.step += 1
@@ -228,11 +249,12 @@ class _Trainer:
                 if checkpoint or self.step % settings.log_interval == 0:
                     self._check_finite()
                 if last or self.step % settings.log_interval == 0:
-                    row = self.means.take() | {
+                    row = self.means.take(self.world.sum) | {
                         "validation_loss": self.validation_loss(),
                         "validation_agreement": self.validation_agreement(),
                     }
-                    self.folder.append_metrics({"step": self.step, **row})
+                    if self.world.first:
+                        self.folder.append_metrics({"step": self.step, **row})
                     report(StepReport("training", self.step, settings.steps, row))
                 if checkpoint:
                     self.save()
@@ -240,35 +262,50 @@ class _Trainer:
         return variants
 
     def _lm_step(self) -> Tensor:
-        """One step of the language model alone; its loss."""
+        """One step of the language model alone; its loss, of this process's sequences."""
         settings = self.settings
-        batch = self.source.lm_batch(
-            self.data_rng, settings.lm_batch_size, self.mc.config.sequence_tokens
-        ).to(self.device)
-        loss = self.mc.full_detail_loss(batch.tokens, batch.labelled)
+        rng = self._random_numbers(LM_DATA, self.lm_step)
+        sequence_tokens = self.mc.config.sequence_tokens
+        batch = self.source.lm_batch(rng, settings.lm_batch_size, sequence_tokens)
+        batch = batch.share(self.world.rank, self.world.size).to(self.device)
+        loss: Tensor = self.call("full_detail_loss", batch.tokens, batch.labelled)
         torch.autograd.backward(loss)
         rate = min(1.0, (self.lm_step + 1) / max(settings.warmup_steps, 1))
         update(self.optimizer, rate, settings.clip_norm)
         return loss.detach()
 
     def _optimizer_step(self) -> Variants:
-        """One step of ``accumulation`` micro-steps; the last one's variants."""
-        settings = self.settings
-        for micro_step in range(settings.accumulation):
-            batch = self.source.batch(
-                self.data_rng, settings.batch_size, self.mc.config.sequence_tokens
-            ).to(self.device)
-            with self.phase("process_batch"):
-                result = self.mc.process_batch(
-                    batch.tokens, step=self.step, micro_step=micro_step, labelled=batch.labelled
-                )
-            with self.phase("backward"):
-                torch.autograd.backward(result.loss / settings.accumulation)
+        """This process's micro-steps of one step; the last one's variants."""
+        settings, config = self.settings, self.mc.config
+        own = settings.accumulation // self.world.size
+        for micro_step in range(own):
+            # Sequences and cuts go by the micro-step's number within the run, whoever does it.
+            number = self.step * settings.accumulation + micro_step * self.world.size
+            number += self.world.rank
+            rng = self._random_numbers(DATA, number)
+            batch = self.source.batch(rng, settings.batch_size, config.sequence_tokens)
+            batch = batch.to(self.device)
+            self.mc.allocator.drawn = number * settings.batch_size * config.num_variants
+            with self.call.adding_up(last=micro_step == own - 1):
+                with self.phase("process_batch"):
+                    result: MCBatchResult = self.call(
+                        "process_batch",
+                        batch.tokens,
+                        step=self.step,
+                        micro_step=micro_step,
+                        labelled=batch.labelled,
+                    )
+                with self.phase("backward"):
+                    torch.autograd.backward(result.loss / own)
             self.means.add({"loss": result.loss.detach(), **result.metrics})
         with self.phase("optimizer"):
             rate = rate_at(self.step, settings.steps, settings.warmup_steps)
             update(self.optimizer, rate, settings.clip_norm)
         return result.variants
+
+    def _random_numbers(self, purpose: int, number: int) -> np.random.Generator:
+        """By what they are for alone, so that nothing of them need be saved."""
+        return np.random.default_rng([self.mc.config.seed, purpose, number])
 
     def _check_finite(self) -> None:
         """Stop before a checkpoint of a model that has diverged replaces a good one."""
@@ -284,14 +321,14 @@ class _Trainer:
             np.random.default_rng(0), VALIDATION_SEQUENCES, self._validation_tokens()
         ).to(self.device)
         with torch.no_grad():
-            return float(self.mc.full_detail_loss(batch.tokens, batch.labelled))
+            return float(self.call("full_detail_loss", batch.tokens, batch.labelled))
 
     def validation_agreement(self) -> float:
         """Of LensNet with the preference pairs of the same held-out sequences every time."""
         batch = self.source.held_out_batch(
             np.random.default_rng(0), COMPARED_SEQUENCES, self.mc.config.sequence_tokens
         ).to(self.device)
-        return float(self.mc.held_out_agreement(batch.tokens, batch.labelled))
+        return float(self.call("held_out_agreement", batch.tokens, batch.labelled))
 
     def _validation_tokens(self) -> int:
         """As many as a working context has of text; recall needs room for its facts."""
@@ -300,26 +337,27 @@ class _Trainer:
         return config.train_wc_length if text else config.sequence_tokens
 
     def save(self) -> None:
-        self.folder.save_checkpoint(
-            {
-                "lm_step": self.lm_step,
-                "step": self.step,
-                "means": self.means.state,
-                "model": self.mc.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "allocator_rng": self.mc.allocator.rng_state,
-                "data_rng": self.data_rng.bit_generator.state,
-            }
-        )
+        weights, optimizer = gathered(self.mc.state_dict()), gathered(self.optimizer.state_dict())
+        means = self.means.state(self.world.sum)
+        if self.world.first:
+            self.folder.save_checkpoint(
+                {
+                    "lm_step": self.lm_step,
+                    "step": self.step,
+                    "means": means,
+                    "model": weights,
+                    "optimizer": optimizer,
+                }
+            )
 
     def restore(self) -> None:
         state = self.folder.load_checkpoint(self.device)
         if state is not None:
             self.lm_step = state["lm_step"]
             self.step = state["step"]
-            self.means.state = state["means"]
-            self.mc.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.mc.allocator.rng_state = state["allocator_rng"]
-            self.data_rng.bit_generator.state = state["data_rng"]
-        self.folder.drop_metrics_after(self.step)
+            if self.world.first:
+                self.means.load(state["means"])
+            load_weights(self.mc, state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
+        if self.world.first:
+            self.folder.drop_metrics_after(self.step)

@@ -133,11 +133,11 @@ class TestProcessBatch:
         """LensNet's input does not depend on the tokens that it is judged by."""
         seen: list[Tensor] = []
         mc.lensnet.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-        state = mc.allocator.rng_state
+        state = mc.allocator.drawn
         mc.process_batch(tokens)
         changed = tokens.clone()
         changed[:, -mc.config.horizon_tokens :] = 0
-        mc.allocator.rng_state = state
+        mc.allocator.drawn = state
         mc.process_batch(changed)
         assert torch.equal(seen[0], seen[1])
         assert seen[0].shape[1] == 20 + 8  # 80 tokens of history as gists, 8 recent ones
@@ -461,10 +461,10 @@ class TestHeldOutAgreement:
         self, mc: MCController, tokens: Tensor
     ) -> None:
         """So that a run validated more often has the same variants; nor do its own change."""
-        before = mc.allocator.rng_state
+        before = mc.allocator.drawn
         with mc.context("training"):
             first, second = mc.held_out_agreement(tokens), mc.held_out_agreement(tokens)
-        assert mc.allocator.rng_state == before
+        assert mc.allocator.drawn == before
         assert torch.equal(first, second)
 
     def test_it_is_one_call_in_inference_context(self, mc: MCController, tokens: Tensor) -> None:

@@ -68,6 +68,11 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
 @click.option("--compile", is_flag=True, help="Run all networks under torch.compile.")
 @click.option("--bf16", is_flag=True, help="Run forward passes in bfloat16, by autocast.")
 @click.option(
+    "--shard",
+    is_flag=True,
+    help="With several processes: share weights and optimizer state among them (FSDP2).",
+)
+@click.option(
     "--recompute",
     is_flag=True,
     help="Keep less of the language model for backward, and run its blocks twice: less memory.",

@@ -109,15 +109,17 @@ class TestSample:
         allocator = TrainingWCVariationAllocator(4, recent_tokens=8)
         assert allocator.sample(200, 140) != allocator.sample(200, 140)
 
-    def test_the_random_state_continues_where_it_was_saved(self) -> None:
-        """What a checkpoint keeps of the allocator."""
+    def test_a_cut_depends_on_seed_and_number_alone(self) -> None:
+        """So that a resumed run, or another process, goes on anywhere; whatever came before."""
         allocator = TrainingWCVariationAllocator(4, recent_tokens=8)
-        allocator.sample(200, 140)
-        state = allocator.rng_state
-        expected = [allocator.sample(200, 140) for _ in range(3)]
-        resumed = TrainingWCVariationAllocator(4, recent_tokens=8, seed=99)
-        resumed.rng_state = state
-        assert [resumed.sample(200, 140) for _ in range(3)] == expected
+        cuts = [allocator.sample(200, 140) for _ in range(4)]
+        assert allocator.drawn == 4
+        resumed = TrainingWCVariationAllocator(4, recent_tokens=8)
+        resumed.sample(90, 90)
+        resumed.drawn = 2
+        assert [resumed.sample(200, 140) for _ in range(2)] == cuts[2:]
+        other = TrainingWCVariationAllocator(4, recent_tokens=8, seed=(0, 1))
+        assert other.sample(200, 140) not in cuts
 
 
 class TestOdds:
@@ -270,4 +272,4 @@ class TestSeparation:
                 else []
             )
         }
-        assert imported == {"collections.abc", "typing", "numpy", "megacontext.cut"}
+        assert imported == {"collections.abc", "numpy", "megacontext.cut"}

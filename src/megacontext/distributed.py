@@ -1,0 +1,190 @@
+"""One run on several processes, as torchrun starts them.
+
+The settings of a run say what is computed, the processes only share the work: each does its part
+of an optimizer step's micro-steps, and the gradients are averaged, by DDP or by FSDP2.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from megacontext.controller import MCController
+from megacontext.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Attributes:
+        rank: which of them this is; the first one, 0, writes the files.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Of a tensor over all processes; they must call it together."""
+        if self.size == 1:
+            return tensor
+        total = torch.empty_like(tensor).copy_(tensor)
+        dist.all_reduce(total)
+        return total
+
+    def check(self, settings: TrainConfig) -> None:
+        """Whether the work can be shared.
+
+        Raises:
+            ValueError: it cannot; says what to change.
+        """
+        for name in ("accumulation", "lm_batch_size"):
+            if name == "lm_batch_size" and not settings.lm_steps:
+                continue
+            if (value := getattr(settings, name)) % self.size:
+                raise ValueError(
+                    f"{name} is {value}, which {self.size} processes cannot share equally; make it "
+                    f"a multiple of {self.size}"
+                )
+        if settings.shard and self.size == 1:
+            raise ValueError(
+                "shard needs more than one process: start them with "
+                "torchrun --nproc-per-node N -m megacontext train ..."
+            )
+
+
+@contextmanager
+def joined_world(device: str) -> Iterator[World]:
+    """The processes that torchrun has started; a world of one where it has not.
+
+    Args:
+        device: ``"cuda"`` communicates by NCCL, anything else by gloo.
+
+    Raises:
+        RuntimeError: the processes do not find each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        joined = dist.is_initialized()
+        yield World(dist.get_rank(), dist.get_world_size()) if joined else World()
+        return
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def device_name(device: str) -> str:
+    """Of this process: the one of several CUDA devices that torchrun means for it."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
+
+
+class _Calls(nn.Module):
+    """Methods of the controller as a forward, which is where DDP and FSDP2 come in.
+
+    Args:
+        mc: the controller.
+        trained: whose gradients there are.
+    """
+
+    def __init__(self, mc: MCController, trained: nn.Module) -> None:
+        super().__init__()
+        self.trained = trained
+        self._mc = (mc,)  # no submodule, lest its other parameters are waited for
+
+    def forward(self, method: str, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """The method's loss, by which FSDP2 finds the graph, and all of its result."""
+        result = getattr(self._mc[0], method)(*args, **kwargs)
+        return (result if isinstance(result, Tensor) else result.loss), result
+
+
+class DataParallel:
+    """Calls methods of the controller so that the gradients of all processes are averaged.
+
+    Args:
+        mc: the controller; its weights are sharded in place where that is wanted.
+        world: the processes.
+        shard: by FSDP2 instead of DDP: every process keeps only its part of weights, gradients and
+            optimizer state.
+    """
+
+    def __init__(self, mc: MCController, world: World, *, shard: bool) -> None:
+        self._mc, self._alone = mc, world.size == 1
+        self._module: Any = _Calls(mc, mc)
+        self._shard = shard
+        if shard:
+            for block in mc.language_model.blocks:
+                fully_shard(block)
+            fully_shard(self._module)
+
+    def train(self, trained: nn.Module) -> None:
+        """From now on gradients are those of ``trained``, each in every backward."""
+        if not (self._alone or self._shard):
+            self._module = DistributedDataParallel(_Calls(self._mc, trained))
+
+    def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """``mc.method(...)``."""
+        return self._module(method, *args, **kwargs)[1]
+
+    @contextmanager
+    def adding_up(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-step: gradients travel after the last one."""
+        module = self._module
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last)
+        by_ddp = isinstance(module, DistributedDataParallel)
+        with module.no_sync() if by_ddp and not last else nullcontext():
+            yield
+
+
+# Whole states of what is sharded -----------------------------------------------------------------
+
+
+def gathered(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with every sharded tensor made whole; all processes must call it together."""
+    whole: dict[str, Any] = tree_map(
+        lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, state
+    )
+    return whole
+
+
+def load_weights(mc: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole weights into a model, sharded or not."""
+    own = mc.state_dict()
+    mc.load_state_dict({name: _as(tensor, own[name]) for name, tensor in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a whole state into an optimizer, whose parameters are sharded or not."""
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            values[name] = _as(values[name], parameter)
+
+
+def _as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as another one is."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
