@@ -31,6 +31,7 @@ class MicroStep:
         self.micro_step = micro_step
         self.due = due
         self.violations: list[LensNetViolation] = []
+        self.raised: str | None = None  # what broke it off, by type: it is no whole micro-step
         self._spent: dict[str, list[CallRecord]] = {}
 
     def spent(self, scope: str) -> list[CallRecord]:

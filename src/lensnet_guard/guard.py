@@ -17,7 +17,7 @@ from torch import nn
 from lensnet_guard._torch_internals import backward_pass, may_be_in_checkpoint, stops_recomputing
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Block, OpenBlocks, P, Position, R
-from lensnet_guard.errors import build_violation
+from lensnet_guard.errors import LensNetViolation, build_violation
 from lensnet_guard.hazards import CompiledCalls
 from lensnet_guard.history import History
 from lensnet_guard.policy import CallPolicy, decide
@@ -344,6 +344,8 @@ class Guard:
                     sink.overwritten(last, earlier, error)
             if enforced is not None:
                 enforced.note_swallowed(error)
+            if ledger is not None and settles and not isinstance(error, LensNetViolation):
+                ledger.raised = type(error).__name__
             raise
         finally:
             self._open.remove(block)

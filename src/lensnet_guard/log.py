@@ -133,8 +133,10 @@ class RunLog(Sink):
             "calls": ledger.calls,
             "due": dict(ledger.due),
             "violations": len(ledger.violations),
+            "raised": ledger.raised,
         }
-        self._append("micro_step.end", fields, "micro_steps" if context == "training" else None)
+        whole = context == "training" and ledger.raised is None
+        self._append("micro_step.end", fields, "micro_steps" if whole else None)
 
     # Lines -------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from megacontext.micro_step import (
     lensnet_inputs,
     lod_losses,
     scores_by_sequence,
+    without_graph,
 )
 from megacontext.tokens import check_batch
 from megacontext.transfer import to_device
@@ -158,7 +159,9 @@ class MCController(InferenceSessions, nn.Module):
             **lod_losses(nll, variants.working_context),
             **preference.preference_metrics(scores, pairs, gists),
         }
-        return MCBatchResult(lm_loss + lens_loss, lm_loss, lens_loss, variants, metrics)
+        return MCBatchResult(
+            lm_loss + lens_loss, lm_loss, lens_loss, without_graph(variants), metrics
+        )
 
     def build_tree(
         self, tokens: Tensor, pad_mask: Tensor | None = None, labelled: Tensor | None = None

@@ -113,10 +113,9 @@ class _Calls(nn.Module):
         self.trained = trained
         self._mc = (mc,)  # no submodule, lest its other parameters are waited for
 
-    def forward(self, method: str, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """The method's loss, by which FSDP2 finds the graph, and all of its result."""
-        result = getattr(self._mc[0], method)(*args, **kwargs)
-        return (result if isinstance(result, Tensor) else result.loss), result
+    def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """``mc.method(...)``."""
+        return getattr(self._mc[0], method)(*args, **kwargs)
 
 
 class DataParallel:
@@ -145,7 +144,7 @@ class DataParallel:
 
     def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """``mc.method(...)``."""
-        return self._module(method, *args, **kwargs)[1]
+        return self._module(method, *args, **kwargs)
 
     @contextmanager
     def adding_up(self, *, last: bool) -> Iterator[None]:

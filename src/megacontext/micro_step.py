@@ -1,12 +1,14 @@
 """What a micro-step compares, and what it produces."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megacontext.cut import Cut
 from megacontext.working_context import NO_LABEL, WorkingContext
+
+Cuts = tuple[tuple[Cut, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Variants:
         working_context: all of them, ``[B · (1 + V), W]``.
     """
 
-    cuts: tuple[tuple[Cut, ...], ...]
+    cuts: Cuts
     working_context: WorkingContext
 
 
@@ -30,7 +32,7 @@ class MCBatchResult:
         loss: what the trainer calls backward on, ``lm_loss + lens_loss``; scalar.
         lm_loss: mean NLL of every labelled entry of every variant, nats; scalar.
         lens_loss: the preference loss; trains LensNet alone; scalar.
-        variants: the working contexts that were compared.
+        variants: the working contexts that were compared, without their part of the graph.
         metrics: scalars by name, left on the device; nan where undefined (an LOD that no entry
             has), except ``lensnet_calls``, an int.
     """
@@ -40,6 +42,12 @@ class MCBatchResult:
     lens_loss: Tensor
     variants: Variants
     metrics: dict[str, Tensor | int]
+
+
+def without_graph(variants: Variants) -> Variants:
+    """For whoever looks at them later: nothing is kept alive for a backward."""
+    context = variants.working_context
+    return Variants(variants.cuts, replace(context, embeddings=context.embeddings.detach()))
 
 
 def lensnet_inputs(view: WorkingContext) -> tuple[Tensor | None, ...]:

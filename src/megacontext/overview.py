@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from lensnet_guard.postmortem import LogVerdict
 from megacontext.cut import Cut
-from megacontext.micro_step import Variants
+from megacontext.micro_step import Cuts
 from megacontext.run_folder import RunFolder
 
 _LOD_COLOURS = {-1: "#e8e8e8", 0: "#1b6ca8", 1: "#f0a202", 2: "#b3312c"}
@@ -20,12 +20,12 @@ _STRIPS = 8
 
 
 def draw_overview(
-    folder: RunFolder, verdict: LogVerdict, variants: Variants | None, unigram_entropy: float
+    folder: RunFolder, verdict: LogVerdict, cuts: Cuts | None, unigram_entropy: float
 ) -> None:
     """Write ``overview.png``.
 
     Args:
-        variants: whose LODs to show; None (a resumed run with nothing left to do) leaves them out.
+        cuts: whose LODs to show; None (a resumed run with nothing left to do) leaves them out.
         unigram_entropy: of the held-out text, nats, drawn as the line to beat.
     """
     rows = folder.read_metrics()
@@ -57,7 +57,7 @@ def draw_overview(
         ylim=(0, max([2, *calls]) + 0.2),
     )
     axes[1, 0].yaxis.get_major_locator().set_params(integer=True)
-    _lod_strips(axes[1, 1], variants)
+    _lod_strips(axes[1, 1], cuts)
     _save(figure, folder.overview)
 
 
@@ -102,15 +102,15 @@ def _lines(axes: Axes, rows: list[dict[str, float | None]], names: dict[str, str
         axes.plot(*np.array(points, dtype=float).reshape(-1, 2).T, label=label)
 
 
-def _lod_strips(axes: Axes, variants: Variants | None) -> None:
+def _lod_strips(axes: Axes, cuts: Cuts | None) -> None:
     axes.set(title="LOD of every token in working contexts of equal length", xlabel="token")
-    if variants is None:
+    if cuts is None:
         axes.text(0.5, 0.5, "no step was run", ha="center", transform=axes.transAxes)
         return
     shown = [
         (f"{'baseline' if v == 0 else f'variant {v}'}", cut)
-        for cuts in variants.cuts
-        for v, cut in enumerate(cuts)
+        for of_history in cuts
+        for v, cut in enumerate(of_history)
     ][:_STRIPS]
     _draw_strips(axes, shown, max(int(cut.ends[-1]) for _, cut in shown))
 

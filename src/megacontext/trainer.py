@@ -30,7 +30,7 @@ from megacontext.distributed import (
     load_optimizer,
     load_weights,
 )
-from megacontext.micro_step import MCBatchResult, Variants
+from megacontext.micro_step import Cuts, MCBatchResult
 from megacontext.optimization import new_optimizer, own_gradients, rate_at, update
 from megacontext.pretrained import usable_device
 from megacontext.recall import RecallSource
@@ -133,7 +133,7 @@ def train(
                 lensnet_guard(trainer.mc, log=folder.path) as guard,
                 compare_ranks(guard) if world.size > 1 else nullcontext(),
             ):
-                variants = trainer.run(report if world.first else lambda _: None, profile)
+                cuts = trainer.run(report if world.first else lambda _: None, profile)
             world.wait()  # for all logs to be complete
         verdict = read_verdict(folder.path)
         result = TrainResult(
@@ -142,12 +142,12 @@ def train(
             validation_loss=trainer.validation_loss(),
             unigram_entropy=source.unigram_entropy(),
             run_dir=folder.path,
-            profile=folder.profile if profile and variants is not None else None,
+            profile=folder.profile if profile and cuts is not None else None,
         )
         if world.first:
             from megacontext.overview import draw_overview  # matplotlib is slow to import
 
-            draw_overview(folder, verdict, variants, source.unigram_entropy())
+            draw_overview(folder, verdict, cuts, source.unigram_entropy())
         world.wait()
     return result
 
@@ -215,9 +215,9 @@ class _Trainer:
         # A range in a trace, only on demand: it is not free where no trace is taken.
         self.phase: Callable[[str], AbstractContextManager[object]] = nullcontext
 
-    def run(self, report: Callable[[StepReport], None], profile: bool) -> Variants | None:
-        """All remaining steps; returns the last micro-step's variants, to look at."""
-        settings, variants = self.settings, None
+    def run(self, report: Callable[[StepReport], None], profile: bool) -> Cuts | None:
+        """All remaining steps; returns the last micro-step's cuts, to look at."""
+        settings, cuts = self.settings, None
         if self.step == 0 and self.lm_step == 0:
             self.save()  # so that a run can be resumed from its first moment
         with self.mc.context("training"):
@@ -242,7 +242,7 @@ class _Trainer:
             own_gradients(self.mc.parameters())
             self.call.train(self.mc)
             while self.step < settings.steps:
-                variants = self._optimizer_step()
+                cuts = self._optimizer_step()
                 self.step += 1
                 last = self.step == settings.steps
                 checkpoint = last or self.step % settings.checkpoint_interval == 0
@@ -259,7 +259,7 @@ class _Trainer:
                 if checkpoint:
                     self.save()
                 end_step()
-        return variants
+        return cuts
 
     def _lm_step(self) -> Tensor:
         """One step of the language model alone; its loss, of this process's sequences."""
@@ -274,8 +274,8 @@ class _Trainer:
         update(self.optimizer, rate, settings.clip_norm)
         return loss.detach()
 
-    def _optimizer_step(self) -> Variants:
-        """This process's micro-steps of one step; the last one's variants."""
+    def _optimizer_step(self) -> Cuts:
+        """This process's micro-steps of one step; the last one's cuts."""
         settings, config = self.settings, self.mc.config
         own = settings.accumulation // self.world.size
         for micro_step in range(own):
@@ -301,7 +301,7 @@ class _Trainer:
         with self.phase("optimizer"):
             rate = rate_at(self.step, settings.steps, settings.warmup_steps)
             update(self.optimizer, rate, settings.clip_norm)
-        return result.variants
+        return result.variants.cuts
 
     def _random_numbers(self, purpose: int, number: int) -> np.random.Generator:
         """By what they are for alone, so that nothing of them need be saved."""

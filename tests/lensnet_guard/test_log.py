@@ -67,6 +67,7 @@ class TestEvents:
         assert micro_step == {
             **{"event": "micro_step.end", "module": "Scorer", "context": "training", "step": 4},
             **{"micro_step": 2, "calls": {SCOPE: 1}, "due": {SCOPE: 1}, "violations": 0},
+            "raised": None,
         }
         assert last == {
             **{"event": "run.end", "module": "Scorer", "verdict": "clean"},

@@ -216,6 +216,9 @@ class _Reading:
     def _micro_step(self, event: Mapping[str, Any]) -> None:
         if event.get("context") != "training":
             return
+        if event.get("raised") is not None:  # broken off: how many calls it made means nothing
+            self._since_step = self._ran_since_step = 0
+            return
         run = self.run
         made, due = counts(event.get("calls")), counts(event.get("due"))
         run.micro_steps += 1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lensnet_guard import LensNetViolation
+from lensnet_guard import LensNetViolation, RankStopped
 from megacontext.config import MCConfig
 from megacontext.settings import SETTINGS
 from megacontext.train_config import TrainConfig
@@ -111,6 +112,7 @@ def command(
       megacontext train --run-dir runs/mine --resume
       megacontext train --run-dir runs/recall --setting recall --seed 1
       megacontext train --run-dir runs/first --steps 10 --profile
+      torchrun --nproc-per-node 2 -m megacontext train --run-dir runs/two --accumulation 2
     """
     if resume:
         _refuse_settings(click.get_current_context())
@@ -118,7 +120,8 @@ def command(
     if text:
         given["text"] = tuple(str(path.resolve()) for path in text)
     model, settings = SETTINGS[setting]
-    console = Console(stderr=as_json, highlight=False)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that tells
+    console = Console(stderr=as_json, highlight=False, quiet=not first)
     try:
         with _Display(console) as display:
             result = train(
@@ -134,7 +137,10 @@ def command(
     except FloatingPointError as error:
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(1)
+    except RankStopped:  # the guard has said which rank did, and why
+        sys.exit(1)
     except LensNetViolation as violation:
+        console = Console(stderr=as_json, highlight=False)  # it may be this rank's alone
         console.print(f"{type(violation).__name__}: {violation}", markup=False, soft_wrap=True)
         console.print(f"The log is in {run_dir}; the last checkpoint is kept.", markup=False)
         sys.exit(1)
@@ -144,9 +150,9 @@ def command(
         console.print(f"Interrupted.{f' Continue with: {again}' if begun else ''}", markup=False)
         sys.exit(130)
     held = result.verdict.clean and set(result.verdict.calls_per_micro_step) == {1}
-    if as_json:
+    if as_json and first:
         click.echo(json.dumps(_result_json(result, held)))
-    else:
+    elif not as_json:
         _print_result(console, result, profile)
     sys.exit(0 if held else 1)
 
@@ -231,12 +237,12 @@ def _print_result(console: Console, result: TrainResult, profile: bool) -> None:
     profiled = f"profile in {result.profile}: open it in https://ui.perfetto.dev"
     if result.profile is None:
         profiled = "no profile was written: all steps of the run had been made; profile a new run"
+    logs = " ".join(sorted(path.name for path in result.run_dir.glob("lensnet.rank*.jsonl")))
     for line in (
         f"held-out loss {result.validation_loss:.3f} nats per token "
         f"({result.validation_loss / bits:.2f} bits); unigram entropy "
         f"{result.unigram_entropy:.3f} ({result.unigram_entropy / bits:.2f} bits)",
-        f"files in {result.run_dir}: config.json metrics.jsonl lensnet.rank0.jsonl "
-        "checkpoint.pt overview.png",
+        f"files in {result.run_dir}: config.json metrics.jsonl {logs} checkpoint.pt overview.png",
         *([profiled] if profile else []),
         str(result.verdict),
     ):

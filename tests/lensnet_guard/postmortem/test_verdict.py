@@ -49,6 +49,26 @@ class TestReadVerdict:
             "0 micro-steps, 0 critic calls, 0 violations; 1 cut-off call; 1 unreadable line"
         )
 
+    def test_a_micro_step_that_was_interrupted_counted_as_one_without_its_call(
+        self, tmp_path: Path
+    ) -> None:
+        """And made a resumed run fail. What an exception breaks off is no whole micro-step."""
+        guard = guard_module(nn.Linear(2, 2), name="critic")
+        for interrupted in (True, False):
+            with lensnet_guard(guard.module, log=tmp_path), guard.context("training"):
+                with guard.micro_step(0), guard.sanctioned("preference_scorer"):
+                    guard.module(torch.ones(1, 2))
+                with pytest.raises(KeyboardInterrupt), guard.micro_step(1):
+                    if interrupted:
+                        raise KeyboardInterrupt
+                    with guard.sanctioned("preference_scorer"):
+                        guard.module(torch.ones(1, 2))
+                    raise KeyboardInterrupt
+        verdict = read_verdict(tmp_path)
+        assert verdict.clean
+        assert verdict.calls_per_micro_step == (1, 1)
+        assert verdict.micro_steps == 2
+
     def test_no_log(self, tmp_path: Path) -> None:
         """The message names the folder."""
         with pytest.raises(FileNotFoundError, match=r"no lensnet\.rank\*\.jsonl in"):

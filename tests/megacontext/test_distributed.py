@@ -1,0 +1,164 @@
+"""One run on several processes: real ones, started by torchrun."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import megacontext
+from megacontext.distributed import World, device_name
+from megacontext.run_folder import RunFolder
+from megacontext.train_config import TrainConfig
+
+RUN = f"""
+--text {Path(megacontext.__file__).parent} --lm-steps 4 --steps 6 --log-interval 2
+--checkpoint-interval 3 --batch-size 3 --accumulation 4 --d-model 32 --lm-layers 2 --num-heads 2
+--sequence-tokens 96 --train-wc-length 54 --recent-tokens 16 --horizon-tokens 8 --block-size 4
+""".split()
+
+
+def megacontext_train(
+    run_dir: Path, options: list[str], *, processes: int = 1, code: int = 0
+) -> "subprocess.CompletedProcess[str]":
+    """The command, as a user runs it."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", f"--nproc-per-node={processes}", "-m"]
+    done = subprocess.run(
+        [*command, "megacontext", "train", "--run-dir", str(run_dir), *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    state = RunFolder(run_dir).load_checkpoint(torch.device("cpu"))
+    assert state is not None
+    loaded: dict[str, torch.Tensor] = state["model"]
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that one process makes."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    megacontext_train(run_dir, RUN)
+    return run_dir
+
+
+class TestSameRun:
+    @pytest.mark.parametrize("how", [[], ["--shard"]], ids=["ddp", "fsdp2"])
+    def test_two_processes_make_the_run_that_one_makes(
+        self, tmp_path: Path, alone: Path, how: list[str]
+    ) -> None:
+        """Metrics of every logged step and the weights at the end; float32 sums in another order.
+
+        Two micro-steps for each process, of which the first one's gradients do not travel.
+        """
+        run_dir = tmp_path / "run"
+        done = megacontext_train(run_dir, [*RUN, *how], processes=2)
+        assert "24 micro-steps, 24 LensNet calls, 0 violations" in done.stdout
+        assert done.stdout.count("held-out loss") == 1, "the first process alone tells"
+        assert "lensnet.rank0.jsonl lensnet.rank1.jsonl" in done.stdout
+        assert "warn" not in done.stderr.lower()
+        ours, theirs = (RunFolder(path).read_metrics() for path in (run_dir, alone))
+        assert ours == [pytest.approx(row, rel=1e-4, abs=1e-4) for row in theirs]
+        for name, tensor in weights(alone).items():
+            torch.testing.assert_close(weights(run_dir)[name], tensor, rtol=1e-3, atol=1e-4)
+        steps = [
+            (line["step"], line["micro_step"])
+            for line in map(json.loads, (run_dir / "lensnet.rank1.jsonl").read_text().splitlines())
+            if line["event"] == "micro_step.end"
+        ]
+        assert steps == [(step, micro_step) for step in range(6) for micro_step in range(2)]
+
+    def test_a_run_goes_on_with_another_number_of_processes(
+        self, tmp_path: Path, alone: Path
+    ) -> None:
+        """Two sharded processes end after step 4, one goes on from step 3, to the same weights."""
+        run_dir = tmp_path / "run"
+        saved = json.loads((alone / "config.json").read_text())
+        script = tmp_path / "stopped.py"
+        script.write_text(
+            f"""
+from megacontext import MCConfig
+from megacontext.train_config import TrainConfig
+from megacontext.trainer import train
+
+def stop(report):
+    if report.phase == "training" and report.step == 4:
+        raise SystemExit("enough")
+
+settings = TrainConfig.from_json({saved["train"] | {"shard": True}!r})
+train({str(run_dir)!r}, MCConfig(**{saved["model"]!r}), settings, report=stop)
+"""
+        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+        done = subprocess.run(
+            [*command, str(script)], capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 1
+        assert "rank 1 ends, because rank 0 stopped: SystemExit: enough" in done.stderr
+        (run_dir / "config.json").write_text(json.dumps(saved))  # without shard
+        megacontext_train(run_dir, ["--resume"])
+        for name, tensor in weights(alone).items():
+            torch.testing.assert_close(weights(run_dir)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+class TestRefusals:
+    def test_what_cannot_be_shared_is_refused_before_anything_is_written(
+        self, tmp_path: Path
+    ) -> None:
+        """By every process, without a traceback; nobody waits for anybody."""
+        done = megacontext_train(
+            tmp_path / "run", [*RUN, "--accumulation", "3"], processes=2, code=1
+        )
+        assert "Error: accumulation is 3, which 2 processes cannot share equally; make it a" in (
+            re.sub(r"\s+", " ", done.stderr)
+        )
+        assert "megacontext/trainer.py" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+    def test_a_folder_with_a_run_is_refused(self, alone: Path) -> None:
+        """As by one process."""
+        before = (alone / "checkpoint.pt").read_bytes()
+        done = megacontext_train(alone, RUN, processes=2, code=1)
+        assert "holds a run already" in re.sub(r"\s+", " ", done.stderr)
+        assert (alone / "checkpoint.pt").read_bytes() == before
+
+    def test_shard_alone(self) -> None:
+        """It says how several processes are started."""
+        with pytest.raises(ValueError, match=r"shard needs more than one process: start them with"):
+            World().check(TrainConfig(shard=True))
+
+    def test_shares_of_the_language_models_batches(self) -> None:
+        """Only where it is trained alone."""
+        World(0, 3).check(TrainConfig(accumulation=3))
+        with pytest.raises(ValueError, match="lm_batch_size is 32, which 3 processes cannot"):
+            World(0, 3).check(TrainConfig(accumulation=3, lm_steps=1))
+
+    def test_compile_and_shard(self) -> None:
+        """They exclude each other."""
+        with pytest.raises(ValueError, match="compile and shard cannot be combined"):
+            TrainConfig(compile=True, shard=True)
+
+
+class TestDevices:
+    def test_each_process_has_the_device_that_torchrun_means(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Unless the user names one."""
+        assert device_name("cuda") == "cuda"
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        assert device_name("cuda") == "cuda:3"
+        assert device_name("cuda:1") == "cuda:1"
+        assert device_name("cpu") == "cpu"
