@@ -333,6 +333,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("gpu_smoke.json"), help="default gpu_smoke.json"
     )
+    parser.add_argument("--json", action="store_true", help="print the verdict on stdout too")
     arguments = parser.parse_args()
     if arguments.steps < 2 * FIRST or arguments.validate_every < 1:
         parser.error(f"there must be at least {2 * FIRST} steps, and 1 between validations")

@@ -10,6 +10,7 @@ is not met.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -114,6 +115,21 @@ def of_session(figures: dict[str, list[dict[str, float]]]) -> Iterator[Row]:
         )
 
 
+def of_compiled(verdict: dict[str, Any]) -> Iterator[Row]:
+    lines = {line["name"]: line for line in verdict["lines"]}
+    failed = [name for name, line in lines.items() if line["passed"] is False]
+    run = f"{verdict['steps']:,} steps and validations on {verdict['device']}, compiled and eager"
+    yield Row(f"{run}: what must hold", "all of it", ", ".join(failed) or "all of it", not failed)
+    yield at_most("recompiles after warm-up", lines["recompiles after warm-up"]["found"], 0)
+    same = lines["loss, from the same weights"]
+    yield at_most(
+        "loss against eager, from the same weights", same["found"]["worst"], same["limit"]
+    )
+    yield figure(
+        "a compiled step of a small model, against eager", f"{verdict['speedup']:.2f} x as fast"
+    )
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A script, its arguments, and how its figures become rows."""
@@ -130,6 +146,7 @@ BENCHMARKS = (
     Benchmark("variants", of_variants),
     Benchmark("micro_step", of_micro_step),
     Benchmark("memory", of_memory),
+    Benchmark("gpu_smoke", of_compiled, ("--steps", "400", "--out", os.devnull)),
     Benchmark("session_cost", of_session),
 )
 

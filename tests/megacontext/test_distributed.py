@@ -5,13 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import megacontext
-from megacontext.distributed import World, device_name
+from megacontext import MCController
+from megacontext.distributed import DataParallel, World, device_name
 from megacontext.run_folder import RunFolder
 from megacontext.train_config import TrainConfig
 
@@ -112,6 +118,56 @@ train({str(run_dir)!r}, MCConfig(**{saved["model"]!r}), settings, report=stop)
         megacontext_train(run_dir, ["--resume"])
         for name, tensor in weights(alone).items():
             torch.testing.assert_close(weights(run_dir)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """torch.distributed with this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+class TestAddingUp:
+    """Gradients of all micro-steps but the last stay where they are."""
+
+    def test_ddp(self, mc: MCController, tokens: Tensor) -> None:
+        """By no_sync, which holds in forward and backward, and ends with the micro-step."""
+        call = DataParallel(mc, World(0, 2), shard=False)
+        call.train(mc)
+        synced = []
+        for last in (False, True):
+            with call.adding_up(last=last):
+                synced.append(call._module.require_backward_grad_sync)
+                torch.autograd.backward(call("process_batch", tokens).loss)
+        assert synced == [False, True]
+
+    def test_fsdp2(self, mc: MCController, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is told before each micro-step."""
+        told: list[bool] = []
+        tell = FSDPModule.set_requires_gradient_sync
+        monkeypatch.setattr(
+            FSDPModule,
+            "set_requires_gradient_sync",
+            lambda module, last: (told.append(last), tell(module, last)),
+        )
+        call = DataParallel(mc, World(0, 2), shard=True)
+        for last in (False, True):
+            with call.adding_up(last=last):
+                torch.autograd.backward(call("process_batch", tokens).loss)
+        assert told == [False, True]
+        assert all(isinstance(parameter.grad, DTensor) for parameter in mc.parameters())
+
+    def test_the_language_model_alone_waits_for_no_other_network(
+        self, mc: MCController, tokens: Tensor
+    ) -> None:
+        """DDP would wait for gradients of LensNet, which there are none of."""
+        call = DataParallel(mc, World(0, 2), shard=False)
+        call.train(mc.language_model)
+        for _ in range(2):  # the second forward complains of what the first backward left out
+            torch.autograd.backward(call("full_detail_loss", tokens))
+        assert all(parameter.grad is None for parameter in mc.lensnet.parameters())
 
 
 class TestRefusals:
