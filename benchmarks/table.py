@@ -99,6 +99,13 @@ def of_guard(figures: dict[str, Any]) -> Iterator[Row]:
     yield figure("the latter, share of a step of the demo", f"{figures['share_of_demo_step']:.3%}")
 
 
+def of_ranks(figures: dict[str, float]) -> Iterator[Row]:
+    yield figure(
+        f"comparing {figures['ranks']} ranks after a micro-step, over that micro-step",
+        f"{figures['added_us']:.0f} µs over {figures['micro_step_us']:.0f} µs",
+    )
+
+
 def of_postmortem(figures: dict[str, float]) -> Iterator[Row]:
     yield figure(
         "post-mortem of a log, against orjson.loads of its lines",
@@ -142,6 +149,7 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("startup", of_startup),
     Benchmark("guard_overhead", of_guard),
+    Benchmark("rank_compare", of_ranks),
     Benchmark("postmortem_rate", of_postmortem),
     Benchmark("variants", of_variants),
     Benchmark("micro_step", of_micro_step),
