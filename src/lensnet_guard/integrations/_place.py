@@ -76,15 +76,19 @@ def find(root: Any, guard: Guard) -> Place | None:
 def _modules_of(owner: Any) -> Iterator[tuple[str, nn.Module]]:
     """Submodules, and modules that were put past ``nn.Module.__setattr__`` to be none."""
     own = vars(owner)
-    for name, value in (*own.items(), *own.get("_modules", {}).items()):
-        if isinstance(value, nn.Module):
+    for name, value in own.items():
+        # accelerate's compile_regions keeps the original there, which its copy does not run
+        if isinstance(value, nn.Module) and name != "_orig_mod":
+            yield name, value
+    for name, value in own.get("_modules", {}).items():
+        if value is not None:
             yield name, value
 
 
 def _describe(found: Any, guard: Guard) -> str:
     if found is None:
         return "gone"
-    kind = type(found).__name__
+    kind = found.__class__.__name__  # not type(), which knows a proxy for what it is
     other = guard_of(found)
     if other is guard:
         return f"the raw {kind} that was behind it"

@@ -222,10 +222,10 @@ class Watch:
         )
 
     def leave_evidence(self, error: BaseException, folder: Log | None) -> None:
-        """Say on an exception where the calls are written down; write them to ``folder`` if need be.
+        """Say on an exception where the calls are written down, in a log or now.
 
         Args:
-            folder: for a guard without a log; with None nothing is written.
+            folder: where to write them for a guard without a log; with None nothing is written.
         """
         guard = self.guard
         if guard is None or guard.mode == "off":

@@ -86,9 +86,9 @@ class GuardedAccelerator:
             if isinstance(given, nn.Module) and self._holds(given):
                 if not self._holds(result):
                     raise GuardLost(
-                        f"the guard of {self.guard.name} is lost: accelerator.prepare made a "
-                        f"{type(result).__name__} of the {type(given).__name__} that held it, and "
-                        "the guarded module is not in there.\n"
+                        f"the guard of {self.guard.name} is lost: what accelerator.prepare made "
+                        f"of the {type(given).__name__} does not hold the guarded module any "
+                        "more.\n"
                         "  what to do   Guard it afterwards: give the raw module to "
                         "GuardedAccelerator(accelerator, policy=...).prepare."
                     )

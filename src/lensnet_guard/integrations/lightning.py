@@ -28,7 +28,7 @@ class LensNetGuardCallback(Callback):
 
     Args:
         target: the attribute of the LightningModule that holds the module (``"critic"``,
-            ``"model.critic"``); or a guard that exists, whose module is part of the LightningModule.
+            ``"model.critic"``); or a guard that exists, whose module is a part of it.
         policy, mode, log: as for `lensnet_guard.guard_module`; only with an attribute.
 
     Attributes:
