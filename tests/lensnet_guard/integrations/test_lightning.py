@@ -1,4 +1,4 @@
-"""The Lightning callback in real trainings: budgets, free validation, verdict, and every way out."""
+"""The Lightning callback in real trainings: budgets, free validation, and every way out."""
 
 import contextlib
 import logging
@@ -14,7 +14,6 @@ from lensnet_guard import (
     BudgetExceeded,
     BudgetUnmet,
     CallPolicy,
-    LensNetViolation,
     UnsanctionedCall,
     guard_module,
     guard_of,
@@ -123,7 +122,7 @@ def callback():
 
 
 class TestBudget:
-    def test_one_call_per_batch_is_kept_and_told(self, fit, callback, capsys):
+    def test_one_call_per_batch_is_kept_and_told(self, fit, callback):
         """The verdict has the sums of this training: sanity check 1, validation twice 4."""
         fit(Distiller(), callback)
         verdict = callback.verdict
@@ -136,7 +135,7 @@ class TestBudget:
             1.0,
         )
 
-    def test_the_verdict_is_logged_once(self, fit, callback, caplog, monkeypatch):
+    def test_the_verdict_is_logged_once(self, fit, callback, monkeypatch):
         """At the end, in Lightning's own log."""
         lines = []
         monkeypatch.setattr("lensnet_guard.integrations.lightning.rank_zero_info", lines.append)
@@ -308,7 +307,7 @@ class TestTheModuleIsGivenBack:
 
 class TestEvidence:
     def test_without_a_log_the_calls_are_written_down_on_an_exception(
-        self, fit, callback, tmp_path, capsys
+        self, fit, callback, tmp_path
     ):
         """In a file that ``lensnet-guard postmortem`` reads, named on the exception."""
         from lensnet_guard.postmortem.verdict import read_verdict
