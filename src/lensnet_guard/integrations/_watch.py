@@ -137,11 +137,7 @@ class Watch:
             guard = self._install(self._place)
         self.guard = guard
         self.check()
-        self.micro_steps = 0
-        scopes = guard.policy.budgets
-        self._before = {scope: guard.count("training", scope) for scope in scopes}
-        self._inference_before = guard.count("inference")
-        self._violations_before = guard.violation_count
+        self.count_from_here()
         self.enter("inference")
         return guard
 
@@ -208,8 +204,17 @@ class Watch:
 
     # What it came to ---------------------------------------------------------------------------
 
+    def count_from_here(self) -> None:
+        """Begin the sums of the verdict anew."""
+        guard = self.guard
+        assert guard is not None
+        self.micro_steps = 0
+        self._before = {scope: guard.count("training", scope) for scope in guard.policy.budgets}
+        self._inference_before = guard.count("inference")
+        self._violations_before = guard.violation_count
+
     def verdict(self) -> Verdict:
-        """The sums since `open`."""
+        """The sums since `open`, or since the last `count_from_here`."""
         guard = self.guard
         assert guard is not None
         calls = {s: guard.count("training", s) - before for s, before in self._before.items()}

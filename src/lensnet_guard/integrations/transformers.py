@@ -65,6 +65,8 @@ class LensNetGuardCallback(TrainerCallback):
             self.close()
             self._watch = Watch(self._contract, kwargs.get("model"), must_be_found=False)
             self._watch.open()
+        elif self._watch is not None:
+            self._watch.count_from_here()
         self._enter("inference")
 
     def on_step_begin(

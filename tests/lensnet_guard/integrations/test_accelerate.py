@@ -224,8 +224,10 @@ class TestBudget:
         with pytest.raises(UnsanctionedCall):
             with guarded:
                 critic(torch.ones(1, 3))
+                train(guarded, critic, optimizer, data)
+                critic(torch.ones(1, 3))
                 train(guarded, critic, optimizer, data, critic)
-        assert guarded.verdict.inference_calls == 1
+        assert guarded.verdict.inference_calls == 2
 
     def test_after_an_exception_nothing_is_open(self, make):
         """And the loop can be run again."""

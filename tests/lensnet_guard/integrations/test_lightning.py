@@ -21,7 +21,7 @@ from lensnet_guard import (
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lensnet_guard.integrations import GuardLost, sanctioned
@@ -98,12 +98,12 @@ def fit(tmp_path, loader):
 
     def fit(model, callback, **options):
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        options = {"max_epochs": 1, "val_check_interval": 2, "num_sanity_val_steps": 1} | options
+        options = {"callbacks": [callback], "max_epochs": 1, "val_check_interval": 2} | options
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
-            callbacks=[callback],
             default_root_dir=tmp_path,
+            num_sanity_val_steps=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -201,6 +201,11 @@ class TestBudget:
         fit(Distiller(on_train_end=ask_once_more), callback)
         assert callback.verdict.inference_calls == 10
 
+    def test_mixed_precision(self, fit, callback):
+        """Lightning runs the step under autocast."""
+        fit(Distiller(), callback, precision="bf16-mixed")
+        assert callback.verdict.calls == {"kl": 4}
+
     def test_a_compiled_lightning_module_is_guarded(self, fit, callback):
         """Lightning compiles the step; the call is counted all the same."""
         torch._dynamo.reset()
@@ -262,6 +267,23 @@ class TestTheModuleIsGivenBack:
         assert callback.verdict is None
         model.extra = {}
         fit(model, callback)
+        assert callback.verdict.calls == {"kl": 4}
+
+    def test_after_an_exception_that_it_is_not_told_of(self, fit, callback):
+        """An earlier callback fails at it; the next fit closes what is open."""
+
+        class Fails(Callback):
+            def on_exception(self, *_):
+                raise OSError("disk full")
+
+        model = Distiller(training_step=lambda _: 1 / 0)
+        raw = model.reference
+        with pytest.raises(OSError, match="disk full"):
+            fit(model, callback, callbacks=[Fails(), callback])
+        assert model.reference is not raw
+        model.extra = {}
+        fit(model, callback)
+        assert model.reference is raw
         assert callback.verdict.calls == {"kl": 4}
 
     def test_two_fits_in_a_row_count_each_for_itself(self, fit, callback):

@@ -145,20 +145,21 @@ class TestBudget:
             def on_substep_end(self, args, state, control, **_):
                 control.should_training_stop = True
 
-        trainer = make_trainer()
+        trainer = make_trainer(eval_strategy="epoch")  # which comes right after
         trainer.add_callback(Stop())
         with guarded_trainer(trainer, "reference", policy=KL) as guarded:
             trainer.train()
         assert (guarded.verdict.micro_steps, guarded.verdict.violations) == (1, 0)
 
-    def test_evaluation_after_training_is_free(self, make_trainer):
-        """In the block; the verdict is of the training before."""
+    def test_evaluation_outside_training_is_free(self, make_trainer):
+        """In the block; the verdict is of the last training alone."""
         trainer = make_trainer(eval_strategy="no")
         with guarded_trainer(trainer, "reference", policy=KL) as guarded:
-            trainer.train()
-            trainer.evaluate()
-        assert guarded.verdict.inference_calls == 0
-        assert guarded.guard.count("inference") == 1
+            for _ in range(2):
+                trainer.evaluate()
+                trainer.train()
+        assert (guarded.verdict.micro_steps, guarded.verdict.inference_calls) == (10, 0)
+        assert (guarded.guard.count("training"), guarded.guard.count("inference")) == (20, 2)
 
     def test_mixed_precision(self, make_trainer):
         """The trainer patches the model's forward, and leaves the reference alone."""
