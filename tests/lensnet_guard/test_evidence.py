@@ -89,4 +89,4 @@ class TestEvidence:
             pass
         lines = lines_of(guard.evidence(tmp_path))
         assert [line["event"] for line in lines[1:-1]] == ["violation", "micro_step.end"]
-        assert lines[2]["step"] == 7
+        assert (lines[2]["step"], lines[2]["violations"]) == (7, 1)

@@ -114,11 +114,12 @@ class GuardedAccelerator:
             watch.begin_step(self._step, self._micro_step)
             try:
                 yield
+                watch.end_step()
             except BaseException as error:
                 watch.abandon(error)
                 raise
-            watch.end_step()
-            watch.enter("inference")
+            finally:  # the loop may catch it, skip the batch and go on
+                watch.enter("inference")
             if self._accelerator.sync_gradients:
                 self._step, self._micro_step = self._step + 1, 0
             else:

@@ -89,12 +89,8 @@ class LensNetGuardCallback(Callback):
 
     # Training ------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on no call is legal outside a micro-step's scope."""
-        self._enter("training")
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation may have come before."""
+        """From here on no call is legal outside a micro-step's scope."""
         self._enter("training")
 
     def on_train_batch_start(

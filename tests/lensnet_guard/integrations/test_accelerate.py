@@ -1,5 +1,6 @@
 """The accelerate helper in real loops: what prepare makes of a module, and steps as it counts."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -239,6 +240,28 @@ class TestBudget:
         with guarded:
             train(guarded, critic, optimizer, data)
         assert (guarded.verdict.micro_steps, guarded.verdict.violations) == (10, 0)
+
+    def test_a_batch_that_is_skipped_by_an_exception(self, make):
+        """The loop catches it and goes on; the micro-step is over, and owes nothing."""
+        guarded, critic, optimizer, data = make()
+        with guarded:
+            with pytest.raises(ZeroDivisionError), guarded.accumulate(critic):
+                raise ZeroDivisionError
+            critic(torch.ones(1, 3))
+            train(guarded, critic, optimizer, data)
+        verdict = guarded.verdict
+        assert (verdict.micro_steps, verdict.inference_calls, verdict.violations) == (10, 1, 0)
+
+    @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+    def test_an_exception_tells_of_a_violation_that_was_swallowed_before(self, make):
+        """It may well be what came of it."""
+        guarded, critic, *_ = make()
+        with pytest.raises(ZeroDivisionError) as caught, guarded, guarded.accumulate(critic):
+            with contextlib.suppress(UnsanctionedCall):
+                critic(torch.ones(1, 3))
+            raise ZeroDivisionError
+        (note,) = caught.value.__notes__
+        assert note.startswith("Before this, a LensNetViolation was swallowed: critic was called")
 
     def test_without_a_log_the_calls_are_written_to_the_project_folder(self, make, tmp_path):
         """And the exception says so."""

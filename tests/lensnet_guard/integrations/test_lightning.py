@@ -73,6 +73,9 @@ class Distiller(LightningModule):
     def on_train_batch_start(self, *_):
         return self.run_extra("on_train_batch_start")
 
+    def on_train_epoch_start(self):
+        self.run_extra("on_train_epoch_start")
+
     def on_train_epoch_end(self):
         self.run_extra("on_train_epoch_end")
 
@@ -189,12 +192,13 @@ class TestBudget:
         fit(Distiller(on_train_batch_start=lambda _: -1), callback)
         assert (callback.verdict.micro_steps, callback.verdict.violations) == (0, 0)
 
-    def test_between_batches_no_call_is_legal(self, fit, callback):
-        """Whether or not validation has just run: the end of an epoch is training."""
-        for interval in (2, 1.0):
-            model = Distiller(on_train_epoch_end=ask_once_more)
-            with pytest.raises(UnsanctionedCall):
-                fit(model, callback, val_check_interval=interval, limit_val_batches=interval)
+    @pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_epoch_end"])
+    @pytest.mark.parametrize("validated", [True, False])
+    def test_between_batches_no_call_is_legal(self, fit, callback, hook, validated):
+        """Whether or not the sanity check or validation has just run."""
+        model = Distiller(**{hook: ask_once_more})
+        with pytest.raises(UnsanctionedCall):
+            fit(model, callback, limit_val_batches=1.0 if validated else 0)
 
     def test_after_training_calls_are_free(self, fit, callback):
         """The last hook of the module may ask what it likes."""
@@ -268,6 +272,10 @@ class TestTheModuleIsGivenBack:
         model.extra = {}
         fit(model, callback)
         assert callback.verdict.calls == {"kl": 4}
+        model.extra = {"training_step": fail}
+        with pytest.raises(RuntimeError, match="out of luck"):
+            fit(model, callback)
+        assert callback.verdict is None
 
     def test_after_an_exception_that_it_is_not_told_of(self, fit, callback):
         """An earlier callback fails at it; the next fit closes what is open."""
@@ -377,6 +385,13 @@ class TestModes:
         fit(model, callback)
         assert callback.guard.module is raw
         assert callback.verdict.calls == {"kl": 0}
+
+    def test_off_leaves_no_evidence(self, fit, tmp_path):
+        """There is none."""
+        callback = LensNetGuardCallback("reference", policy=KL, mode="off")
+        with pytest.raises(ZeroDivisionError):
+            fit(Distiller(training_step=lambda _: 1 / 0), callback)
+        assert list(tmp_path.iterdir()) == []
 
 
 class Unwrapping(SingleDeviceStrategy):

@@ -149,7 +149,9 @@ class TestBudget:
         trainer.add_callback(Stop())
         with guarded_trainer(trainer, "reference", policy=KL) as guarded:
             trainer.train()
-        assert (guarded.verdict.micro_steps, guarded.verdict.violations) == (1, 0)
+        verdict = guarded.verdict
+        assert (verdict.micro_steps, verdict.calls, verdict.inference_calls) == (1, {"kl": 1}, 1)
+        assert verdict.violations == 0
 
     def test_evaluation_outside_training_is_free(self, make_trainer):
         """In the block; the verdict is of the last training alone."""
