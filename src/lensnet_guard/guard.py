@@ -18,6 +18,7 @@ from lensnet_guard._torch_internals import backward_pass, may_be_in_checkpoint, 
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Block, OpenBlocks, P, Position, R
 from lensnet_guard.errors import LensNetViolation, build_violation
+from lensnet_guard.evidence import write_evidence
 from lensnet_guard.hazards import CompiledCalls
 from lensnet_guard.history import History
 from lensnet_guard.policy import CallPolicy, decide
@@ -388,7 +389,33 @@ class Guard:
             TypeError: ``folder`` is not a path.
             ValueError: the guard logs already.
         """
-        self._history.start_log(folder, {"mode": self.mode, "policy": self.policy.to_json()})
+        self._history.start_log(folder, self._header())
+
+    @property
+    def log_path(self) -> Path | None:
+        """The file that the log is being written to; None without one."""
+        return self._history.log.path if self._history.log is not None else None
+
+    def evidence(self, folder: str | os.PathLike[str]) -> Path | None:
+        """The file that tells of the calls so far: the log's, or one that is written now.
+
+        Without a log the newest records are written to ``folder`` as a log is, for
+        ``lensnet-guard postmortem``; each line bears the time of this writing.
+
+        Returns:
+            Its path; None when it could not be written.
+
+        Raises:
+            TypeError: ``folder`` is not a path.
+        """
+        if self._history.log is not None:
+            return self.log_path
+        header = {"module": self.name, **self._header()}
+        return write_evidence(folder, header, self._history.newest(), self.policy)
+
+    def _header(self) -> dict[str, Any]:
+        """What the first line of a log says of the contract."""
+        return {"mode": self.mode, "policy": self.policy.to_json()}
 
     def end_log(self) -> None:
         """Write ``run.end`` and close the log, if there is one."""

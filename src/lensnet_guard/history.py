@@ -64,6 +64,12 @@ class History(Source):
             counts = list(self._counts.items())
         return sum(n for (c, s), n in counts if context in (None, c) and scope in (None, s))
 
+    def newest(self) -> list[CallRecord]:
+        """The records that the rings hold, each once, in order."""
+        with self.lock:
+            records = {record.seq: record for record in (*self.calls, *self.violations)}
+        return [records[seq] for seq in sorted(records)]
+
     def add_call(
         self,
         here: Position,

@@ -1,0 +1,97 @@
+"""Where a guarded module hangs, and whether it still does."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lensnet_guard import Guard, guard_of
+
+
+class GuardLost(RuntimeError):
+    """What a training calls is not the guarded module any more, so nothing would be counted."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An attribute that holds the module: ``owner.attribute``, called ``path`` in messages."""
+
+    owner: Any
+    attribute: str
+    path: str
+
+    @property
+    def module(self) -> Any:
+        """What hangs there now; None when there is nothing."""
+        return getattr(self.owner, self.attribute, None)
+
+    def check(self, guard: Guard) -> None:
+        """Make sure that the guarded module itself hangs there.
+
+        Raises:
+            GuardLost: anything else does.
+        """
+        found = self.module
+        if found is not guard.module:
+            raise GuardLost(
+                f"the guard of {guard.name} is lost: {self.path} is {_describe(found, guard)}.\n"
+                "  what to do   Something replaced it after it was guarded: a strategy that "
+                "unwraps or rebuilds modules, configure_model, a copy. Give the integration the "
+                "attribute's name instead of a guard, so that it guards what is there when the "
+                "training starts; during the training load weights into the module (copy_, "
+                "load_state_dict) instead of replacing it."
+            )
+
+
+def locate(root: Any, path: str) -> Place:
+    """The place of ``root.<path>``, a dotted path of attributes.
+
+    Raises:
+        AttributeError: there is no such owner.
+    """
+    owner = root
+    *parents, attribute = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return Place(owner, attribute, f"{type(root).__name__}.{path}")
+
+
+def find(root: Any, guard: Guard) -> Place | None:
+    """The first place in ``root``, or in a module below it, that holds the guarded module."""
+    names = deque([(root, type(root).__name__)])
+    seen = {id(root)}
+    while names:
+        owner, path = names.popleft()
+        for name, value in _modules_of(owner):
+            if value is guard.module:
+                return Place(owner, name, f"{path}.{name}")
+            if id(value) not in seen:
+                seen.add(id(value))
+                names.append((value, f"{path}.{name}"))
+    return None
+
+
+def _modules_of(owner: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Submodules, and modules that were put past ``nn.Module.__setattr__`` to be none."""
+    own = vars(owner)
+    for name, value in own.items():
+        # accelerate's compile_regions keeps the original there, which its copy does not run
+        if isinstance(value, nn.Module) and name != "_orig_mod":
+            yield name, value
+    for name, value in own.get("_modules", {}).items():
+        if value is not None:
+            yield name, value
+
+
+def _describe(found: Any, guard: Guard) -> str:
+    if found is None:
+        return "gone"
+    kind = found.__class__.__name__  # not type(), which knows a proxy for what it is
+    other = guard_of(found)
+    if other is guard:
+        return f"the raw {kind} that was behind it"
+    if other is not None:
+        return f"a {kind} with another guard, {other.name}"
+    return f"a {kind} without a guard"

@@ -1,0 +1,295 @@
+"""One guarded module in one training: what a trainer's hooks open, and what must close in any case.
+
+A trainer tells of its stages by pairs of hooks, and leaves the second of a pair out when something
+is raised. Here is held what is open between them.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from lensnet_guard import CallPolicy, Guard, guard_module, guard_of, lensnet_guard
+from lensnet_guard._text import count
+from lensnet_guard.errors import add_note
+from lensnet_guard.integrations._place import GuardLost, Place, find, locate
+
+Mode = Literal["enforce", "observe", "off"]
+Log = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a training came to, in this process.
+
+    Attributes:
+        module: the guard's name for the module.
+        micro_steps: training micro-steps that ended, those with a violation included.
+        calls: allowed training calls, by scope.
+        inference_calls: calls in inference context.
+        violations: violations of any kind.
+    """
+
+    module: str
+    micro_steps: int
+    calls: Mapping[str, int]
+    inference_calls: int
+    violations: int
+
+    @property
+    def calls_per_micro_step(self) -> float:
+        """Allowed training calls per micro-step, on average; 0 without a micro-step."""
+        return sum(self.calls.values()) / self.micro_steps if self.micro_steps else 0.0
+
+    def __str__(self) -> str:
+        by_scope = ", ".join(f"{scope} {n}" for scope, n in self.calls.items())
+        return (
+            f"{self.module}: {count(self.micro_steps, 'micro-step')}, "
+            f"{count(sum(self.calls.values()), 'training call')} ({by_scope}), "
+            f"{count(self.inference_calls, 'inference call')}, "
+            f"{count(self.violations, 'violation')}"
+        )
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Which module to guard and how; the arguments that all integrations take.
+
+    Args:
+        target: the attribute that holds the module (``"reference"``, ``"model.critic"``), to be
+            guarded for the training; or a guard that exists.
+        policy, mode, log: as for `lensnet_guard.guard_module`; only with an attribute.
+
+    Raises:
+        TypeError: ``target`` is neither.
+        ValueError: policy, mode or log for a guard that exists.
+    """
+
+    target: str | Guard
+    policy: CallPolicy | None = None
+    mode: Mode | None = None
+    log: Log | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, (str, Guard)):
+            raise TypeError(
+                "the first argument must be the name of the attribute that holds the module, or "
+                f"its guard, not {self.target!r}"
+            )
+        given = [n for n in ("policy", "mode", "log") if getattr(self, n) is not None]
+        if isinstance(self.target, Guard) and given:
+            raise ValueError(
+                f"{self.target.name} has a guard already, which {' and '.join(given)} cannot "
+                "change; give them to guard_module"
+            )
+
+
+class Watch:
+    """Guards a module for the length of one training. Made before the trainer wraps anything.
+
+    Args:
+        contract: what to guard.
+        root: where to look for it.
+        must_be_found: whether a guard that exists must be found there; otherwise its place is
+            checked only if it is.
+
+    Attributes:
+        guard: the guard; None before `open` when it is made there.
+        micro_steps: training micro-steps that have ended.
+    """
+
+    def __init__(self, contract: Contract, root: Any, *, must_be_found: bool = True) -> None:
+        self._contract = contract
+        self._root = root
+        self._must_be_found = must_be_found
+        self._place: Place | None = None
+        self._installed = ExitStack()
+        self._context: tuple[str, AbstractContextManager[None]] | None = None
+        self._step: AbstractContextManager[Any] | None = None
+        self.guard: Guard | None = None
+        self.micro_steps = 0
+        target = contract.target
+        if isinstance(target, Guard):
+            self.guard, self._place = target, find(root, target) if root is not None else None
+        elif (guard := guard_of(found := getattr_path(root, target))) and guard.module is found:
+            self.guard = guard  # it was guarded before, and must still be so at the start
+
+    # Beginning and end -------------------------------------------------------------------------
+
+    def open(self) -> Guard:
+        """Guard the module, or check that it still is; inference context from now on.
+
+        Raises:
+            GuardLost: it was guarded before, and what hangs in its place is something else.
+            TypeError, ValueError: as `lensnet_guard.lensnet_guard`.
+        """
+        target = self._contract.target
+        if isinstance(target, Guard):
+            guard = target
+            if self._place is None and self._must_be_found:
+                self._place = self._find(target)
+        else:
+            self._place = locate(self._root, target)
+            if self.guard is not None:
+                self._place.check(self.guard)
+            guard = self._install(self._place)
+        self.guard = guard
+        self.check()
+        self.count_from_here()
+        self.enter("inference")
+        return guard
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Close whatever is open, and put back what was there before `open`."""
+        self.abandon(error)
+        self.enter(None)
+        self._installed.__exit__(*_exception(error))
+
+    def check(self) -> None:
+        """Make sure that what the training calls is the guarded module.
+
+        Raises:
+            GuardLost: it is not.
+        """
+        if self._place is not None and self.guard is not None:
+            self._place.check(self.guard)
+
+    # In between --------------------------------------------------------------------------------
+
+    def enter(self, context: Literal["training", "inference"] | None) -> None:
+        """Switch to a context; a micro-step that never ended is given up."""
+        self.abandon()
+        if self._context is not None:
+            if self._context[0] == context:
+                return
+            _, block = self._context
+            self._context = None
+            block.__exit__(None, None, None)
+        if context is not None and self.guard is not None:
+            block = self.guard.context(context)
+            block.__enter__()
+            self._context = context, block
+
+    def begin_step(self, step: int, micro_step: int) -> None:
+        """Open a training micro-step.
+
+        Raises:
+            GuardLost: what the training calls is not the guarded module any more.
+        """
+        assert self.guard is not None
+        self.check()
+        self.enter("training")
+        block = self.guard.micro_step(step, micro_step)
+        block.__enter__()
+        self._step = block
+
+    def end_step(self) -> None:
+        """Close the micro-step, if one is open, and settle its budgets.
+
+        Raises:
+            BudgetUnmet, LensNetViolation: as the end of ``guard.micro_step``.
+        """
+        block, self._step = self._step, None
+        if block is not None:
+            self.micro_steps += 1
+            block.__exit__(None, None, None)
+
+    def abandon(self, error: BaseException | None = None) -> None:
+        """Close a micro-step that was cut short: no budget is due."""
+        block, self._step = self._step, None
+        if block is not None:
+            block.__exit__(*_exception(error or _Abandoned()))
+
+    # What it came to ---------------------------------------------------------------------------
+
+    def count_from_here(self) -> None:
+        """Begin the sums of the verdict anew."""
+        guard = self.guard
+        assert guard is not None
+        self.micro_steps = 0
+        self._before = {scope: guard.count("training", scope) for scope in guard.policy.budgets}
+        self._inference_before = guard.count("inference")
+        self._violations_before = guard.violation_count
+
+    def verdict(self) -> Verdict:
+        """The sums since `open`, or since the last `count_from_here`."""
+        guard = self.guard
+        assert guard is not None
+        calls = {s: guard.count("training", s) - before for s, before in self._before.items()}
+        return Verdict(
+            module=guard.name,
+            micro_steps=self.micro_steps,
+            calls=MappingProxyType(calls),
+            inference_calls=guard.count("inference") - self._inference_before,
+            violations=guard.violation_count - self._violations_before,
+        )
+
+    def leave_evidence(self, error: BaseException, folder: Log | None) -> None:
+        """Say on an exception where the calls are written down, in a log or now.
+
+        Args:
+            folder: where to write them for a guard without a log; with None nothing is written.
+        """
+        guard = self.guard
+        if guard is None or guard.mode == "off":
+            return
+        path = guard.log_path or (guard.evidence(folder) if folder is not None else None)
+        if path is not None:
+            add_note(error, f"lensnet_guard: the calls of {guard.name} are in {path}")
+
+    def _find(self, guard: Guard) -> Place:
+        place = find(self._root, guard)
+        if place is None:
+            raise GuardLost(
+                f"the guard of {guard.name} is lost: its module is nowhere in "
+                f"{type(self._root).__name__}.\n"
+                "  what to do   Make guard.module an attribute of the model or of one of its "
+                "submodules, and call it there; or give the integration the name of the attribute "
+                "that holds the raw module."
+            )
+        return place
+
+    def _install(self, place: Place) -> Guard:
+        """Guard what hangs at ``place`` until `close`."""
+        contract, module = self._contract, place.module
+        name = place.attribute
+        if guard_of(module) is not None:
+            block = lensnet_guard(
+                place.owner,
+                attribute=name,
+                policy=contract.policy,
+                mode=contract.mode,
+                log=contract.log,
+            )
+            return self._installed.enter_context(block)
+        if module is None:
+            raise TypeError(
+                f"{place.path} is None, so there is nothing to guard; it must be made before the "
+                "training starts (in __init__, setup or configure_model)"
+            )
+        guard = guard_module(
+            module, policy=contract.policy, mode=contract.mode, log=contract.log, name=name
+        )
+        self._installed.callback(guard.uninstall)
+        if guard.mode != "off":  # the proxy in its place, and the raw module again afterwards
+            self._installed.enter_context(lensnet_guard(place.owner, attribute=name))
+        return guard
+
+
+class _Abandoned(Exception):
+    """Closes a micro-step that never came to its end."""
+
+
+def getattr_path(root: Any, path: str) -> Any:
+    """What hangs at a dotted path now; None when there is nothing."""
+    for name in path.split("."):
+        root = getattr(root, name, None)
+    return root
+
+
+def _exception(error: BaseException | None) -> tuple[Any, Any, Any]:
+    if error is None:
+        return None, None, None
+    return type(error), error, error.__traceback__

@@ -1,0 +1,171 @@
+"""A guard in a loop of Hugging Face accelerate: `prepare` and `accumulate` that keep it.
+
+Needs ``pip install lensnet-guard[hf]``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
+from lensnet_guard.integrations._place import GuardLost, find
+from lensnet_guard.integrations._watch import Contract, Log, Mode, Verdict, Watch
+
+try:
+    from accelerate import Accelerator
+except ImportError as error:
+    raise ImportError(
+        "lensnet_guard.integrations.accelerate needs accelerate; "
+        "install it with: pip install 'lensnet-guard[hf]'"
+    ) from error
+
+
+class GuardedAccelerator:
+    """Keeps a call contract in a loop of accelerate's, around an `accelerate.Accelerator`.
+
+    `prepare` lets accelerate wrap a module (DDP, FSDP, mixed precision, compilation) and guards
+    what comes out; or it makes sure that a guard put on before is still there. Inside
+    ``with guarded:`` every ``with guarded.accumulate(model):`` is a micro-step, and the context is
+    inference in between, where calls are free.
+
+    Args:
+        accelerator: the accelerator of the loop.
+        guard: a guard that exists, of a module that `prepare` gets as a part of another, or that is
+            not prepared at all. Without one `prepare` makes it.
+        policy, mode, log, name: as for `lensnet_guard.guard_module`; only without ``guard``.
+
+    Attributes:
+        guard: the guard; None before `prepare` when it is made there.
+        verdict: what the last block came to in this process; None before its end.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        guard: Guard | None = None,
+        *,
+        policy: CallPolicy | None = None,
+        mode: Mode | None = None,
+        log: Log | None = None,
+        name: str | None = None,
+    ) -> None:
+        if guard is not None:
+            Contract(guard, policy, mode, log)  # refuses what does not go together
+        self._accelerator = accelerator
+        self._contract: dict[str, Any] = {"policy": policy, "mode": mode, "log": log}
+        self._name = name
+        self._held_by: Any = None
+        self._watch: Watch | None = None
+        self._step = self._micro_step = 0
+        self.guard = guard
+        self.verdict: Verdict | None = None
+
+    def prepare(self, *objects: Any) -> Any:
+        """What ``accelerator.prepare`` gives back, with the guard on.
+
+        Args:
+            objects: without a guard so far, the first is the module to guard; it comes back
+                guarded, and is what to call.
+
+        Raises:
+            TypeError: there is no guard, and the first object is no module.
+            ValueError: there is none, and the first object is guarded already.
+            GuardLost: accelerate gave back a module without the guarded module in it.
+        """
+        if self.guard is None:
+            return self._prepare_and_guard(*objects)
+        prepared = self._accelerator.prepare(*objects)
+        results = prepared if isinstance(prepared, tuple) else (prepared,)
+        for given, result in zip(objects, results, strict=True):
+            if isinstance(given, nn.Module) and self._holds(given):
+                if not self._holds(result):
+                    raise GuardLost(
+                        f"the guard of {self.guard.name} is lost: what accelerator.prepare made "
+                        f"of the {type(given).__name__} does not hold the guarded module any "
+                        "more.\n"
+                        "  what to do   Guard it afterwards: give the raw module to "
+                        "GuardedAccelerator(accelerator, policy=...).prepare."
+                    )
+                self._held_by = result
+        return prepared
+
+    @contextmanager
+    def accumulate(self, *models: nn.Module) -> Iterator[None]:
+        """``accelerator.accumulate(*models)`` and one micro-step, numbered as accelerate counts.
+
+        Raises:
+            RuntimeError: outside ``with guarded:``.
+            GuardLost: the module that held the guarded one holds something else now.
+            LensNetViolation: as ``guard.micro_step``.
+        """
+        watch = self._watch
+        if watch is None:
+            raise RuntimeError(
+                "guarded.accumulate needs the block of the guard open around the training loop: "
+                "with guarded:"
+            )
+        with self._accelerator.accumulate(*models):
+            watch.begin_step(self._step, self._micro_step)
+            try:
+                yield
+                watch.end_step()
+            except BaseException as error:
+                watch.abandon(error)
+                raise
+            finally:  # the loop may catch it, skip the batch and go on
+                watch.enter("inference")
+            if self._accelerator.sync_gradients:
+                self._step, self._micro_step = self._step + 1, 0
+            else:
+                self._micro_step += 1
+
+    def __enter__(self) -> "GuardedAccelerator":
+        if self.guard is None:
+            raise RuntimeError("there is no guard yet: call guarded.prepare(module, ...) first")
+        held_by = self._held_by
+        watch = Watch(Contract(self.guard), held_by, must_be_found=held_by is not None)
+        watch.open()
+        self._watch, self.verdict = watch, None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        watch, self._watch = self._watch, None
+        assert watch is not None
+        self.verdict = watch.verdict()
+        if error is not None:
+            watch.leave_evidence(error, self._accelerator.project_dir)
+        watch.close(error)
+
+    def _prepare_and_guard(self, *objects: Any) -> Any:
+        module = objects[0] if objects else None
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                "the first object to prepare must be the module to guard, not "
+                f"{type(module).__name__}"
+            )
+        if (before := guard_of(module)) is not None:
+            raise ValueError(
+                f"{before.name} is guarded already, and accelerate must wrap the raw module. "
+                "Prepare that one; or, when another model holds the guarded one, say so: "
+                "GuardedAccelerator(accelerator, guard)"
+            )
+        name = self._name or type(module).__name__
+        prepared = self._accelerator.prepare(*objects)
+        first, *others = prepared if isinstance(prepared, tuple) else (prepared,)
+        self.guard = guard_module(first, name=name, **self._contract)
+        return (self.guard.module, *others) if others else self.guard.module
+
+    def _holds(self, module: nn.Module) -> bool:
+        assert self.guard is not None
+        return module is self.guard.module or find(module, self.guard) is not None

@@ -1,0 +1,164 @@
+"""A guard in the `Trainer` of Hugging Face transformers: one micro-step per micro-batch.
+
+Needs ``pip install lensnet-guard[hf]``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lensnet_guard import CallPolicy, Guard
+from lensnet_guard.integrations._watch import Contract, Log, Mode, Verdict, Watch
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+    from transformers import TrainingArguments as Arguments
+except ImportError as error:
+    raise ImportError(
+        "lensnet_guard.integrations.transformers needs transformers; "
+        "install it with: pip install 'lensnet-guard[hf]'"
+    ) from error
+
+
+class LensNetGuardCallback(TrainerCallback):
+    """Keeps the contract of a guard in ``train``: ``Trainer(callbacks=[...(guard)])``.
+
+    From the start of a step to its end, and from there to the next end of a substep, runs a
+    micro-step with the budgets of the policy; in between the context is inference, where calls are
+    free: transformers has no hook before an evaluation. `guarded_trainer` makes one, and closes it
+    in any case; the Trainer tells its callbacks of no exception, so that one alone stays open after
+    an exception until the next ``train`` or `close`.
+
+    Args:
+        guard: the guard of a module that the training calls.
+
+    Attributes:
+        guard: the same.
+        verdict: what the last ``train`` came to in this process; None before its end.
+
+    Raises:
+        GuardLost: from ``train``, when the model held the guarded module when training began or
+            when the last step did, and holds something else there now.
+        LensNetViolation: from ``train``, the violations of the contract.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._contract = Contract(guard)
+        self._watch: Watch | None = None
+        self._owns_watch = True
+        self._substep = 0
+        self.guard = guard
+        self.verdict: Verdict | None = None
+
+    def close(self) -> None:
+        """Close what an exception has left open."""
+        if self._watch is not None and self._owns_watch:
+            watch, self._watch = self._watch, None
+            watch.close()
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look where the guarded module hangs, when it is a part of the model."""
+        self.verdict = None
+        if self._owns_watch:
+            self.close()
+            self._watch = Watch(self._contract, kwargs.get("model"), must_be_found=False)
+            self._watch.open()
+        elif self._watch is not None:
+            self._watch.count_from_here()
+        self._enter("inference")
+
+    def on_step_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the first micro-step of an optimizer step."""
+        self._begin(state, 0)
+
+    def on_substep_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Settle one micro-step, and open the next: it has no hook of its own to begin."""
+        self._end()
+        self._begin(state, self._substep + 1)
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Settle the last micro-step; an evaluation may come now."""
+        self._end()
+        self._enter("inference")
+
+    def on_epoch_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give up a micro-step that was opened and never came, when a callback ends the epoch."""
+        self._enter("inference")
+
+    def on_train_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say what the training came to."""
+        self._enter("inference")
+        if self._watch is not None:
+            self.verdict = self._watch.verdict()
+            if state.is_world_process_zero:
+                print(f"lensnet_guard: {self.verdict}")
+        self.close()
+
+    def _begin(self, state: TrainerState, substep: int) -> None:
+        self._substep = substep
+        if self._watch is not None:
+            self._watch.begin_step(state.global_step, substep)
+
+    def _end(self) -> None:
+        if self._watch is not None:
+            self._watch.end_step()
+
+    def _enter(self, context: Any) -> None:
+        if self._watch is not None:
+            self._watch.enter(context)
+
+
+@contextmanager
+def guarded_trainer(
+    trainer: Trainer,
+    target: str | Guard,
+    *,
+    policy: CallPolicy | None = None,
+    mode: Mode | None = None,
+    log: Log | None = None,
+) -> Iterator[LensNetGuardCallback]:
+    """Guard a module of a trainer around ``trainer.train()`` and ``trainer.evaluate()``.
+
+    Outside the micro-steps of ``train`` the context is inference, where calls are free. At the end
+    of the block the module is given back as it was, also after an exception.
+
+    Args:
+        target: the attribute of the trainer that holds the module (``"reference"``,
+            ``"model.critic"``); or a guard that exists, whose module hangs there somewhere.
+        policy, mode, log: as for `lensnet_guard.guard_module`; only with an attribute.
+
+    Yields:
+        The callback, with ``guard`` and, after ``train``, ``verdict``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+        GuardLost: what the trainer calls is not the guarded module, at the start or at any step.
+        LensNetViolation: the violations of the contract. The log is named on an exception; without
+            a log the last calls are written to ``trainer.args.output_dir``.
+    """
+    watch = Watch(Contract(target, policy, mode, log), trainer)
+    try:
+        callback = LensNetGuardCallback(watch.open())
+        callback._watch, callback._owns_watch = watch, False
+        trainer.add_callback(callback)
+        try:
+            yield callback
+        finally:
+            trainer.remove_callback(callback)
+    except BaseException as error:
+        watch.leave_evidence(error, trainer.args.output_dir)
+        watch.close(error)
+        raise
+    watch.close()

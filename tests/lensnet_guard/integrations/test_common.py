@@ -1,0 +1,109 @@
+"""What all integrations share: optional libraries, scopes where nobody guards, places."""
+
+import importlib
+import sys
+
+import pytest
+from torch import nn
+
+from lensnet_guard import UnsanctionedCall, guard_module
+from lensnet_guard.integrations import sanctioned
+from lensnet_guard.integrations._place import find, locate
+from lensnet_guard.integrations._watch import Verdict
+
+
+class TestOptionalLibraries:
+    @pytest.mark.parametrize(
+        ("name", "extra"),
+        [("lightning", "lightning"), ("transformers", "hf"), ("accelerate", "hf")],
+    )
+    def test_a_missing_one_is_named_with_its_extra(self, monkeypatch, name, extra):
+        """What to install is in the message."""
+        for library in (name, f"{name}.pytorch"):
+            monkeypatch.setitem(sys.modules, library, None)
+        monkeypatch.delitem(sys.modules, f"lensnet_guard.integrations.{name}", raising=False)
+        with pytest.raises(ImportError) as caught:
+            importlib.import_module(f"lensnet_guard.integrations.{name}")
+        title = "Lightning" if name == "lightning" else name
+        assert str(caught.value) == (
+            f"lensnet_guard.integrations.{name} needs {title}; "
+            f"install it with: pip install 'lensnet-guard[{extra}]'"
+        )
+
+    def test_the_guard_imports_none(self, run_python):
+        """Nor does the package of the integrations."""
+        done = run_python(
+            """
+            import sys
+            from lensnet_guard import *
+            import lensnet_guard.integrations
+            print(sorted({"lightning", "transformers", "accelerate"} & sys.modules.keys()))
+            """
+        )
+        assert done.stdout == "[]\n", done.stderr
+
+
+class TestSanctioned:
+    def test_it_is_the_guards_scope(self, guard, x):
+        """And counts there."""
+        with guard.context("training"), guard.micro_step():
+            with sanctioned(guard.module, "preference_scorer"):
+                guard.module(x)
+        assert guard.count("training", "preference_scorer") == 1
+
+    def test_it_is_nothing_where_nobody_guards(self, scorer, x):
+        """So that the model runs without a trainer."""
+        with sanctioned(scorer, "preference_scorer"):
+            scorer(x)
+        guard = guard_module(scorer, mode="off")
+        with sanctioned(guard.module, "preference_scorer"):
+            guard.module(x)
+        assert scorer.runs == 2
+
+    def test_it_allows_nothing_else(self, guard, x):
+        """A call after it is refused."""
+        with pytest.raises(UnsanctionedCall), guard.context("training"), guard.micro_step():
+            with sanctioned(guard.module, "preference_scorer"):
+                guard.module(x)
+            guard.module(x)
+
+
+class TestPlaces:
+    def test_a_dotted_path(self):
+        """Its message names the class that it starts from."""
+        owner = nn.ModuleDict({"inner": nn.ModuleDict({"critic": nn.Linear(1, 1)})})
+        place = locate(owner, "inner.critic")
+        assert place.module is owner["inner"]["critic"]
+        assert place.path == "ModuleDict.inner.critic"
+
+    def test_modules_below_modules_and_modules_that_are_no_submodules(self):
+        """A frozen model is often hidden, so that it is neither saved nor trained."""
+        hidden = guard_module(nn.Linear(1, 1))
+        deep = guard_module(nn.Linear(1, 1))
+        owner = nn.ModuleDict({"inner": nn.Module()})
+        vars(owner)["reference"] = hidden.module
+        owner["inner"].critic = deep.module
+        assert find(owner, hidden).path == "ModuleDict.reference"
+        assert find(owner, deep).path == "ModuleDict.inner.critic"
+        assert find(owner, guard_module(nn.Linear(1, 1))) is None
+
+    def test_modules_in_a_circle(self):
+        """As a model and its trainer may hold each other."""
+        owner = nn.Module()
+        vars(owner)["itself"] = owner
+        assert find(owner, guard_module(nn.Linear(1, 1))) is None
+
+
+class TestVerdict:
+    def test_in_words(self):
+        """One of a thing is singular."""
+        verdict = Verdict("critic", 1, {"value": 1, "bonus": 2}, 1, 0)
+        assert str(verdict) == (
+            "critic: 1 micro-step, 3 training calls (value 1, bonus 2), 1 inference call, "
+            "0 violations"
+        )
+        assert verdict.calls_per_micro_step == 3
+
+    def test_of_no_step_at_all(self):
+        """A training that never began has no average."""
+        assert Verdict("critic", 0, {"value": 0}, 0, 0).calls_per_micro_step == 0
