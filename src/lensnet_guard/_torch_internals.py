@@ -200,10 +200,8 @@ def compile_counters() -> tuple[int, int]:
 
 def capturing() -> bool:
     """Whether the user captures a CUDA graph: its replays will run no Python."""
-    return _has_cuda and torch.cuda.is_current_stream_capturing()
-
-
-_has_cuda = torch.version.cuda is not None or torch.version.hip is not None
+    # A build with CUDA on a machine without a driver raises when it is asked for the stream.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _loaded(module: str) -> object | None:
