@@ -201,7 +201,8 @@ def compile_counters() -> tuple[int, int]:
 def capturing() -> bool:
     """Whether the user captures a CUDA graph: its replays will run no Python."""
     # A build with CUDA on a machine without a driver raises when it is asked for the stream.
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def _loaded(module: str) -> object | None:
