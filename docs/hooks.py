@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """README and changelog become pages, the examples become files that pages may link to."""
-    readme = (ROOT / "README.md").read_text().replace("](docs/", "](")
+    readme = (ROOT / "README.md").read_text()
+    readme = readme.replace("](docs/", "](").replace("](CHANGELOG.md", "](changelog.md")
     files.append(File.generated(config, "index.md", content=readme))
     changelog = (ROOT / "CHANGELOG.md").read_text()
     files.append(File.generated(config, "changelog.md", content=changelog))
