@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo eval bench test check format clean
+.PHONY: demo eval bench test check format docs dist clean
 
 demo: .venv/installed  ## train LensNet on real text under the guard and show that the invariant held
 	rm -rf runs/demo
@@ -31,10 +31,17 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/installed  ## the site, in site/; any warning is an error. Needs Python 3.11
+	$(BIN)/mkdocs build --strict --quiet
+
+dist: .venv/installed  ## wheel and sdist, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist site
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev,docs]"
 	touch $@

@@ -1,45 +1,104 @@
-"""README and docs say what is so: code runs, messages are real, lists are complete."""
+"""README and docs say what is so: every code block runs, messages are real, lists are complete."""
 
 import re
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from tests.doc_blocks import Block, Reader, blocks_of, check_command, check_printed, commands_of
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-RECIPE = (ROOT / "docs" / "LensNet Pairwise Training.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = {page.stem: blocks for page in PAGES if (blocks := blocks_of(page))}
+NOT_RUN = [block for blocks in BLOCKS.values() for block in blocks if block.not_run]
 
 
-def run(*arguments: str, cwd: Path) -> str:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="pages show qualified names: 3.11+")
+class TestBlocks:
+    @pytest.mark.parametrize("page", BLOCKS)
+    def test_run_and_print_what_the_page_shows(
+        self, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From top to bottom, in an empty folder that has the examples beside it."""
+        shutil.copytree(ROOT / "examples", tmp_path / "examples")
+        monkeypatch.chdir(tmp_path)
+        reader = Reader(tmp_path)
+        for block in BLOCKS[page]:
+            try:
+                reader.follow(block)
+            except Exception as error:
+                raise AssertionError(f"{block.place}: {error}") from error
+
+    @pytest.mark.parametrize("block", NOT_RUN, ids=lambda block: block.place)
+    def test_that_are_not_run_say_why(self, block: Block) -> None:
+        """Each is a skipped test, so that they are counted; ``pytest -rs`` lists the reasons."""
+        if block.language == "console":
+            for words, _ in commands_of(block):
+                check_command(words)
+        pytest.skip(str(block.not_run))
 
 
-class TestViolationExample:
-    @pytest.mark.parametrize("page", [README, RECIPE], ids=["README", "recipe"])
-    def test_the_message_on_the_page_is_the_one_that_is_printed(self, page: str) -> None:
-        """Run from the project's folder, as the README says."""
-        printed = run("examples/violation.py", cwd=ROOT)
-        assert printed.startswith("UnsanctionedCall: ")
-        assert f"```text\n{printed}```" in page
+class TestReader:
+    """That a block which does not do what its page says is noticed."""
+
+    def follow(self, folder: Path, page: str) -> None:
+        path = folder / "page.md"
+        path.write_text(page)
+        reader = Reader(folder)
+        for block in blocks_of(path, folder):
+            reader.follow(block)
+
+    @pytest.mark.parametrize(
+        ("page", "error"),
+        [
+            ("```python\n1 / 0\n```\n", "division by zero"),
+            ("```python\nprint(1)\n```\n```text\n2\n```\n", "but printed is\n1\n"),
+            ("```python\ndef test_it():\n    assert False\n```\n", "1 failed"),
+            ("```console\n$ python -c 'exit(3)'\n```\n", "exit.* failed"),
+            ("```console\n$ python -c 'print(1)'\n2\n```\n", "but printed is\n1\n"),
+            ("```text\n2\n```\n", "nobody knows how to run"),
+            ("```rust\n2\n```\n", "nobody knows how to run"),
+            ("```\n2\n```\n", "page.md has a fence that is no block"),
+            ("```python\n2\n", "page.md has a fence that is no block"),
+        ],
+    )
+    def test_refuses(self, tmp_path: Path, page: str, error: str) -> None:
+        """With a message that tells how to mend the page."""
+        with pytest.raises((AssertionError, ValueError, ZeroDivisionError), match=error):
+            self.follow(tmp_path, page)
+
+    def test_follows_a_page(self, tmp_path: Path) -> None:
+        """Files, one namespace, output, ellipses, an indented block, a reason."""
+        self.follow(
+            tmp_path,
+            '```python title="a.py"\nprint("a", 7)\nprint("b")\nprint("c")\n```\n'
+            "```console\n$ python a.py  # a comment\na …\n…\nc\n```\n"
+            "```python\nx = 2\n```\n- in a list:\n\n  ```python\n  print(x)\n  ```\n"
+            "```text\n2\n```\n<!-- not run: it waits -->\n```python\ninput()\n```\n",
+        )
+
+    @pytest.mark.parametrize(
+        "command",
+        ["make nothing", "python no.py", "megacontext train --sped 9", "megacontext tran", "rm x"],
+    )
+    def test_commands_that_do_not_exist(self, command: str) -> None:
+        """Also in blocks that are not run."""
+        with pytest.raises(Exception, match=r"make|nothing that|No such"):
+            check_command(command.split())
+
+    def test_an_ellipsis_stands_for_nothing_too(self) -> None:
+        """But for no part of a line that is shown."""
+        check_printed("a\n…\nb\n", "a\nb\n")
+        with pytest.raises(AssertionError):
+            check_printed("a\n…\nb\n", "a\nbc\n")
 
 
 class TestReadme:
-    def test_its_python_runs(self, tmp_path: Path) -> None:
-        """The block under "Guard your own module", in an empty folder."""
-        (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-        script = tmp_path / "guarded.py"
-        script.write_text(block)
-        lines = run(str(script), cwd=tmp_path).splitlines()
-        assert lines[0] == "3 ()"
-        assert "guarded.py" in lines[1]
-        assert (tmp_path / "runs/42/lensnet.rank0.jsonl").exists()
-
     def test_the_file_tree_names_every_file(self) -> None:
         """A newcomer looks there first."""
         tree = README.partition("## The files")[2]
@@ -51,13 +110,6 @@ class TestReadme:
 
 
 class TestTestingPage:
-    def test_its_test_passes_in_an_empty_folder(self, pytester: pytest.Pytester) -> None:
-        """With what the installation brings, and no conftest."""
-        page = (ROOT / "docs" / "testing.md").read_text()
-        (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-        pytester.makepyfile(block)
-        pytester.runpytest_subprocess().assert_outcomes(passed=1)
-
     def test_why_not_a_mock(self) -> None:
         """What the page says of mocks."""
         module, calls = nn.Linear(1, 1), MagicMock()
@@ -68,9 +120,6 @@ class TestTestingPage:
         owner.critic = module
         with pytest.raises(TypeError, match=r"cannot assign .* as child module"):
             owner.critic = MagicMock(wraps=module)
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 class TestLinks:

@@ -215,10 +215,9 @@ def default_store(prefix: str) -> Any:
 
 def capturing() -> bool:
     """Whether the user captures a CUDA graph: its replays will run no Python."""
-    return _has_cuda and torch.cuda.is_current_stream_capturing()
-
-
-_has_cuda = torch.version.cuda is not None or torch.version.hip is not None
+    # A build with CUDA on a machine without a driver raises when it is asked for the stream.
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def profiling() -> bool:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from lensnet_guard._text import json_line
+from lensnet_guard._version import __version__
 from lensnet_guard.postmortem.analysis import analyse
 from lensnet_guard.postmortem.findings import Analysis
 from lensnet_guard.postmortem.reader import find_logs
@@ -22,6 +23,7 @@ _T = TypeVar("_T")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lensnet-guard")
 def main() -> None:
     """Read the logs that guards have written.
 

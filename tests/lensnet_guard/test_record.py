@@ -528,7 +528,7 @@ class TestDerivedQualname:
             Heir.of_class(),
             Heir().overridden(),
         ],
-        ids=lambda frame: frame.f_code.co_qualname,
+        ids=lambda frame: frame.f_code.co_name,
     )
     def test_equals_co_qualname(self, frame):
         """For functions and methods of every sort Python 3.10 gets the name that 3.11 gives."""

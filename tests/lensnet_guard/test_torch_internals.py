@@ -136,6 +136,16 @@ class TestCudaGraphs:
         assert _torch_internals.graph_tree(torch.device("cuda", 97)) is None
         assert _torch_internals.capturing() is False
 
+    def test_a_cuda_build_without_a_driver_is_not_asked(self, monkeypatch):
+        """The usual torch on a machine without a GPU: asking for its stream raises."""
+
+        def no_driver():
+            raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", no_driver)
+        assert _torch_internals.capturing() is False
+
     def test_trees(self, trees, monkeypatch):
         """State, pending backward and live outputs, under torch's names for them."""
         manager = object.__new__(trees.CUDAGraphTreeManager)

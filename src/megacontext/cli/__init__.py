@@ -4,6 +4,8 @@ from importlib import import_module
 
 import click
 
+from lensnet_guard import __version__
+
 _COMMANDS = {
     "train": "Train on text, or on a data set that only far memory can solve.",
     "eval": "Compare ways to pick a working context, LensNet among them, at equal length.",
@@ -29,6 +31,7 @@ class _Lazy(click.Group):
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="megacontext")
 def main() -> None:
     """MegaContext: a language model and its LensNet, trained under a call contract.
 

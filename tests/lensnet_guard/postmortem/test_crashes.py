@@ -4,9 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -255,38 +252,3 @@ except NoContext:
         )
         assert result.stdout == "refused\n"
         assert result.stderr.count("cannot write the log in run") == 1
-
-
-ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs" / "post-mortem.md").read_text()
-
-
-class TestTheThreeCases:
-    """Each goes from its run folder to the guilty line with one command."""
-
-    @pytest.mark.parametrize(
-        ("example", "folder", "code"),
-        [
-            ("postmortem_old_bug", "old_bug", 0),
-            ("postmortem_crash", "crash", -signal.SIGSEGV),
-            ("postmortem_diverging_rank", "ranks", 0),
-        ],
-    )
-    def test_the_verdict_on_the_page(self, tmp_path, example, folder, code):
-        """The script is run, and the page shows what the command prints."""
-        script = ROOT / "examples" / f"{example}.py"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": ""}
-        run = [sys.executable, str(script)]
-        ended = subprocess.run(run, cwd=tmp_path, env=environment, timeout=120)
-        assert ended.returncode == code
-        run_folder = str(tmp_path / "runs" / folder)
-        command = [sys.executable, "-m", "lensnet_guard", "postmortem", run_folder]
-        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert printed.returncode == 1
-        verdict = printed.stdout.splitlines()[0]
-        assert re.search(rf"examples/{example}\.py:\d+ in ", verdict)
-        assert f"{verdict}\n" in PAGE
-        if folder == "ranks":
-            last = printed.stdout.splitlines()[-1]
-            assert last.startswith("ranks diverged at step 4: ")
-            assert f"`{last}`" in PAGE

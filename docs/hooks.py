@@ -1,0 +1,43 @@
+"""What the site needs beside the pages in docs/: pages from elsewhere, docstrings read rightly."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """README and changelog become pages, the examples become files that pages may link to."""
+    readme = (ROOT / "README.md").read_text()
+    readme = readme.replace("](docs/", "](").replace("](CHANGELOG.md", "](changelog.md")
+    files.append(File.generated(config, "index.md", content=readme))
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    files.append(File.generated(config, "changelog.md", content=changelog))
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        path = f"examples/{example.name}"
+        files.append(File.generated(config, path, abs_src_path=str(example)))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links that lead out of docs/ lead to those."""
+    return markdown.replace("](../README.md", "](index.md").replace("](../examples/", "](examples/")
+
+
+class NamesTogether(griffe.Extension):
+    """Lets one entry describe several attributes: ``temperature, advantage_scale: of the loss``."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Griffe takes what follows the first space for a type; these names have no such space."""
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(
+                r"^ +\w+(?:, \w+)+:",
+                lambda names: names[0].replace(", ", ",\N{NO-BREAK SPACE}"),
+                obj.docstring.value,
+                flags=re.MULTILINE,
+            )
