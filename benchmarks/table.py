@@ -154,7 +154,7 @@ BENCHMARKS = (
     Benchmark("variants", of_variants),
     Benchmark("micro_step", of_micro_step),
     Benchmark("memory", of_memory),
-    Benchmark("gpu_smoke", of_compiled, ("--steps", "400", "--out", os.devnull)),
+    Benchmark("gpu_smoke", of_compiled, ("--out", os.devnull)),
     Benchmark("session_cost", of_session),
 )
 
