@@ -20,7 +20,8 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: sequences per micro-step.
         accumulation: micro-steps per optimizer step.
-        learning_rate, lens_learning_rate: peaks for language model and GistNet, and for LensNet.
+        learning_rate, lens_learning_rate: peaks for language model and GistNet, and for LensNet;
+            beside a language model that was given, GistNet learns as LensNet does.
         warmup_steps: of linear warm-up; a cosine then falls to a tenth of the peak.
         clip_norm: gradient norm, clipped for LensNet and for the rest separately.
         log_interval, checkpoint_interval: in steps.

@@ -21,9 +21,10 @@ from lensnet_guard.postmortem import LogVerdict, read_verdict
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.data import Source, load_corpus
+from megacontext.hf_language_model import kept_files
 from megacontext.micro_step import Variants
 from megacontext.optimization import new_optimizer, own_gradients, rate_at, update
-from megacontext.pretrained import usable_device
+from megacontext.pretrained import saved_model, usable_device
 from megacontext.recall import RecallSource
 from megacontext.run_folder import RunFolder
 from megacontext.running_means import RunningMeans
@@ -91,7 +92,7 @@ def train(
     folder = RunFolder(run_dir)
     if resume:
         saved = folder.read_config()
-        model = MCConfig(**saved["model"])
+        model = saved_model(folder, saved)
         settings = TrainConfig.from_json(saved["train"])
     model, settings = model or MCConfig(), settings or TrainConfig()
     device = usable_device(settings.device)
@@ -103,7 +104,8 @@ def train(
                 "model": dataclasses.asdict(model),
                 "train": dataclasses.asdict(settings),
                 "source": source.description,
-            }
+            },
+            kept_files(model.language_model),
         )
     elif saved["source"].get("sha256") != source.description.get("sha256"):
         raise ValueError(
@@ -179,13 +181,12 @@ class _Trainer:
         self.mc.language_model.recompute = settings.recompute
         if settings.compile:
             self.mc.compile_networks()
-        lens = set(self.mc.lensnet.parameters())
-        rest = [p for p in self.mc.parameters() if p not in lens]
+        lens = [*self.mc.lensnet.parameters()]
+        if model.language_model:  # GistNet is new, and learns as LensNet does
+            lens += self.mc.gistnet.parameters()
+        rest = [p for p in self.mc.parameters() if p not in set(lens)]
         self.optimizer = new_optimizer(
-            [
-                (rest, settings.learning_rate),
-                (self.mc.lensnet.parameters(), settings.lens_learning_rate),
-            ]
+            [(rest, settings.learning_rate), (lens, settings.lens_learning_rate)]
         )
         self.data_rng = np.random.default_rng([model.seed, 1])
         # A range in a trace, only on demand: it is not free where no trace is taken.

@@ -101,7 +101,7 @@ def command(run_dir: Path, device: str, **options: Any) -> None:
         _Generation(mc, console, options).run()
     except BrokenPipeError:  # whoever read the text has read enough
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     except LensNetViolation as violation:
         console.print(f"{type(violation).__name__}: {violation}", markup=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lensnet_guard import LensNetViolation
 from megacontext.config import MCConfig
+from megacontext.hf_language_model import PRETRAINED_RATE, language_model_sizes
 from megacontext.settings import SETTINGS
 from megacontext.train_config import TrainConfig
 from megacontext.trainer import StepReport, TrainResult, train
@@ -48,6 +49,14 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     multiple=True,
     show_default="the standard library's sources",
     help="File or folder to train on, byte by byte; may be repeated.",
+)
+@click.option(
+    "--language-model",
+    type=click.Path(exists=True, path_type=Path),
+    show_default="our own small one",
+    help="Folder that save_pretrained of Hugging Face transformers made: a causal language model "
+    "to train on, whose sizes and tokenizer are taken; --learning-rate is then "
+    f"{PRETRAINED_RATE:g} by default. Or its config.json, for random weights.",
 )
 @click.option(
     "--profile",
@@ -92,6 +101,7 @@ def command(
     resume: bool,
     profile: bool,
     text: tuple[Path, ...],
+    language_model: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -106,6 +116,7 @@ def command(
       megacontext train --run-dir runs/mine --resume
       megacontext train --run-dir runs/recall --setting recall --seed 1
       megacontext train --run-dir runs/first --steps 10 --profile
+      megacontext train --run-dir runs/llama --language-model models/llama --bf16
     """
     if resume:
         _refuse_settings(click.get_current_context())
@@ -115,6 +126,8 @@ def command(
     model, settings = SETTINGS[setting]
     console = Console(stderr=as_json, highlight=False)
     try:
+        if language_model is not None:
+            given = _of_language_model(language_model.resolve()) | given
         with _Display(console) as display:
             result = train(
                 run_dir,
@@ -124,7 +137,7 @@ def command(
                 profile=profile,
                 report=display,
             )
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     except FloatingPointError as error:
         console.print(str(error), markup=False, soft_wrap=True)
@@ -150,6 +163,12 @@ def _is_given(name: str) -> bool:
     """Whether an option stands on the command line."""
     source = click.get_current_context().get_parameter_source(name)
     return source is click.core.ParameterSource.COMMANDLINE
+
+
+def _of_language_model(path: Path) -> dict[str, Any]:
+    """What a language model decides, where the command line does not."""
+    rate = {"learning_rate": PRETRAINED_RATE} if path.is_dir() else {}
+    return {"language_model": str(path), **language_model_sizes(path), **rate}
 
 
 def _replace(config: _Config, given: dict[str, Any]) -> _Config:
