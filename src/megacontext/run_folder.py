@@ -2,8 +2,8 @@
 
 A run folder holds ``config.json``, ``metrics.jsonl`` (a line per logged step), ``checkpoint.pt``
 (the newest), ``lensnet.rank0.jsonl`` (the guard's log), ``overview.png`` and, where it was asked
-for, ``profile.json.gz``; ``language_model`` is a folder with all of a given language model but its
-weights, which are in the checkpoint.
+for, ``profile.json.gz`` and ``tensorboard``, a folder of event files. The folder ``language_model``
+has all of a given language model but its weights, which are in the checkpoint.
 """
 
 import json
@@ -38,6 +38,7 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint.pt"
         self.overview = self.path / "overview.png"
         self.profile = self.path / "profile.json.gz"
+        self.tensorboard = self.path / "tensorboard"
         self.language_model = self.path / "language_model"
 
     def create(self, config: Mapping[str, Any], language_model: Sequence[Path] = ()) -> None:

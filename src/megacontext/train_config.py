@@ -30,6 +30,7 @@ class TrainConfig:
             CUDA graphs on CUDA.
         bf16: run forward passes under autocast to bfloat16.
         recompute: let the language model keep less for backward, and run its blocks twice.
+        tensorboard: write TensorBoard's event files too.
 
     Raises:
         TypeError, ValueError: a value that cannot train.
@@ -52,6 +53,7 @@ class TrainConfig:
     compile: bool = False
     bf16: bool = False
     recompute: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("warmup_steps", "lm_steps"))

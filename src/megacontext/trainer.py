@@ -6,8 +6,8 @@ ends with a verdict that is computed from the guard's log file.
 
 import dataclasses
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.data import Source, load_corpus
 from megacontext.hf_language_model import kept_files
+from megacontext.metric_sinks import MetricSink, MetricSinkError, TensorBoardSink, write_all
 from megacontext.micro_step import Variants
 from megacontext.optimization import new_optimizer, own_gradients, rate_at, update
 from megacontext.pretrained import saved_model, usable_device
@@ -75,6 +76,7 @@ def train(
     resume: bool = False,
     profile: bool = False,
     report: Callable[[StepReport], None] = lambda _: None,
+    sinks: Sequence[MetricSink] = (),
 ) -> TrainResult:
     """Train in a new run folder, or continue the run that a folder holds.
 
@@ -83,11 +85,14 @@ def train(
         profile: take a trace of a few of the steps, see `megacontext.step_profile`, in which every
             LensNet call and every phase of a micro-step is a range.
         report: called after every logged step.
+        sinks: get the metrics of every logged step, after a checkpoint that was due.
 
     Raises:
         FileExistsError, FileNotFoundError: the folder does not fit ``resume``.
         ValueError: settings, text or checkpoint that do not fit; nothing was written then.
         LensNetViolation: something called LensNet that may not.
+        ImportError: a library that the settings need is not installed; nothing was written then.
+        MetricSinkError: a sink failed; the run was saved at that step.
     """
     folder = RunFolder(run_dir)
     if resume:
@@ -97,6 +102,7 @@ def train(
     model, settings = model or MCConfig(), settings or TrainConfig()
     device = usable_device(settings.device)
     source = load_source(settings, model)
+    boards = [TensorBoardSink(folder.tensorboard)] if settings.tensorboard else []
     trainer = _Trainer(model, settings, source, folder, device)
     if not resume:
         folder.create(
@@ -115,8 +121,10 @@ def train(
     with folder.locked():
         if resume:
             trainer.restore()
-        with lensnet_guard(trainer.mc, log=folder.path):
-            variants = trainer.run(report, profile)
+        with lensnet_guard(trainer.mc, log=folder.path), ExitStack() as stack:
+            for board in boards:
+                stack.enter_context(closing(board))  # however the run ends
+            variants = trainer.run(report, profile, [*boards, *sinks])
     verdict = read_verdict(folder.path)
     result = TrainResult(
         verdict=verdict,
@@ -192,7 +200,9 @@ class _Trainer:
         # A range in a trace, only on demand: it is not free where no trace is taken.
         self.phase: Callable[[str], AbstractContextManager[object]] = nullcontext
 
-    def run(self, report: Callable[[StepReport], None], profile: bool) -> Variants | None:
+    def run(
+        self, report: Callable[[StepReport], None], profile: bool, sinks: Sequence[MetricSink]
+    ) -> Variants | None:
         """All remaining steps; returns the last micro-step's variants, to look at."""
         settings, variants = self.settings, None
         if self.step == 0 and self.lm_step == 0:
@@ -228,7 +238,8 @@ class _Trainer:
                 checkpoint = last or self.step % settings.checkpoint_interval == 0
                 if checkpoint or self.step % settings.log_interval == 0:
                     self._check_finite()
-                if last or self.step % settings.log_interval == 0:
+                logged = last or self.step % settings.log_interval == 0
+                if logged:
                     row = self.means.take() | {
                         "validation_loss": self.validation_loss(),
                         "validation_agreement": self.validation_agreement(),
@@ -237,8 +248,21 @@ class _Trainer:
                     report(StepReport("training", self.step, settings.steps, row))
                 if checkpoint:
                     self.save()
+                if logged:
+                    self._tell(sinks, row, variants)
                 end_step()
         return variants
+
+    def _tell(self, sinks: Sequence[MetricSink], row: dict[str, float], variants: Variants) -> None:
+        """Tell the sinks, between two steps: nothing of this step is open any more."""
+        try:
+            write_all(sinks, self.step, row, variants.cuts)
+        except MetricSinkError as error:
+            self.save()
+            raise MetricSinkError(
+                f"{error}; the run is saved at that step in {self.folder.path}: continue it with "
+                "--resume"
+            ) from error.__cause__
 
     def _lm_step(self) -> Tensor:
         """One step of the language model alone; its loss."""

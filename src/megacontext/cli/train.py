@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lensnet_guard import LensNetViolation
 from megacontext.config import MCConfig
 from megacontext.hf_language_model import PRETRAINED_RATE, language_model_sizes
+from megacontext.metric_sinks import MetricSinkError
 from megacontext.settings import SETTINGS
 from megacontext.train_config import TrainConfig
 from megacontext.trainer import StepReport, TrainResult, train
@@ -81,6 +82,11 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     is_flag=True,
     help="Keep less of the language model for backward, and run its blocks twice: less memory.",
 )
+@click.option(
+    "--tensorboard",
+    is_flag=True,
+    help="Write metrics and LOD strips for TensorBoard, to tensorboard/ in the run folder.",
+)
 @_option("--seed", _MODEL.seed, "Of weights, data order and cuts.")
 @_option("--d-model", _MODEL.d_model, "Width of all networks.")
 @_option("--num-heads", _MODEL.num_heads, "Attention heads.")
@@ -139,7 +145,7 @@ def command(
             )
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise click.UsageError(str(error)) from error
-    except FloatingPointError as error:
+    except (FloatingPointError, MetricSinkError) as error:
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(1)
     except LensNetViolation as violation:
