@@ -152,7 +152,7 @@ def new_language_model(config: MCConfig) -> AnyLanguageModel:
     """
     if not config.language_model:
         return LanguageModel(config.vocab_size, config.d_model, config.lm_layers, config.num_heads)
-    _check_sizes(config)
+    check_language_model(config)
     return HFLanguageModel(load_language_model(config.language_model))
 
 
@@ -189,7 +189,7 @@ def load_language_model(path: str | Path) -> nn.Module:
         ValueError: its weights cannot be loaded or are not all there, or it is of a kind that
             cannot read working contexts; named.
     """
-    transformers, config, path = _transformers(str(path)), _config(path), Path(path)
+    transformers, config, path = import_transformers(str(path)), _config(path), Path(path)
     _without_dropout(config)
     auto = transformers.AutoModelForCausalLM
     how = {"attn_implementation": "sdpa", "dtype": torch.float32}
@@ -226,12 +226,20 @@ def folder_of(path: str | Path) -> Path:
     return Path(path).parent if Path(path).is_file() else Path(path)
 
 
-def _transformers(what_for: str) -> Any:
+def import_transformers(path: str) -> Any:
+    """The library.
+
+    Args:
+        path: of the model that it is needed for.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         return import_module("transformers")
     except ImportError as error:
         raise ImportError(
-            f"the language model {what_for} needs the library transformers, which cannot be "
+            f"the language model {path} needs the library transformers, which cannot be "
             f'imported ({error}): pip install "lensnet-guard[hf]"'
         ) from error
 
@@ -248,7 +256,7 @@ def _config(path: str | Path) -> Any:
             f"language_model {str(path)!r} is no folder with a config.json: give one that "
             "model.save_pretrained(folder) made"
         )
-    transformers = _transformers(str(path))
+    transformers = import_transformers(str(path))
     try:
         config = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -256,12 +264,15 @@ def _config(path: str | Path) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _check_sizes(config: MCConfig) -> None:
-    """Refuse a configuration that does not fit its language model.
+def check_language_model(config: MCConfig) -> None:
+    """Refuse a configuration that does not fit the language model that it names; loads no weights.
 
     Raises:
+        ImportError, FileNotFoundError: there is no library, or no model.
         ValueError: naming what would fit.
     """
+    if not config.language_model:
+        return
     path, theirs = config.language_model, _config(config.language_model)
     for name, size in (("d_model", theirs.hidden_size), ("vocab_size", theirs.vocab_size)):
         if getattr(config, name) != size:

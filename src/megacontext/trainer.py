@@ -21,7 +21,7 @@ from lensnet_guard.postmortem import LogVerdict, read_verdict
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.data import Source, load_corpus
-from megacontext.hf_language_model import kept_files
+from megacontext.hf_language_model import check_language_model, kept_files
 from megacontext.metric_sinks import MetricSink, MetricSinkError, TensorBoardSink, write_all
 from megacontext.micro_step import Variants
 from megacontext.optimization import new_optimizer, own_gradients, rate_at, update
@@ -30,6 +30,7 @@ from megacontext.recall import RecallSource
 from megacontext.run_folder import RunFolder
 from megacontext.running_means import RunningMeans
 from megacontext.step_profile import step_profile
+from megacontext.tokenizer import tokenizer_of
 from megacontext.train_config import TrainConfig
 
 VALIDATION_SEQUENCES = 32
@@ -101,6 +102,7 @@ def train(
         settings = TrainConfig.from_json(saved["train"])
     model, settings = model or MCConfig(), settings or TrainConfig()
     device = usable_device(settings.device)
+    check_language_model(model)  # before much text becomes tokens
     source = load_source(settings, model)
     boards = [TensorBoardSink(folder.tensorboard)] if settings.tensorboard else []
     trainer = _Trainer(model, settings, source, folder, device)
@@ -148,7 +150,11 @@ def load_source(settings: TrainConfig, model: MCConfig) -> Source:
         ValueError: too little text, or a model that does not fit the data.
     """
     if settings.data == "text":
-        source: Source = load_corpus([Path(p) for p in settings.text], model.sequence_tokens)
+        source: Source = load_corpus(
+            [Path(p) for p in settings.text],
+            model.sequence_tokens,
+            tokenizer_of(model.language_model),
+        )
     else:
         source = RecallSource(block_size=model.block_size, label_all=model.judged == "all")
         if model.horizon_tokens != source.horizon_tokens:

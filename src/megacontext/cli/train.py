@@ -17,6 +17,7 @@ from megacontext.config import MCConfig
 from megacontext.hf_language_model import PRETRAINED_RATE, language_model_sizes
 from megacontext.metric_sinks import MetricSinkError
 from megacontext.settings import SETTINGS
+from megacontext.tokenizer import has_tokenizer
 from megacontext.train_config import TrainConfig
 from megacontext.trainer import StepReport, TrainResult, train
 
@@ -49,7 +50,8 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     type=click.Path(exists=True, path_type=Path),
     multiple=True,
     show_default="the standard library's sources",
-    help="File or folder to train on, byte by byte; may be repeated.",
+    help="File or folder to train on, byte by byte, or by the tokenizer of --language-model; may "
+    "be repeated.",
 )
 @click.option(
     "--language-model",
@@ -134,6 +136,9 @@ def command(
     try:
         if language_model is not None:
             given = _of_language_model(language_model.resolve()) | given
+            own = has_tokenizer(str(language_model))
+            reads = "its tokenizer's tokens" if own else "bytes, for it has no tokenizer"
+            console.print(f"{language_model} reads text as {reads}", markup=False, soft_wrap=True)
         with _Display(console) as display:
             result = train(
                 run_dir,
