@@ -70,6 +70,25 @@ class TestTestingPage:
             owner.critic = MagicMock(wraps=module)
 
 
+class TestBlocksThatRun:
+    @pytest.mark.parametrize(
+        ("page", "last"),
+        [
+            (
+                "any-language-model",
+                "4 micro-steps, 4 LensNet calls, 0 violations; 1 inference call",
+            ),
+            ("metrics", "step 4: loss "),
+        ],
+    )
+    def test_in_an_empty_folder(self, tmp_path: Path, page: str, last: str) -> None:
+        """The one block that is marked as Python; it prints what the page says."""
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        (tmp_path / "block.py").write_text(block)
+        assert run("block.py", cwd=tmp_path).splitlines()[-1].startswith(last)
+
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
