@@ -38,6 +38,10 @@ class MCConfig:
             variants are judged by ``"all"`` their tokens instead of the ``"horizon"``; LensNet
             looks back only; weights of the auxiliary losses; advantages are divided by their
             standard deviation over the batch.
+        language_model: a folder that ``save_pretrained`` of Hugging Face transformers made, or the
+            ``config.json`` of one for random weights; "" for our own model. ``vocab_size`` and
+            ``d_model`` must be the model's (`hf_language_model.language_model_sizes`), and
+            ``lm_layers`` says nothing.
 
     Raises:
         TypeError, ValueError: a value that makes no model, named.
@@ -68,6 +72,7 @@ class MCConfig:
     rank_weight: float = 0.0
     budget_weight: float = 0.0
     standardize: bool = False
+    language_model: str = ""
 
     def __post_init__(self) -> None:
         weights = ("rank_weight", "budget_weight")

@@ -25,8 +25,8 @@ from megacontext.cut import (
     relative_detail,
 )
 from megacontext.gistnet import GistNet
+from megacontext.hf_language_model import new_language_model
 from megacontext.inference import InferenceSessions
-from megacontext.language_model import LanguageModel
 from megacontext.lensnet import LensNet
 from megacontext.micro_step import (
     MCBatchResult,
@@ -54,6 +54,9 @@ class MCController(InferenceSessions, nn.Module):
 
     Attributes:
         lensnet: the guarded proxy; ``mc.guard`` is its guard.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: ``config.language_model`` cannot be used.
     """
 
     def __init__(self, config: MCConfig, *, bf16: bool = False) -> None:
@@ -62,9 +65,7 @@ class MCController(InferenceSessions, nn.Module):
         self.bf16 = bf16
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # not the generators of devices
-            self.language_model = LanguageModel(
-                config.vocab_size, config.d_model, config.lm_layers, config.num_heads
-            )
+            self.language_model = new_language_model(config)
             self.gistnet = GistNet(config.d_model)
             lensnet = LensNet(
                 config.d_model,

@@ -1,4 +1,4 @@
-"""What is trained on: a source gives batches. Real text as bytes is one; `recall` is another."""
+"""What is trained on: a source gives batches. Real text is one, as bytes; `recall` is another."""
 
 import hashlib
 import sysconfig
@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megacontext.tokenizer import ByteTokenizer, Tokenizer
 from megacontext.transfer import to_device
 
+Ids = NDArray[np.unsignedinteger[Any]]
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 _HELD_OUT_ONE_IN = 10
 
@@ -67,23 +69,22 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Byte-level text, a tenth of it held out for validation.
+    """Text as tokens, a tenth of it held out for validation.
 
     Attributes:
-        training, validation: uint8 ``[bytes]``.
+        training, validation: tokens, in the smallest type that holds them, ``[tokens]``.
         files: how many files were read.
         sha256: fingerprint of both parts; a resumed run must find the same.
+        vocab_size: tokens are below it; 256 for bytes.
+        unit: what to call them: ``"bytes"`` or ``"tokens"``.
     """
 
-    training: NDArray[np.uint8]
-    validation: NDArray[np.uint8]
+    training: Ids
+    validation: Ids
     files: int
     sha256: str
-
-    @property
-    def vocab_size(self) -> int:
-        """Bytes."""
-        return 256
+    vocab_size: int = 256
+    unit: str = "bytes"
 
     @property
     def description(self) -> dict[str, Any]:
@@ -91,8 +92,8 @@ class Corpus:
         return {
             "sha256": self.sha256,
             "files": self.files,
-            "training_bytes": len(self.training),
-            "validation_bytes": len(self.validation),
+            f"training_{self.unit}": len(self.training),
+            f"validation_{self.unit}": len(self.validation),
         }
 
     def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
@@ -108,26 +109,35 @@ class Corpus:
         return _windows(self.validation, rng, batch_size, length)
 
     def unigram_entropy(self) -> float:
-        """Entropy of a byte of the validation part, nats: the loss of a model without context."""
-        counts = np.bincount(self.validation, minlength=256)
+        """Entropy of a token of the validation part, nats: the loss of a model without context."""
+        counts = np.bincount(self.validation)
         probabilities = counts[counts > 0] / len(self.validation)
         return float(-(probabilities * np.log(probabilities)).sum())
 
 
-def load_corpus(paths: Sequence[Path], min_bytes: int) -> Corpus:
+def load_corpus(
+    paths: Sequence[Path], min_tokens: int, tokenizer: Tokenizer | None = None
+) -> Corpus:
     """Read text files; every tenth is held out (of fewer than ten, the last tenth of each).
 
     Args:
         paths: files, or folders whose files are read but for hidden ones and Python's caches; none
             for the standard library.
-        min_bytes: length of one window: both parts must be longer.
+        min_tokens: length of one window: both parts must be longer.
+        tokenizer: makes tokens of each file; of bytes by default.
 
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: too little text.
     """
     files = _files(paths) if paths else _standard_library()
-    texts = [np.frombuffer(file.read_bytes(), dtype=np.uint8) for file in files]
+    tokenizer = tokenizer or ByteTokenizer()
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    empty = np.empty(0, dtype)
+    texts = [
+        np.concatenate([empty, *(p.astype(dtype) for p in tokenizer.encode([file.read_bytes()]))])
+        for file in files
+    ]
     if len(texts) >= _HELD_OUT_ONE_IN:
         held_out = range(_HELD_OUT_ONE_IN - 1, len(texts), _HELD_OUT_ONE_IN)
         training = [text for i, text in enumerate(texts) if i not in held_out]
@@ -136,16 +146,23 @@ def load_corpus(paths: Sequence[Path], min_bytes: int) -> Corpus:
         splits = [len(text) - len(text) // _HELD_OUT_ONE_IN for text in texts]
         training = [text[:split] for text, split in zip(texts, splits, strict=True)]
         validation = [text[split:] for text, split in zip(texts, splits, strict=True)]
-    parts = [np.concatenate([np.empty(0, np.uint8), *part]) for part in (training, validation)]
+    parts = [np.concatenate([empty, *part]) for part in (training, validation)]
     for name, part in zip(("training", "validation"), parts, strict=True):
-        if len(part) <= min_bytes:
+        if len(part) <= min_tokens:
             raise ValueError(
-                f"too little text: the {name} part of {len(files)} files has {len(part)} bytes, "
-                f"and one sequence needs more than {min_bytes}; give more files or shorten "
-                "--sequence-tokens"
+                f"too little text: the {name} part of {len(files)} files has {len(part)} "
+                f"{tokenizer.unit}, and one sequence needs more than {min_tokens}; give more files "
+                "or shorten --sequence-tokens"
             )
     digest = hashlib.sha256(parts[0].tobytes() + b"\0" + parts[1].tobytes())
-    return Corpus(parts[0], parts[1], len(files), digest.hexdigest())
+    return Corpus(
+        training=parts[0],
+        validation=parts[1],
+        files=len(files),
+        sha256=digest.hexdigest(),
+        vocab_size=tokenizer.vocab_size,
+        unit=tokenizer.unit,
+    )
 
 
 def _standard_library() -> list[Path]:
@@ -175,9 +192,7 @@ def _is_litter(path: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
-def _windows(
-    text: NDArray[np.uint8], rng: np.random.Generator, batch_size: int, length: int
-) -> Batch:
+def _windows(text: Ids, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
     starts = rng.integers(0, len(text) - length, size=batch_size)
     tokens = text[starts[:, None] + np.arange(length)].astype(np.int64)
     return Batch(torch.from_numpy(tokens), labelled=None)

@@ -21,12 +21,14 @@ class LanguageModel(nn.Module):
         num_layers, num_heads: of the transformer.
 
     Attributes:
+        max_tokens: None: positions have no end.
         recompute: keep only what goes into each block for backward, which computes the rest again:
             a forward more for a fraction of the memory. Sessions are not affected.
     """
 
     def __init__(self, vocab_size: int, d_model: int, num_layers: int, num_heads: int) -> None:
         super().__init__()
+        self.max_tokens: int | None = None
         self.recompute = False
         self.head_dim = d_model // num_heads
         self.embedding = nn.Embedding(vocab_size, d_model)
@@ -37,6 +39,10 @@ class LanguageModel(nn.Module):
         # Standard deviation 1: gists keep the variance of what they sum, the norms do the rest.
         self.blocks = nn.ModuleList(Block(d_model, num_heads) for _ in range(num_layers))
         self.norm = nn.RMSNorm(d_model)
+
+    def new_seen(self, capacity: int) -> "Seen":
+        """Nothing read yet, and room for ``capacity`` entries."""
+        return Seen(len(self.blocks), capacity)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 ``[B, N]`` to LOD0 embeddings ``[B, N, D]``."""
@@ -117,6 +123,15 @@ class Seen:
         """Who of the new entries ``[B, W, D]`` may look at whom; None where SDPA knows."""
         if not self.length:
             return None
-        width = new.shape[1]
-        full = torch.ones(width, self.length + width, dtype=torch.bool, device=new.device)
-        return full.tril(self.length)[None, None]
+        return causal_mask_after(self.length, new)
+
+
+def causal_mask_after(length: int, new: Tensor) -> Tensor:
+    """Who of new entries ``[B, W, D]`` may look at whom, bool ``[1, 1, W, length + W]``.
+
+    Args:
+        length: entries before them, which they all see.
+    """
+    width = new.shape[1]
+    full = torch.ones(width, length + width, dtype=torch.bool, device=new.device)
+    return full.tril(length)[None, None]

@@ -11,12 +11,11 @@ from matplotlib.patches import Patch
 
 from lensnet_guard.postmortem import LogVerdict
 from megacontext.cut import Cut
+from megacontext.lod_image import LOD_COLOURS, named_strips
 from megacontext.micro_step import Cuts
 from megacontext.run_folder import RunFolder
 
-_LOD_COLOURS = {-1: "#e8e8e8", 0: "#1b6ca8", 1: "#f0a202", 2: "#b3312c"}
 _LOD_NAMES = {-1: "not held", 0: "LOD0 (tokens)", 1: "LOD1 (gist)", 2: "LOD2 (gist of gists)"}
-_STRIPS = 8
 
 
 def draw_overview(
@@ -79,7 +78,7 @@ def draw_evaluation(
     means = np.array([mean for mean, _ in losses.values()])
     intervals = np.array([interval for _, interval in losses.values()])
     errors = np.maximum(np.abs(intervals.T - means), 0)
-    left.errorbar(means, rows, xerr=errors, fmt="o", color=_LOD_COLOURS[0], capsize=3)
+    left.errorbar(means, rows, xerr=errors, fmt="o", color=LOD_COLOURS[0], capsize=3)
     left.set_yticks(rows, list(losses))
     left.set_ylim(len(losses) - 0.5, -0.5)
     left.set(title="NLL on the horizon, 95 % intervals", xlabel="nats per label")
@@ -107,18 +106,14 @@ def _lod_strips(axes: Axes, cuts: Cuts | None) -> None:
     if cuts is None:
         axes.text(0.5, 0.5, "no step was run", ha="center", transform=axes.transAxes)
         return
-    shown = [
-        (f"{'baseline' if v == 0 else f'variant {v}'}", cut)
-        for of_history in cuts
-        for v, cut in enumerate(of_history)
-    ][:_STRIPS]
+    shown = named_strips(cuts)
     _draw_strips(axes, shown, max(int(cut.ends[-1]) for _, cut in shown))
 
 
 def _draw_strips(axes: Axes, shown: Sequence[tuple[str, Cut]], num_tokens: int) -> None:
     strips = np.stack([cut.token_lods(num_tokens) for _, cut in shown])
-    colours = ListedColormap(list(_LOD_COLOURS.values()))
+    colours = ListedColormap(list(LOD_COLOURS.values()))
     axes.imshow(strips, aspect="auto", interpolation="nearest", cmap=colours, vmin=-1, vmax=2)
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
-    handles = [Patch(color=_LOD_COLOURS[lod], label=_LOD_NAMES[lod]) for lod in _LOD_NAMES]
+    handles = [Patch(color=LOD_COLOURS[lod], label=_LOD_NAMES[lod]) for lod in _LOD_NAMES]
     axes.legend(handles=handles, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))

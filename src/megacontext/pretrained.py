@@ -1,6 +1,9 @@
 """A model from the run folder that it was trained in, on a device that works."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,14 +18,30 @@ def load_model(run_dir: str | os.PathLike[str], device: torch.device | str = "cp
     Raises:
         FileNotFoundError: the folder holds no run, or no checkpoint yet.
         ValueError: the configuration or the checkpoint is damaged.
+        ImportError: its language model is one of transformers, which is not installed.
     """
     folder = RunFolder(run_dir)
-    mc = MCController(MCConfig(**folder.read_config()["model"])).to(device)
+    mc = MCController(saved_model(folder, folder.read_config())).to(device)
     state = folder.load_checkpoint(torch.device(device))
     if state is None:
         raise FileNotFoundError(f"{folder.path} has no checkpoint yet; train it first")
     mc.load_state_dict(state["model"])
     return mc
+
+
+def saved_model(folder: RunFolder, saved: Mapping[str, Any]) -> MCConfig:
+    """The configuration of a run's model, as it is to be made again before a checkpoint is loaded.
+
+    A language model that was given is made from the run's own copy of its sizes: where it came from
+    may be gone.
+
+    Args:
+        saved: the run's ``config.json``.
+    """
+    model = MCConfig(**saved["model"])
+    if not model.language_model or not folder.checkpoint.exists():
+        return model
+    return replace(model, language_model=str(folder.language_model / "config.json"))
 
 
 def usable_device(name: str) -> torch.device:

@@ -2,14 +2,16 @@
 
 A run folder holds ``config.json``, ``metrics.jsonl`` (a line per logged step), ``checkpoint.pt``
 (the newest), ``lensnet.rank0.jsonl`` (the guard's log), ``overview.png`` and, where it was asked
-for, ``profile.json.gz``.
+for, ``profile.json.gz`` and ``tensorboard``, a folder of event files. The folder ``language_model``
+has all of a given language model but its weights, which are in the checkpoint.
 """
 
 import json
 import math
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint.pt"
         self.overview = self.path / "overview.png"
         self.profile = self.path / "profile.json.gz"
+        self.tensorboard = self.path / "tensorboard"
+        self.language_model = self.path / "language_model"
 
     def require_new(self) -> None:
         """Make sure that a new run can begin here.
@@ -51,14 +55,21 @@ class RunFolder:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise FileExistsError(f"{self.path} is not an empty folder; choose another --run-dir")
 
-    def create(self, config: Mapping[str, Any]) -> None:
+    def create(self, config: Mapping[str, Any], language_model: Sequence[Path] = ()) -> None:
         """Make the folder for a new run.
+
+        Args:
+            language_model: files to keep a copy of in its folder ``language_model``.
 
         Raises:
             FileExistsError: as for `require_new`.
         """
         self.require_new()
         self.path.mkdir(parents=True, exist_ok=True)
+        if language_model:
+            self.language_model.mkdir()
+        for file in language_model:
+            shutil.copyfile(file, self.language_model / file.name)
         write_atomically(self.config, json.dumps(config, indent=2).encode() + b"\n")
 
     def read_config(self) -> dict[str, Any]:

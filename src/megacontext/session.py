@@ -21,6 +21,7 @@ from torch import Tensor
 from megacontext.allocators.focus import Edits, FocusAllocator
 from megacontext.allocators.rules import FocusRules, first_that_fits
 from megacontext.cut import Cut, coarse_cut
+from megacontext.hf_language_model import HFSeen
 from megacontext.language_model import Seen
 from megacontext.session_config import SessionConfig, check_sizes
 from megacontext.session_folder import SessionFolder, fingerprint
@@ -77,7 +78,7 @@ class Session:
             ("refocuses", "lensnet_calls", "expanded", "collapsed", "dropped"), 0
         )
         self._events: deque[FocusEvent] = deque(maxlen=_EVENTS_KEPT)
-        self._seen: Seen | None = None
+        self._seen: Seen | HFSeen | None = None
         self._seen_tokens = 0
         self._busy = threading.Lock()
 
@@ -94,6 +95,7 @@ class Session:
             block_size=config.block_size,
             max_lod=config.max_lod,
             recent_tokens=config.recent_tokens,
+            max_tokens=mc.language_model.max_tokens,
         )
         check_sizes(rules, config.horizon_tokens, config.focus_window)
         return rules
@@ -344,7 +346,7 @@ class Session:
         seen, self._seen = self._seen, None  # half-read by an interrupted model is not read
         if seen is None:
             room = self.rules.wc_length + self.settings.refocus_interval
-            seen = Seen(self._mc.config.lm_layers, room)
+            seen = self._mc.language_model.new_seen(room)
             context = self._gather(self.cut)
             embeddings, starts, spans = context.embeddings, context.starts, context.spans
         else:

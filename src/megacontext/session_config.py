@@ -41,9 +41,18 @@ class SessionConfig:
         self.rules(wc_length, block_size=2, max_lod=1, recent_tokens=1)  # checks the rest
 
     def rules(
-        self, wc_length: int, block_size: int, max_lod: int, recent_tokens: int
+        self,
+        wc_length: int,
+        block_size: int,
+        max_lod: int,
+        recent_tokens: int,
+        max_tokens: int | None = None,
     ) -> FocusRules:
-        """The rules of the focus allocator; expansions reserve what will be appended meanwhile."""
+        """The rules of the focus allocator; expansions reserve what will be appended meanwhile.
+
+        Args:
+            max_tokens: that the model's positions reach; less what is appended until a refocus.
+        """
         appended = self.cooldown * self.refocus_interval
         growth = max_lod * (block_size - 1) + -(-appended // block_size**max_lod)
         return FocusRules(
@@ -58,6 +67,7 @@ class SessionConfig:
             cooldown=self.cooldown,
             reserve=growth if self.cooldown else 0,
             detail_share=self.detail_share,
+            max_tokens=None if max_tokens is None else max_tokens - self.refocus_interval,
         )
 
 
@@ -72,6 +82,12 @@ def check_sizes(rules: FocusRules, horizon_tokens: int, focus_window: int) -> No
             f"wc_length {rules.wc_length} is too short for a session: the last "
             f"{rules.recent_tokens} tokens at LOD0, and what cannot be collapsed before them, "
             f"take up to {rules.shortest_wc_length} entries"
+        )
+    if rules.max_tokens is not None and rules.max_tokens < rules.fewest_max_tokens:
+        raise ValueError(
+            f"the language model's positions leave {rules.max_tokens} tokens between refocuses, "
+            f"and the last {rules.recent_tokens} at LOD0 with what must stand before them take up "
+            f"to {rules.fewest_max_tokens}; refocus more often (refocus_interval)"
         )
     k = rules.block_size
     # The view of what the coarsest working context covers, whose LOD0 tail is longer.

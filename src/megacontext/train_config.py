@@ -20,7 +20,8 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: sequences per micro-step.
         accumulation: micro-steps per optimizer step; several processes share them.
-        learning_rate, lens_learning_rate: peaks for language model and GistNet, and for LensNet.
+        learning_rate, lens_learning_rate: peaks for language model and GistNet, and for LensNet;
+            beside a language model that was given, GistNet learns as LensNet does.
         warmup_steps: of linear warm-up; a cosine then falls to a tenth of the peak.
         clip_norm: gradient norm, clipped for LensNet and for the rest separately.
         log_interval, checkpoint_interval: in steps.
@@ -31,6 +32,7 @@ class TrainConfig:
         shard: with several processes, share weights, gradients and optimizer state among them by
             FSDP2; by default each has all of them (DDP).
         recompute: let the language model keep less for backward, and run its blocks twice.
+        tensorboard: write TensorBoard's event files too.
 
     Raises:
         TypeError, ValueError: a value that cannot train.
@@ -54,6 +56,7 @@ class TrainConfig:
     bf16: bool = False
     recompute: bool = False
     shard: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("warmup_steps", "lm_steps"))

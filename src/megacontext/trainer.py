@@ -6,8 +6,8 @@ ends with a verdict that is computed from the guard's log file.
 
 import dataclasses
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,16 @@ from megacontext.distributed import (
     load_optimizer,
     load_weights,
 )
+from megacontext.hf_language_model import check_language_model, kept_files
+from megacontext.metric_sinks import MetricSink, MetricSinkError, TensorBoardSink, write_all
 from megacontext.micro_step import Cuts, MCBatchResult
 from megacontext.optimization import new_optimizer, own_gradients, rate_at, update
-from megacontext.pretrained import usable_device
+from megacontext.pretrained import saved_model, usable_device
 from megacontext.recall import RecallSource
 from megacontext.run_folder import RunFolder
 from megacontext.running_means import RunningMeans
 from megacontext.step_profile import step_profile
+from megacontext.tokenizer import tokenizer_of
 from megacontext.train_config import TrainConfig
 
 LM_DATA, DATA = 0, 1  # what random numbers are for
@@ -84,6 +87,7 @@ def train(
     resume: bool = False,
     profile: bool = False,
     report: Callable[[StepReport], None] = lambda _: None,
+    sinks: Sequence[MetricSink] = (),
 ) -> TrainResult:
     """Train in a new run folder, or continue the run that a folder holds.
 
@@ -92,22 +96,27 @@ def train(
         profile: take a trace of a few of the steps, see `megacontext.step_profile`, in which every
             LensNet call and every phase of a micro-step is a range.
         report: called after every logged step.
+        sinks: get the metrics of every logged step, after a checkpoint that was due.
 
     Raises:
         FileExistsError, FileNotFoundError: the folder does not fit ``resume``.
         ValueError: settings, text or checkpoint that do not fit; nothing was written then.
         LensNetViolation: something called LensNet that may not.
+        ImportError: a library that the settings need is not installed; nothing was written then.
+        MetricSinkError: a sink failed; the run was saved at that step.
     """
     folder = RunFolder(run_dir)
     if resume:
         saved = folder.read_config()
-        model = MCConfig(**saved["model"])
+        model = saved_model(folder, saved)
         settings = TrainConfig.from_json(saved["train"])
     model, settings = model or MCConfig(), settings or TrainConfig()
     device = usable_device(device_name(settings.device))
+    check_language_model(model)  # before much text becomes tokens
     source = load_source(settings, model)
     with joined_world(settings.device) as world:
         world.check(settings)
+        boards = [TensorBoardSink(folder.tensorboard)] if settings.tensorboard else []
         trainer = _Trainer(model, settings, source, folder, device, world)
         if resume and saved["source"].get("sha256") != source.description.get("sha256"):
             raise ValueError(
@@ -123,7 +132,8 @@ def train(
                     "model": dataclasses.asdict(model),
                     "train": dataclasses.asdict(settings),
                     "source": source.description,
-                }
+                },
+                kept_files(model.language_model),
             )
         world.wait()
         with folder.locked() if world.first else nullcontext():
@@ -132,8 +142,12 @@ def train(
             with (
                 lensnet_guard(trainer.mc, log=folder.path) as guard,
                 compare_ranks(guard) if world.size > 1 else nullcontext(),
+                ExitStack() as stack,
             ):
-                cuts = trainer.run(report if world.first else lambda _: None, profile)
+                for board in boards:
+                    stack.enter_context(closing(board))  # however the run ends
+                told = [*boards, *sinks] if world.first else []
+                cuts = trainer.run(report if world.first else lambda _: None, profile, told)
             world.wait()  # for all logs to be complete
         verdict = read_verdict(folder.path)
         result = TrainResult(
@@ -160,7 +174,11 @@ def load_source(settings: TrainConfig, model: MCConfig) -> Source:
         ValueError: too little text, or a model that does not fit the data.
     """
     if settings.data == "text":
-        source: Source = load_corpus([Path(p) for p in settings.text], model.sequence_tokens)
+        source: Source = load_corpus(
+            [Path(p) for p in settings.text],
+            model.sequence_tokens,
+            tokenizer_of(model.language_model),
+        )
     else:
         source = RecallSource(block_size=model.block_size, label_all=model.judged == "all")
         if model.horizon_tokens != source.horizon_tokens:
@@ -204,18 +222,19 @@ class _Trainer:
         if settings.compile:
             self.mc.compile_networks()
         self.call = DataParallel(self.mc, world, shard=settings.shard)
-        lens = set(self.mc.lensnet.parameters())
-        rest = [p for p in self.mc.parameters() if p not in lens]
+        lens = [*self.mc.lensnet.parameters()]
+        if model.language_model:  # GistNet is new, and learns as LensNet does
+            lens += self.mc.gistnet.parameters()
+        rest = [p for p in self.mc.parameters() if p not in set(lens)]
         self.optimizer = new_optimizer(
-            [
-                (rest, settings.learning_rate),
-                (self.mc.lensnet.parameters(), settings.lens_learning_rate),
-            ]
+            [(rest, settings.learning_rate), (lens, settings.lens_learning_rate)]
         )
         # A range in a trace, only on demand: it is not free where no trace is taken.
         self.phase: Callable[[str], AbstractContextManager[object]] = nullcontext
 
-    def run(self, report: Callable[[StepReport], None], profile: bool) -> Cuts | None:
+    def run(
+        self, report: Callable[[StepReport], None], profile: bool, sinks: Sequence[MetricSink]
+    ) -> Cuts | None:
         """All remaining steps; returns the last micro-step's cuts, to look at."""
         settings, cuts = self.settings, None
         if self.step == 0 and self.lm_step == 0:
@@ -248,7 +267,8 @@ class _Trainer:
                 checkpoint = last or self.step % settings.checkpoint_interval == 0
                 if checkpoint or self.step % settings.log_interval == 0:
                     self._check_finite()
-                if last or self.step % settings.log_interval == 0:
+                logged = last or self.step % settings.log_interval == 0
+                if logged:
                     row = self.means.take(self.world.sum) | {
                         "validation_loss": self.validation_loss(),
                         "validation_agreement": self.validation_agreement(),
@@ -258,8 +278,24 @@ class _Trainer:
                     report(StepReport("training", self.step, settings.steps, row))
                 if checkpoint:
                     self.save()
+                if logged:
+                    self._tell(sinks, row, cuts)
                 end_step()
         return cuts
+
+    def _tell(self, sinks: Sequence[MetricSink], row: dict[str, float], cuts: Cuts) -> None:
+        """Tell the sinks, between two steps: nothing of this step is open any more."""
+        try:
+            write_all(sinks, self.step, row, cuts)
+        except MetricSinkError as error:
+            saved = "at its last checkpoint"
+            if self.world.size == 1:  # else the others would have to take part
+                self.save()
+                saved = "at that step"
+            raise MetricSinkError(
+                f"{error}; the run is saved {saved} in {self.folder.path}: continue it with "
+                "--resume"
+            ) from error.__cause__
 
     def _lm_step(self) -> Tensor:
         """One step of the language model alone; its loss, of this process's sequences."""

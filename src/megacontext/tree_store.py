@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megacontext.cut import Cut
 from megacontext.gistnet import GistNet
-from megacontext.language_model import LanguageModel
+from megacontext.hf_language_model import AnyLanguageModel
 
 Array = NDArray[Any]
 CHUNK_TOKENS = 16_384  # that are embedded at once when many are appended
@@ -150,7 +150,7 @@ class TreeStore:
 
     def __init__(
         self,
-        language_model: LanguageModel,
+        language_model: AnyLanguageModel,
         gistnet: GistNet,
         *,
         block_size: int,

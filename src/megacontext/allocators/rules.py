@@ -25,6 +25,8 @@ class FocusRules:
             what was just expanded.
         detail_share: of the entries beside the tail, those that are freed for detail when the
             history must lose its oldest entries.
+        max_tokens: the most tokens that a working context may cover, however coarsely; None for
+            any number.
 
     Raises:
         TypeError, ValueError: a value that makes no rule, named.
@@ -41,6 +43,7 @@ class FocusRules:
     cooldown: int = 2
     reserve: int = 0
     detail_share: float = 0.5
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size, self.max_lod)
@@ -65,6 +68,12 @@ class FocusRules:
         """The least ``wc_length`` that holds the protected tail wherever the history ends."""
         return self.recent_tokens + self.max_lod * (self.block_size - 1)
 
+    @property
+    def fewest_max_tokens(self) -> int:
+        """The least ``max_tokens`` that holds the protected tail wherever the history ends."""
+        fewest: int = self.recent_tokens + self.block_size**self.max_lod - 1
+        return fewest
+
 
 def coarsest_length(first: int, end: int, rules: FocusRules) -> int:
     """Entries of a cut of tokens ``[first, end)`` that is as coarse as it can be."""
@@ -76,7 +85,7 @@ def coarsest_length(first: int, end: int, rules: FocusRules) -> int:
 
 
 def first_that_fits(first: int, end: int, rules: FocusRules) -> int:
-    """Where a cut must begin so that, as coarse as it can be, it fits ``wc_length``.
+    """Where a cut must begin so that it fits: ``max_tokens``, and, as coarse as it can be, W.
 
     That is ``first`` if it can be; else a multiple of the coarsest span that leaves room for
     detail, so that the history is not cut off again after every few tokens.
@@ -84,9 +93,11 @@ def first_that_fits(first: int, end: int, rules: FocusRules) -> int:
     Raises:
         UnreachableTarget: ``wc_length`` does not even hold the protected tail.
     """
+    span = rules.block_size**rules.max_lod
+    if rules.max_tokens is not None and end - first > rules.max_tokens:
+        first = -(-(end - rules.max_tokens) // span) * span
     if coarsest_length(first, end, rules) <= rules.wc_length:
         return first
-    span = rules.block_size**rules.max_lod
     newest = (end - rules.recent_tokens) // span * span
     shortest = coarsest_length(max(newest, first), end, rules)
     if newest < first or shortest > rules.wc_length:

@@ -82,7 +82,7 @@ def command(
             result = _ablate(console, RunFolder(run_dir), steps, sequences, seed)
         else:
             result = _evaluate(console, RunFolder(run_dir), sequences, seed, oracle_draws, device)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     except KeyboardInterrupt:
         console.print("Interrupted.")

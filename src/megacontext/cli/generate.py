@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import click
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -23,6 +22,7 @@ from megacontext.sampling import SamplingRules, sample_token
 from megacontext.session_config import SessionConfig
 from megacontext.session_report import FocusEvent
 from megacontext.text_stream import TextStream
+from megacontext.tokenizer import Tokenizer, tokenizer_of
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _SESSION, _SAMPLING = SessionConfig(), SamplingRules()
@@ -46,9 +46,9 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     help="File to continue, of any length; - for standard input.",
 )
 @click.option("--text", help="Text to continue.")
-@_option("--max-tokens", 256, "Most bytes to generate.")
-@_option("--temperature", _SAMPLING.temperature, "0 takes the likeliest byte always.")
-@_option("--top-k", _SAMPLING.top_k, "Only so many of the likeliest bytes; 0 for all.")
+@_option("--max-tokens", 256, "Most bytes, or tokens of the model's tokenizer, to generate.")
+@_option("--temperature", _SAMPLING.temperature, "0 takes the likeliest token always.")
+@_option("--top-k", _SAMPLING.top_k, "Only so many of the likeliest tokens; 0 for all.")
 @_option("--top-p", _SAMPLING.top_p, "Only the likeliest that have this probability together.")
 @_option("--seed", 0, "Same seed, same text.")
 @click.option("--stop", multiple=True, help="Ends the text before this string; may be repeated.")
@@ -93,15 +93,16 @@ def command(run_dir: Path, device: str, **options: Any) -> None:
     try:
         _check_usage(click.get_current_context())
         mc = load_model(run_dir, usable_device(device))
-        if mc.config.vocab_size != 256:
+        tokenizer = tokenizer_of(mc.config.language_model)
+        if mc.config.vocab_size < tokenizer.vocab_size:
             raise ValueError(
-                f"{run_dir} was not trained on bytes: its vocab_size is {mc.config.vocab_size}, "
-                "and text needs 256"
+                f"{run_dir} was not trained on {tokenizer.unit}: its vocab_size is "
+                f"{mc.config.vocab_size}, and text needs {tokenizer.vocab_size}"
             )
-        _Generation(mc, console, options).run()
+        _Generation(mc, tokenizer, console, options).run()
     except BrokenPipeError:  # whoever read the text has read enough
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     except LensNetViolation as violation:
         console.print(f"{type(violation).__name__}: {violation}", markup=False, soft_wrap=True)
@@ -141,8 +142,11 @@ def _check_usage(ctx: click.Context) -> None:
 class _Generation:
     """From options to text."""
 
-    def __init__(self, mc: MCController, console: Console, options: dict[str, Any]) -> None:
+    def __init__(
+        self, mc: MCController, tokenizer: Tokenizer, console: Console, options: dict[str, Any]
+    ) -> None:
         self._mc, self._console, self._options = mc, console, options
+        self._tokenizer, self._decode = tokenizer, tokenizer.decoder()
         self._rules = SamplingRules(options["temperature"], options["top_k"], options["top_p"])
         self._stream = TextStream(options["stop"])
         self._max_tokens = options["max_tokens"]
@@ -159,8 +163,11 @@ class _Generation:
         tokens = 0
         self._tell()
         while tokens < self._max_tokens and not self._stream.stopped:
-            token = sample_token(logits[0, -1], self._rules, generator)
-            self._print(self._stream.feed(bytes([int(token)])))
+            # A model may give logits of more tokens than there is text for.
+            token = sample_token(
+                logits[0, -1, : self._tokenizer.vocab_size], self._rules, generator
+            )
+            self._print(self._stream.feed(self._decode(int(token))))
             logits = self._mc.inference_step(token)
             tokens += 1
             self._tell()
@@ -198,9 +205,12 @@ class _Generation:
 
     def _prompt(self) -> Iterator[Tensor]:
         """The prompt in pieces."""
+        return map(torch.from_numpy, self._tokenizer.encode(self._prompt_bytes()))
+
+    def _prompt_bytes(self) -> Iterator[bytes]:
         prompt, text = self._options["prompt"], self._options["text"]
         if text:
-            yield _as_tensor(text.encode("utf-8", "surrogateescape"))
+            yield text.encode("utf-8", "surrogateescape")
         elif prompt == "-":
             yield from _pieces(sys.stdin.buffer)
         elif prompt is not None:
@@ -250,7 +260,8 @@ class _Generation:
         if not self._options["quiet"]:
             entries = ", ".join(f"{n} LOD{lod}" for lod, n in enumerate(report.entries_by_lod))
             self._console.print(
-                f"{tokens} bytes generated; working context {report.length} entries ({entries}) "
+                f"{tokens} {self._tokenizer.unit} generated; "
+                f"working context {report.length} entries ({entries}) "
                 f"of {report.tokens:,} tokens, from token {report.first_token:,} on; "
                 f"{report.refocuses} refocuses, {report.lensnet_calls} LensNet calls",
                 soft_wrap=True,
@@ -266,10 +277,6 @@ def _event_line(event: FocusEvent, wc_length: int) -> str:
     )
 
 
-def _pieces(file: BinaryIO) -> Iterator[Tensor]:
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
     while data := file.read(_PROMPT_BYTES):
-        yield _as_tensor(data)
-
-
-def _as_tensor(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).astype(np.int64))
+        yield data

@@ -15,7 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lensnet_guard import LensNetViolation, RankStopped
 from megacontext.config import MCConfig
+from megacontext.hf_language_model import PRETRAINED_RATE, language_model_sizes
+from megacontext.metric_sinks import MetricSinkError
 from megacontext.settings import SETTINGS
+from megacontext.tokenizer import has_tokenizer
 from megacontext.train_config import TrainConfig
 from megacontext.trainer import StepReport, TrainResult, train
 
@@ -48,7 +51,16 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     type=click.Path(exists=True, path_type=Path),
     multiple=True,
     show_default="the standard library's sources",
-    help="File or folder to train on, byte by byte; may be repeated.",
+    help="File or folder to train on, byte by byte, or by the tokenizer of --language-model; may "
+    "be repeated.",
+)
+@click.option(
+    "--language-model",
+    type=click.Path(exists=True, path_type=Path),
+    show_default="our own small one",
+    help="Folder that save_pretrained of Hugging Face transformers made: a causal language model "
+    "to train on, whose sizes and tokenizer are taken; --learning-rate is then "
+    f"{PRETRAINED_RATE:g} by default. Or its config.json, for random weights.",
 )
 @click.option(
     "--profile",
@@ -78,6 +90,11 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     is_flag=True,
     help="Keep less of the language model for backward, and run its blocks twice: less memory.",
 )
+@click.option(
+    "--tensorboard",
+    is_flag=True,
+    help="Write metrics and LOD strips for TensorBoard, to tensorboard/ in the run folder.",
+)
 @_option("--seed", _MODEL.seed, "Of weights, data order and cuts.")
 @_option("--d-model", _MODEL.d_model, "Width of all networks.")
 @_option("--num-heads", _MODEL.num_heads, "Attention heads.")
@@ -98,6 +115,7 @@ def command(
     resume: bool,
     profile: bool,
     text: tuple[Path, ...],
+    language_model: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -113,6 +131,7 @@ def command(
       megacontext train --run-dir runs/recall --setting recall --seed 1
       megacontext train --run-dir runs/first --steps 10 --profile
       torchrun --nproc-per-node 2 -m megacontext train --run-dir runs/two --accumulation 2
+      megacontext train --run-dir runs/llama --language-model models/llama --bf16
     """
     if resume:
         _refuse_settings(click.get_current_context())
@@ -123,6 +142,11 @@ def command(
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that tells
     console = Console(stderr=as_json, highlight=False, quiet=not first)
     try:
+        if language_model is not None:
+            given = _of_language_model(language_model.resolve()) | given
+            own = has_tokenizer(str(language_model))
+            reads = "its tokenizer's tokens" if own else "bytes, for it has no tokenizer"
+            console.print(f"{language_model} reads text as {reads}", markup=False, soft_wrap=True)
         with _Display(console) as display:
             result = train(
                 run_dir,
@@ -132,9 +156,9 @@ def command(
                 profile=profile,
                 report=display,
             )
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise click.UsageError(str(error)) from error
-    except FloatingPointError as error:
+    except (FloatingPointError, MetricSinkError) as error:
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(1)
     except RankStopped:  # the guard has said which rank did, and why
@@ -161,6 +185,12 @@ def _is_given(name: str) -> bool:
     """Whether an option stands on the command line."""
     source = click.get_current_context().get_parameter_source(name)
     return source is click.core.ParameterSource.COMMANDLINE
+
+
+def _of_language_model(path: Path) -> dict[str, Any]:
+    """What a language model decides, where the command line does not."""
+    rate = {"learning_rate": PRETRAINED_RATE} if path.is_dir() else {}
+    return {"language_model": str(path), **language_model_sizes(path), **rate}
 
 
 def _replace(config: _Config, given: dict[str, Any]) -> _Config:
