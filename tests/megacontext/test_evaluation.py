@@ -111,6 +111,7 @@ class _Copier(torch.nn.Module):
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.embedding, self.embed = model.embedding, model.embed
+        self.max_tokens, self.new_seen = model.max_tokens, model.new_seen
 
     def forward(
         self,

@@ -298,6 +298,23 @@ class TestProperties:
                 assert len(edits) <= of.max_edits
 
     @settings(max_examples=150)
+    @given(focus_cases(), st.integers(0, 40), st.integers(0, 200))
+    def test_no_cut_covers_more_than_the_models_positions(
+        self, case: tuple[FocusRules, int, int], appended: int, more: int
+    ) -> None:
+        """It is legal as ever, and loses less than one span of the oldest beyond what it must."""
+        of, tokens, seed = case
+        most = of.fewest_max_tokens + more
+        of = FocusRules(**{**vars(of), "max_tokens": most})
+        for cut, edited, _ in iterate(of, tokens, seed, appended):
+            first, end = int(edited.positions[0]), int(cut.ends[-1])
+            edited.check(first, end, min(of.recent_tokens, end))
+            assert end - first <= most
+            assert len(edited) <= of.wc_length
+            began = int(cut.positions[0])
+            if coarsest_length(began, end, of) <= of.wc_length:
+                assert first < max(began, end - most) + of.block_size**of.max_lod
+
     @given(focus_cases(), st.integers(0, 40))
     def test_nothing_flips_within_the_cooldown(
         self, case: tuple[FocusRules, int, int], appended: int
