@@ -165,7 +165,7 @@ class Reader:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         printed = done.stdout
         if done.returncode < 0:  # as a shell says it
