@@ -7,10 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
@@ -354,24 +353,7 @@ class Guard:
                 for sink in self._history.sinks:
                     sink.micro_step(self.name, here.context, ledger)
 
-    # Copies, pickles, logs, the end -------------------------------------------------------------
-
-    def _guard_copy(self, module: nn.Module, *, shallow: bool) -> GuardedModule:
-        """Guard a copy of the module: same contract, but its own identity, counts and context.
-
-        A shallow copy runs the submodules of its original: who is inside one is inside the other.
-        """
-        inside = self._inside if shallow else None
-        copied = Guard(module, self.policy, self.mode, f"{self.name} (copy)", inside)
-        if self._history.log is not None:
-            copied._history.write_to(self._history.log)
-        return cast("GuardedModule", copied.module)
-
-    def _reduce_module(self, module: nn.Module) -> tuple[Any, ...]:
-        log = self._history.log
-        # A worker process logs beside its parent; a file on disk says nothing of logs.
-        folder = log.folder if log is not None and get_spawning_popen() is not None else None
-        return _rebuild_module, (folder, module, self.policy, self.mode, self.name)
+    # Copies, logs, the end ---------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
         module = copy.deepcopy(self.module, memo)  # by memo, the same copy as an owner's
@@ -429,11 +411,3 @@ class Guard:
         if self._tripwire is not None:
             self._tripwire.disarm()
         self.end_log()
-
-
-def _rebuild_module(folder: Path | None, *contract: Any) -> Any:
-    """Unpickle a guarded module."""
-    guard = Guard(*contract)
-    if folder is not None:
-        guard.start_log(folder)
-    return guard.module

@@ -14,6 +14,7 @@ import wrapt
 from torch import nn
 
 from lensnet_guard._torch_internals import eager_only
+from lensnet_guard.copies import guarded_copy, reduced
 from lensnet_guard.tripwire import EAGER, guard_behind, refuse_scripting
 
 if TYPE_CHECKING:
@@ -63,14 +64,18 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
         )
 
     def __copy__(self) -> "GuardedModule":
-        return self._self_guard._guard_copy(copy.copy(self.__wrapped__), shallow=True)
+        copied: GuardedModule = guarded_copy(
+            self._self_guard, copy.copy(self.__wrapped__), shallow=True
+        )
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GuardedModule":
         module = copy.deepcopy(self.__wrapped__, memo)
-        return self._self_guard._guard_copy(module, shallow=False)
+        copied: GuardedModule = guarded_copy(self._self_guard, module, shallow=False)
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._self_guard._reduce_module(self.__wrapped__)
+        return reduced(self._self_guard, self.__wrapped__)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return self.__reduce__()
