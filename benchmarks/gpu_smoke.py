@@ -39,8 +39,9 @@ from megacontext import MCConfig, MCController
 from megacontext.distributed import World
 from megacontext.optimization import own_gradients
 from megacontext.run_folder import RunFolder
+from megacontext.sources import load_source
 from megacontext.train_config import TrainConfig
-from megacontext.trainer import _Trainer, load_source
+from megacontext.trainer import _Trainer
 
 FIRST = 10  # steps in which both still have almost the same weights
 FIRST_TOLERANCE = 1e-3  # relative, of each step's loss

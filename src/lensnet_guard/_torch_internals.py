@@ -6,6 +6,7 @@ tests/lensnet_guard/test_torch_internals.py fails then, so that it is noticed.
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from types import CodeType, FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -208,6 +209,7 @@ def default_store(prefix: str) -> Any:
     try:
         distributed: Any = torch.distributed
         store = distributed.distributed_c10d._get_default_store().clone()
+        store.set_timeout(timedelta(seconds=5))  # one that has vanished is waited for no longer
         return distributed.PrefixStore(prefix, store)
     except (AttributeError, RuntimeError):
         return None

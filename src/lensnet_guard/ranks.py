@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from lensnet_guard._torch_internals import default_store
-from lensnet_guard.errors import LensNetViolation, RankStopped
+from lensnet_guard.errors import RankStopped
 from lensnet_guard.guard import Guard
 from lensnet_guard.sinks import Sink
 
@@ -97,10 +97,14 @@ def compare_ranks(guard: Guard, *, every: int = 1) -> Iterator[None]:
     try:
         yield
         ranks.compare(leaving=True)
+        ranks.close()
     except BaseException as error:
-        ranks.tell(error)
         # What a collective raises when a peer is gone says less than the peer did.
-        if not isinstance(error, (LensNetViolation, RankStopped)) and (heard := ranks.listen()):
+        by_collective = isinstance(error, RuntimeError) and not isinstance(error, RankStopped)
+        heard = ranks.listen() if by_collective else None
+        ranks.leave()
+        ranks.tell(error)
+        if heard is not None:
             raise RankStopped(heard) from error
         raise
     finally:
@@ -129,6 +133,8 @@ class Ranks(Sink):
         self._every, self._violate = every, violate
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
+        self._lock = threading.Lock()
+        self._apart = False  # the ranks have differed
         self._micro_steps = self._calls = 0
         self._last = (-1, -1)
         self._callers: deque[str] = deque(maxlen=_KEPT_CALLERS)
@@ -146,8 +152,11 @@ class Ranks(Sink):
     def begin(self, record: "CallRecord") -> None:
         """Count a training call."""
         if record.context == "training" and record.kind != "recompute":
-            self._calls += 1
-            if (caller := str(record.caller)) not in self._callers:
+            caller = str(record.caller)
+            with self._lock:  # carried threads call too
+                self._calls += 1
+                if caller in self._callers:
+                    self._callers.remove(caller)
                 self._callers.append(caller)
 
     def settle(self, step: int | None, micro_step: int | None) -> None:
@@ -169,6 +178,7 @@ class Ranks(Sink):
             RankStopped: saying what that rank said.
         """
         if self._heard is not None:
+            self._left.set()  # however long the unwinding takes
             raise RankStopped(self._heard)
 
     def compare(self, *, leaving: bool = False) -> None:
@@ -177,7 +187,7 @@ class Ranks(Sink):
         Args:
             leaving: this rank will not compare again.
         """
-        if self._world == 1:
+        if self._world == 1 or self._apart:
             return
         mine = torch.tensor([self._micro_steps, self._calls, *self._last, leaving])
         # Of the numbers and of their negatives the greatest: alike on all ranks if they are alike.
@@ -190,6 +200,7 @@ class Ranks(Sink):
         work.wait()  # raises where the connection broke
         if torch.equal(both[: len(mine)], -both[len(mine) :]):
             return
+        self._apart = True  # as all ranks know now: nobody compares any more
         state = RankState(
             self._micro_steps, self._calls, *self._last, tuple(self._callers), leaving
         )
@@ -206,7 +217,8 @@ class Ranks(Sink):
         if self._store is None or self._world == 1 or self._heard is not None:
             return
         with contextlib.suppress(RuntimeError):  # the store has gone with the rank that held it
-            self._store.set("stopped", f"{self._rank} {type(error).__name__}: {error}")
+            # The first who stops is the cause; who stops because of it changes nothing.
+            self._store.compare_set("stopped", "", f"{self._rank} {type(error).__name__}: {error}")
             deadline = time.monotonic() + TELL_S
             while self._store.add("heard", 0) < self._world - 1 and time.monotonic() < deadline:
                 time.sleep(POLL_S / 5)
@@ -216,11 +228,17 @@ class Ranks(Sink):
         self._told.wait(2 * POLL_S)
         return self._heard
 
+    def close(self) -> None:
+        """End the group, when nobody will compare in it any more."""
+        self.leave()
+        self._store = None
+        dist.destroy_process_group(self._group)
+
     def leave(self) -> None:
         """Listen no more."""
         self._left.set()
-        if self._listener.ident is not None:
-            self._listener.join()  # inside the store as Python ends, it would abort the process
+        if self._listener.ident is not None:  # in the store as Python ends, it would abort
+            self._listener.join(TELL_S)
 
     def _listen(self) -> None:
         """Look now and then whether another rank has stopped. Runs in a thread of its own."""

@@ -16,8 +16,9 @@ from megacontext.evaluation import (
     evaluate,
 )
 from megacontext.pretrained import load_model
+from megacontext.sources import load_source
 from megacontext.train_config import TrainConfig
-from megacontext.trainer import StepReport, load_source, train
+from megacontext.trainer import StepReport, train
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ class World:
                     f"{name} is {value}, which {self.size} processes cannot share equally; make it "
                     f"a multiple of {self.size}"
                 )
+        if self.size > 1 and settings.device.startswith("cuda:"):
+            raise ValueError(
+                f"{self.size} processes cannot share {settings.device}: give the device as cuda, "
+                "and each takes one of its own"
+            )
         if settings.shard and self.size == 1:
             raise ValueError(
                 "shard needs more than one process: start them with "
@@ -74,11 +79,11 @@ class World:
 
 
 @contextmanager
-def joined_world(device: str) -> Iterator[World]:
+def joined_world(device: torch.device) -> Iterator[World]:
     """The processes that torchrun has started; a world of one where it has not.
 
     Args:
-        device: ``"cuda"`` communicates by NCCL, anything else by gloo.
+        device: of this process; CUDA devices communicate by NCCL, anything else by gloo.
 
     Raises:
         RuntimeError: the processes do not find each other.
@@ -87,7 +92,11 @@ def joined_world(device: str) -> Iterator[World]:
         joined = dist.is_initialized()
         yield World(dist.get_rank(), dist.get_world_size()) if joined else World()
         return
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or every process would keep memory on the first one too
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
@@ -160,11 +169,22 @@ class DataParallel:
 # Whole states of what is sharded -----------------------------------------------------------------
 
 
-def gathered(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with every sharded tensor made whole; all processes must call it together."""
-    whole: dict[str, Any] = tree_map(
-        lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, state
-    )
+def gathered(state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
+    """A state dict with every sharded tensor made whole; all processes must call it together.
+
+    One tensor after another, each on the host as soon as it is whole: no device holds them all.
+
+    Args:
+        keep: whether this process wants them.
+    """
+
+    def gather(leaf: Any) -> Any:
+        if not isinstance(leaf, DTensor):
+            return leaf
+        whole = leaf.full_tensor()
+        return whole.cpu() if keep else None
+
+    whole: dict[str, Any] = tree_map(gather, state)
     return whole
 
 
@@ -176,10 +196,11 @@ def load_weights(mc: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a whole state into an optimizer, whose parameters are sharded or not."""
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in state["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
-            values[name] = _as(values[name], parameter)
+            values[name] = _as(values[name], parameters[number])
+    optimizer.load_state_dict(state)
 
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:

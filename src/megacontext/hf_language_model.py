@@ -111,8 +111,10 @@ class HFLanguageModel(nn.Module):
         """
         if seen is not None and pad_mask is not None:
             raise ValueError("entries that are read one after another must not be padded")
-        if self._recompute and self.model.training != (seen is None):
-            self.model.train(seen is None)  # what runs twice in training mode takes no cache there
+        if self._recompute and torch.is_grad_enabled():
+            self.model.train()  # the library recomputes in this mode alone; there is no dropout
+        elif self._recompute:
+            self.model.eval()  # and takes no cache in the other
         # A mask of four dimensions is taken as it is. Without one the library takes positions that
         # are not consecutive for several sequences packed into one, which do not see each other;
         # and for one of two dimensions the host waits for the device.

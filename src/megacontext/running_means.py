@@ -36,11 +36,11 @@ class RunningMeans:
         self._totals = summands if self._totals is None else self._totals + summands
         self._names = names
 
-    def finite(self) -> bool:
-        """Whether the losses so far are finite numbers; waits for the device."""
+    def finite(self) -> Tensor:
+        """Whether the losses so far are finite numbers, bool scalar on the device."""
         if self._totals is None:
-            return True
-        return bool(self._totals[0, : len(LOSSES)].isfinite().all())
+            return torch.ones((), dtype=torch.bool, device=self._device)
+        return self._totals[0, : len(LOSSES)].isfinite().all()
 
     def take(self, total: Total = _own) -> dict[str, float]:
         """Means since the last call; nan where never defined; waits for the device.

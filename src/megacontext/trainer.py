@@ -1,6 +1,6 @@
 """The trainer: trains language model, GistNet and LensNet on text, under the guard.
 
-Reads from top to bottom: `train` prepares a run folder, `_train_steps` is the loop, and the run
+Reads from top to bottom: `train` prepares a run folder, `_Trainer.run` is the loop, and the run
 ends with a verdict that is computed from the guard's log file.
 """
 
@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from lensnet_guard import compare_ranks, lensnet_guard
 from lensnet_guard.postmortem import LogVerdict, read_verdict
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
-from megacontext.data import Source, load_corpus
+from megacontext.data import Source
 from megacontext.distributed import (
     DataParallel,
     World,
@@ -35,11 +36,10 @@ from megacontext.metric_sinks import MetricSink, MetricSinkError, TensorBoardSin
 from megacontext.micro_step import Cuts, MCBatchResult
 from megacontext.optimization import new_optimizer, own_gradients, rate_at, update
 from megacontext.pretrained import saved_model, usable_device
-from megacontext.recall import RecallSource
 from megacontext.run_folder import RunFolder
 from megacontext.running_means import RunningMeans
+from megacontext.sources import load_source
 from megacontext.step_profile import step_profile
-from megacontext.tokenizer import tokenizer_of
 from megacontext.train_config import TrainConfig
 
 LM_DATA, DATA = 0, 1  # what random numbers are for
@@ -114,7 +114,7 @@ def train(
     device = usable_device(device_name(settings.device))
     check_language_model(model)  # before much text becomes tokens
     source = load_source(settings, model)
-    with joined_world(settings.device) as world:
+    with joined_world(device) as world:
         world.check(settings)
         boards = [TensorBoardSink(folder.tensorboard)] if settings.tensorboard else []
         trainer = _Trainer(model, settings, source, folder, device, world)
@@ -136,6 +136,11 @@ def train(
                 kept_files(model.language_model),
             )
         world.wait()
+        if not folder.config.exists():
+            raise FileNotFoundError(
+                f"process {world.rank} does not see {folder.config}, which the first one wrote: "
+                "put the run folder where all processes can read and write"
+            )
         with folder.locked() if world.first else nullcontext():
             if resume:
                 trainer.restore()
@@ -164,37 +169,6 @@ def train(
             draw_overview(folder, verdict, cuts, source.unigram_entropy())
         world.wait()
     return result
-
-
-def load_source(settings: TrainConfig, model: MCConfig) -> Source:
-    """Where the sequences of a run come from.
-
-    Raises:
-        FileNotFoundError: a text that does not exist.
-        ValueError: too little text, or a model that does not fit the data.
-    """
-    if settings.data == "text":
-        source: Source = load_corpus(
-            [Path(p) for p in settings.text],
-            model.sequence_tokens,
-            tokenizer_of(model.language_model),
-        )
-    else:
-        source = RecallSource(block_size=model.block_size, label_all=model.judged == "all")
-        if model.horizon_tokens != source.horizon_tokens:
-            raise ValueError(
-                f"the answers of recall take {source.horizon_tokens} tokens, so horizon_tokens "
-                f"must be that, not {model.horizon_tokens}"
-            )
-    if model.vocab_size < source.vocab_size:
-        raise ValueError(
-            f"tokens of {settings.data} are below {source.vocab_size}, so vocab_size must be at "
-            f"least that, not {model.vocab_size}"
-        )
-    if settings.data == "recall":
-        for make in (source.batch, source.lm_batch):  # a length that is too short is refused here
-            make(np.random.default_rng(0), 1, model.sequence_tokens)
-    return source
 
 
 class _Trainer:
@@ -250,6 +224,7 @@ class _Trainer:
                     row = {"lm_loss": float(self.world.sum(loss)) / self.world.size}
                     report(StepReport("language model", self.lm_step, settings.lm_steps, row))
                 if last or self.lm_step % settings.checkpoint_interval == 0:
+                    self._check_finite(self.lm_step)
                     self.save()
         profile = profile and self.world.first
         steps = settings.steps - self.step if profile else 0
@@ -266,7 +241,7 @@ class _Trainer:
                 last = self.step == settings.steps
                 checkpoint = last or self.step % settings.checkpoint_interval == 0
                 if checkpoint or self.step % settings.log_interval == 0:
-                    self._check_finite()
+                    self._check_finite(self.step)
                 logged = last or self.step % settings.log_interval == 0
                 if logged:
                     row = self.means.take(self.world.sum) | {
@@ -343,12 +318,18 @@ class _Trainer:
         """By what they are for alone, so that nothing of them need be saved."""
         return np.random.default_rng([self.mc.config.seed, purpose, number])
 
-    def _check_finite(self) -> None:
-        """Stop before a checkpoint of a model that has diverged replaces a good one."""
-        if not self.means.finite():
+    def _check_finite(self, step: int) -> None:
+        """Stop before a checkpoint of a model that has diverged replaces a good one.
+
+        All processes must call it together, and all stop when one must.
+        """
+        weights = (p.to_local() if isinstance(p, DTensor) else p for p in self.mc.parameters())
+        healthy = [weight.detach().isfinite().all() for weight in weights]
+        diverged = ~torch.stack([*healthy, self.means.finite()]).all()
+        if bool(self.world.sum(diverged.float())):
             raise FloatingPointError(
-                f"the loss is no longer finite at step {self.step}; the last checkpoint in "
-                f"{self.folder.path} is kept: lower the learning rate"
+                f"the loss or the weights are no longer finite at step {step}; the last checkpoint "
+                f"in {self.folder.path} is kept: train anew with lower learning rates"
             )
 
     def validation_loss(self) -> float:
@@ -364,7 +345,8 @@ class _Trainer:
         batch = self.source.held_out_batch(
             np.random.default_rng(0), COMPARED_SEQUENCES, self.mc.config.sequence_tokens
         ).to(self.device)
-        return float(self.call("held_out_agreement", batch.tokens, batch.labelled))
+        with torch.no_grad():  # also around the call, or DDP would wait for a backward
+            return float(self.call("held_out_agreement", batch.tokens, batch.labelled))
 
     def _validation_tokens(self) -> int:
         """As many as a working context has of text; recall needs room for its facts."""
@@ -373,7 +355,9 @@ class _Trainer:
         return config.train_wc_length if text else config.sequence_tokens
 
     def save(self) -> None:
-        weights, optimizer = gathered(self.mc.state_dict()), gathered(self.optimizer.state_dict())
+        first = self.world.first
+        weights = gathered(self.mc.state_dict(), keep=first)
+        optimizer = gathered(self.optimizer.state_dict(), keep=first)
         means = self.means.state(self.world.sum)
         if self.world.first:
             self.folder.save_checkpoint(
@@ -387,7 +371,9 @@ class _Trainer:
             )
 
     def restore(self) -> None:
-        state = self.folder.load_checkpoint(self.device)
+        # Of a sharded run a device may not hold the whole.
+        on = torch.device("cpu") if self.settings.shard else self.device
+        state = self.folder.load_checkpoint(on)
         if state is not None:
             self.lm_step = state["lm_step"]
             self.step = state["step"]

@@ -101,6 +101,25 @@ class TestAlike:
         for ended in run_ranks(tmp_path, ALIKE, every=every):
             assert (ended.code, ended.out) == (0, "finished 6 0\n"), ended.err
 
+    def test_blocks_leave_nothing_open(self, tmp_path: Path) -> None:
+        """A block of its own for every epoch of a long run."""
+        for ended in run_ranks(
+            tmp_path,
+            """
+            import gc
+            def opened():
+                for _ in range(5):
+                    with guard.context("training"), compare_ranks(guard):
+                        pass
+                gc.collect()
+                return len(os.listdir("/proc/self/fd"))
+            assert opened() >= opened()
+            def batches(rank): return range(1)
+            def within(rank, step): pass
+            """,
+        ):
+            assert ended.code == 0, ended.err
+
     def test_a_single_rank_has_nothing_to_compare(self, tmp_path: Path) -> None:
         """The same script on one process."""
         (ended,) = run_ranks(tmp_path, ALIKE, world=1)
@@ -168,10 +187,26 @@ class TestDivergence:
         )
         assert [ended.code for ended in ranks] == [0, 0, 0]
         assert [ended.out.split()[3:] for ended in ranks] == [
-            ["RankDivergence", "RankDivergence"],
-            ["RankDivergence", "RankDivergence"],
-            ["UnsanctionedCall", "RankDivergence", "RankDivergence"],
+            ["RankDivergence"],
+            ["RankDivergence"],
+            ["UnsanctionedCall", "RankDivergence"],
         ]
+
+    def test_observing_a_rank_with_fewer_batches_hung_the_others(self, tmp_path: Path) -> None:
+        """Once the ranks have differed nobody compares, and nobody waits."""
+        ranks = run_ranks(
+            tmp_path,
+            """
+            model = guard.module  # no collective that would hang by itself
+            def batches(rank): return range(6 if rank else 3)
+            def within(rank, step): pass
+            """,
+            mode="observe",
+        )
+        for ended in ranks:
+            assert ended.code == 0, ended.err
+            assert ended.out.split()[3:] == ["RankDivergence"]
+            assert ended.seconds < 60
 
 
 class TestStopped:
@@ -209,6 +244,21 @@ class TestStopped:
         )
         assert (first.code, second.code) == (1, 1)
         assert "RankStopped: rank 1 stopped: KeyError: 'label'" in first.err
+
+    def test_an_interrupt_of_all_ranks_stays_one(self, tmp_path: Path) -> None:
+        """Ctrl-C goes to every process of a terminal; no rank is told of another's."""
+        ranks = run_ranks(
+            tmp_path,
+            """
+            def batches(rank): return range(6)
+            def within(rank, step):
+                if step == 2:
+                    raise KeyboardInterrupt
+            """,
+        )
+        for ended in ranks:
+            assert "KeyboardInterrupt" in ended.err.splitlines()[-1], ended.err
+            assert "errors.RankStopped" not in ended.err
 
     def test_a_rank_that_no_longer_comes_back_is_ended(self, tmp_path: Path) -> None:
         """It waits for something that never comes; where, is said."""

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ import megacontext
 from megacontext import MCController
 from megacontext.distributed import DataParallel, World, device_name
 from megacontext.run_folder import RunFolder
+from megacontext.sources import load_source
 from megacontext.train_config import TrainConfig
+from megacontext.trainer import _Trainer
 
 RUN = f"""
 --text {Path(megacontext.__file__).parent} --lm-steps 4 --steps 6 --log-interval 2
@@ -143,6 +147,23 @@ class TestAddingUp:
                 torch.autograd.backward(call("process_batch", tokens).loss)
         assert synced == [False, True]
 
+    def test_a_validation_let_the_next_gradients_travel(
+        self, tmp_path: Path, mc: MCController
+    ) -> None:
+        """DDP prepares for the backward of every forward with gradients, and none came."""
+        settings = TrainConfig(text=(str(Path(megacontext.__file__).parent),))
+        model = replace(mc.config, vocab_size=256)
+        source = load_source(settings, model)
+        folder = RunFolder(tmp_path / "run")
+        trainer = _Trainer(model, settings, source, folder, torch.device("cpu"), World(0, 2))
+        trainer.call.train(trainer.mc)
+        ddp = trainer.call._module
+        prepared: list[bool] = []
+        ddp.reducer = Mock(wraps=ddp.reducer, prepare_for_backward=lambda *_: prepared.append(True))
+        trainer.validation_loss()
+        trainer.validation_agreement()
+        assert prepared == []
+
     def test_fsdp2(self, mc: MCController, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is told before each micro-step."""
         told: list[bool] = []
@@ -190,6 +211,11 @@ class TestRefusals:
         done = megacontext_train(alone, RUN, processes=2, code=1)
         assert "holds a run already" in re.sub(r"\s+", " ", done.stderr)
         assert (alone / "checkpoint.pt").read_bytes() == before
+
+    def test_one_cuda_device_for_several(self) -> None:
+        """Each has one of its own."""
+        with pytest.raises(ValueError, match="2 processes cannot share cuda:0: give the device as"):
+            World(0, 2).check(TrainConfig(device="cuda:0", accumulation=2))
 
     def test_shard_alone(self) -> None:
         """It says how several processes are started."""

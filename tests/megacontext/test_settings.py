@@ -3,7 +3,7 @@
 import pytest
 
 from megacontext.settings import SETTINGS
-from megacontext.trainer import load_source
+from megacontext.sources import load_source
 
 
 class TestSettings:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import megacontext
 from lensnet_guard import UnsanctionedCall
 from lensnet_guard.postmortem import read_verdict
 from megacontext import MCConfig, MCController
+from megacontext.optimization import update
 from megacontext.run_folder import RunFolder
 from megacontext.train_config import TrainConfig
 from megacontext.trainer import StepReport, train
@@ -290,6 +292,37 @@ class TestDivergence:
         with pytest.raises(FloatingPointError, match="no longer finite at step 9"):
             train(tmp_path / "run", model, settings)
         assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+
+    @pytest.mark.parametrize("phase", ["language model", "training"])
+    def test_weights_that_are_not_finite_replaced_the_checkpoint(
+        self, tmp_path: Path, model: MCConfig, monkeypatch: pytest.MonkeyPatch, phase: str
+    ) -> None:
+        """The losses, taken before the update, still looked fine."""
+        updates = 0
+
+        def spoil(optimizer: torch.optim.AdamW, rate: float, clip_norm: float) -> None:
+            nonlocal updates
+            updates += 1
+            if updates == 4:
+                optimizer.param_groups[0]["params"][0].grad.fill_(math.inf)
+            update(optimizer, rate, clip_norm)
+
+        monkeypatch.setattr("megacontext.trainer.update", spoil)
+        alone = phase == "language model"
+        settings = TrainConfig(
+            text=TEXT,
+            lm_steps=6 if alone else 0,
+            steps=6,
+            batch_size=2,
+            checkpoint_interval=2,
+            log_interval=50,
+        )
+        with pytest.raises(FloatingPointError, match="no longer finite at step 4; the last check"):
+            train(tmp_path / "run", model, settings)
+        assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+        state = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"))
+        assert state is not None
+        assert state["lm_step" if alone else "step"] == 2
 
 
 class TestRefusals:

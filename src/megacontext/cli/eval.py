@@ -25,8 +25,9 @@ from megacontext.evaluation import (
 from megacontext.overview import draw_evaluation
 from megacontext.pretrained import load_model, usable_device
 from megacontext.run_folder import RunFolder, write_atomically
+from megacontext.sources import load_source
 from megacontext.train_config import TrainConfig
-from megacontext.trainer import StepReport, load_source
+from megacontext.trainer import StepReport
 
 
 @click.command("eval", context_settings={"show_default": True})
