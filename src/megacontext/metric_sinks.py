@@ -33,7 +33,7 @@ class MetricSink(Protocol):
 
 
 class MetricSinkError(RuntimeError):
-    """A sink failed. The run was saved at that step first, and can be resumed."""
+    """A sink failed. The run was saved, as the message says, and can be resumed."""
 
 
 def write_all(

@@ -103,7 +103,8 @@ def train(
         ValueError: settings, text or checkpoint that do not fit; nothing was written then.
         LensNetViolation: something called LensNet that may not.
         ImportError: a library that the settings need is not installed; nothing was written then.
-        MetricSinkError: a sink failed; the run was saved at that step.
+        MetricSinkError: a sink failed; the run was saved at that step, by several
+            processes at its last checkpoint.
     """
     folder = RunFolder(run_dir)
     if resume:
