@@ -88,6 +88,8 @@ def check_command(words: list[str]) -> None:
     Raises:
         ValueError, click.UsageError: it could not.
     """
+    if words[0] == "torchrun":  # what it starts; its own options are torch's
+        words = words[words.index("-m") + 1 :]
     program, *arguments = words
     if program == "make":
         subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)

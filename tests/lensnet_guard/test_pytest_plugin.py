@@ -12,6 +12,7 @@ from lensnet_guard.sinks import remove_from_all
 PREAMBLE = """
 import contextlib, os, threading
 import pytest, torch
+from collections import defaultdict
 from torch import nn
 from lensnet_guard import *
 
@@ -845,18 +846,19 @@ class TestXdist:
         text = result.stdout.str()
         assert "NoContext: critic was used in a thread that has declared neither" in text
         assert re.search(r"called from +test_it\.py:\d+ in test_refused", text)
-        logs = list((pytester.path / "log").iterdir())
-        processes, tests, calls = set(), [], 0
-        for log in logs:
+        by_event = defaultdict(list)
+        for log in (pytester.path / "log").iterdir():
             lines = [json.loads(line) for line in log.read_text().splitlines()]
             assert lines[0]["event"] == "run.begin"
             assert lines[-1]["event"] == "run.end"
-            processes.add(lines[0]["process.pid"])
-            tests += [line["test"] for line in lines if line["event"] == "test.begin"]
-            calls += lines[-1]["calls"]
-        assert len(processes) == len(logs)
+            for line in lines:
+                by_event[line["event"]].append(line)
+        # A worker that begins when another has ended goes on in the file that it left.
+        processes = {line["process.pid"] for line in by_event["run.begin"]}
+        assert len(processes) == len(by_event["run.begin"]) == len(by_event["run.end"])
+        tests = [line["test"] for line in by_event["test.begin"]]
         assert len(tests) == len(set(tests)) == 15
-        assert calls == 68
+        assert sum(line["calls"] for line in by_event["run.end"]) == 68
 
     @pytest.mark.parametrize(
         ("marker", "message"),
