@@ -3,6 +3,7 @@
 import json
 import re
 import textwrap
+from collections import defaultdict
 
 import pytest
 
