@@ -13,7 +13,6 @@ from lensnet_guard.sinks import remove_from_all
 PREAMBLE = """
 import contextlib, os, threading
 import pytest, torch
-from collections import defaultdict
 from torch import nn
 from lensnet_guard import *
 
