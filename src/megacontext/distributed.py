@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
@@ -58,9 +56,7 @@ class World:
         Raises:
             ValueError: it cannot; says what to change.
         """
-        for name in ("accumulation", "lm_batch_size"):
-            if name == "lm_batch_size" and not settings.lm_steps:
-                continue
+        for name in ("accumulation", *(["lm_batch_size"] if settings.lm_steps else [])):
             if (value := getattr(settings, name)) % self.size:
                 raise ValueError(
                     f"{name} is {value}, which {self.size} processes cannot share equally; make it "
@@ -142,6 +138,8 @@ class DataParallel:
         self._module: Any = _Calls(mc, mc)
         self._shard = shard
         if shard:
+            from torch.distributed.fsdp import fully_shard  # half a second that others do not need
+
             for block in mc.language_model.blocks:
                 fully_shard(block)
             fully_shard(self._module)
@@ -159,7 +157,7 @@ class DataParallel:
     def adding_up(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of a micro-step: gradients travel after the last one."""
         module = self._module
-        if isinstance(module, FSDPModule):
+        if self._shard:
             module.set_requires_gradient_sync(last)
         by_ddp = isinstance(module, DistributedDataParallel)
         with module.no_sync() if by_ddp and not last else nullcontext():
@@ -179,7 +177,7 @@ def gathered(state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
     """
 
     def gather(leaf: Any) -> Any:
-        if not isinstance(leaf, DTensor):
+        if not _is_sharded(leaf):
             return leaf
         whole = leaf.full_tensor()
         return whole.cpu() if keep else None
@@ -205,6 +203,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, sharded as another one is."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    if not _is_sharded(like) or _is_sharded(tensor):
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    return distribute_tensor(tensor.to(like.device), sharded.device_mesh, sharded.placements)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, unless it is sharded."""
+    sharded: Any = tensor
+    part: Tensor = sharded.to_local() if _is_sharded(tensor) else tensor
+    return part
+
+
+def _is_sharded(value: object) -> bool:
+    """Whether this is a DTensor, told by what those alone have, lest the class is imported."""
+    return hasattr(value, "full_tensor")

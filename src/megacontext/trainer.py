@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from lensnet_guard import compare_ranks, lensnet_guard
@@ -30,6 +29,7 @@ from megacontext.distributed import (
     joined_world,
     load_optimizer,
     load_weights,
+    local_part,
 )
 from megacontext.hf_language_model import check_language_model, kept_files
 from megacontext.metric_sinks import MetricSink, MetricSinkError, TensorBoardSink, write_all
@@ -324,7 +324,7 @@ class _Trainer:
 
         All processes must call it together, and all stop when one must.
         """
-        weights = (p.to_local() if isinstance(p, DTensor) else p for p in self.mc.parameters())
+        weights = map(local_part, self.mc.parameters())
         healthy = [weight.detach().isfinite().all() for weight in weights]
         diverged = ~torch.stack([*healthy, self.means.finite()]).all()
         if bool(self.world.sum(diverged.float())):

@@ -71,6 +71,12 @@ class TestStartUp:
         assert "megacontext" in loaded
         assert loaded.isdisjoint({"torch", "numpy", "matplotlib", "rich"})
 
+    def test_training_alone_loads_nothing_of_sharding(self) -> None:
+        """It takes half a second, which ``megacontext train --help`` would take too."""
+        loaded = loads("-c", "import megacontext.trainer")
+        assert "megacontext.distributed" in loaded
+        assert loaded.isdisjoint({"torch.distributed.tensor", "torch.distributed.fsdp"})
+
     def test_the_first_name_loads_what_it_needs(self) -> None:
         """Torch is seen where it is loaded."""
         assert "torch" in loads("-c", "from megacontext import MCController")
