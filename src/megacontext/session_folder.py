@@ -55,7 +55,7 @@ class SessionFolder:
             FileExistsError: it holds a session already, or something else.
             OSError: it cannot be written.
         """
-        folder = Path(path)
+        folder = Path(path).absolute()
         if (folder / "session.json").exists():
             raise FileExistsError(f"{folder} holds a session already: resume it, or choose another")
         if folder.exists() and (not folder.is_dir() or _litter(folder)):
@@ -85,7 +85,7 @@ class SessionFolder:
             BlockingIOError: another session is using it.
             ValueError: it was made with other sizes or weights, or is damaged.
         """
-        folder = Path(path)
+        folder = Path(path).absolute()
         if not (folder / "session.json").exists():
             raise FileNotFoundError(f"{folder} holds no session to resume: no session.json")
         opened = cls(folder)
