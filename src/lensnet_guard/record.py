@@ -39,7 +39,7 @@ class Frame(NamedTuple):
     function: str
 
     def __str__(self) -> str:
-        return f"{_short_path(self.file)}:{self.line} in {self.function}"
+        return f"{short_path(self.file)}:{self.line} in {self.function}"
 
 
 @dataclass(slots=True, eq=False)
@@ -244,7 +244,7 @@ def _symbolise(code: CodeType, instruction: int) -> Frame:
     )
 
 
-def _short_path(path: str) -> str:
+def short_path(path: str) -> str:
     """Relative to the working directory when it lies below it, so that a terminal can open it."""
     try:
         return path.removeprefix(os.getcwd() + os.sep)
