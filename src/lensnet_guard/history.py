@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from lensnet_guard._text import short_path
 from lensnet_guard.context import Position
 from lensnet_guard.errors import add_note
 from lensnet_guard.log import RunLog
-from lensnet_guard.record import CallRecord, Context, Kind, Stack, capture_stack, short_path
+from lensnet_guard.record import CallRecord, Context, Kind, Stack, capture_stack
 from lensnet_guard.sinks import Source
 
 RING_RECORDS = 4_096  # the newest records that guard.calls and guard.violations hold
