@@ -174,10 +174,17 @@ def graph_tree(device: torch.device) -> GraphTree | None:
         return None
 
 
-def is_overwritten(storage: StorageWeakRef) -> bool:
-    """Whether torch refuses to read a storage, because a later run has written over it."""
+def is_overwritten(output: torch.Tensor | StorageWeakRef) -> bool:
+    """Whether torch refuses to read an output, because a later run has written over it.
+
+    Torch takes the storage from the tensors that a call gave out, and marks one that views of them
+    still hold: hence both are asked (read from torch 2.11, torch/_inductor/cudagraph_trees.py,
+    ``dealloc_current_path_weakrefs``, and seen on a GPU).
+    """
     try:
-        found: Any = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
+        found: Any = output
+        if not isinstance(output, torch.Tensor):
+            found = torch.UntypedStorage._new_with_weak_ptr(output.cdata)
         if found is not None:
             found.data_ptr()
     except RuntimeError as error:

@@ -8,6 +8,7 @@ producer of the overwritten tensor and never the call that overwrote it; the gua
 
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class _Output:
     """What one call gave out, held as weakly as torch holds it."""
 
     call: CallRecord
+    tensors: list[weakref.ref[torch.Tensor]]
     storages: list[Any]  # StorageWeakRef, whose methods torch gives no types
 
     def in_use(self, tree: GraphTree | None) -> bool:
@@ -54,6 +56,15 @@ class _Output:
             return not all(storage.expired() for storage in self.storages)
         # Torch keeps the outputs of a recorded graph itself, and knows whether anybody else does.
         return any(storage.cdata in tree.live for storage in self.storages)
+
+    def can_be_read(self) -> bool:
+        """Whether somebody holds it; a tensor that was written over has no storage any more."""
+        return self.in_use(None) or any(tensor() is not None for tensor in self.tensors)
+
+    def is_overwritten(self) -> bool:
+        held = (tensor() for tensor in self.tensors)
+        tensors = (tensor for tensor in held if tensor is not None)
+        return any(map(is_overwritten, (*self.storages, *tensors)))
 
 
 class CompiledCalls:
@@ -110,10 +121,11 @@ class CompiledCalls:
             return
         state.end(self._tree() if state.cuda_graphs else None)
         if state.cuda_graphs:
-            make: Any = StorageWeakRef  # of a storage, and not of a tensor, which may be a view
-            storages = [make(tensor.untyped_storage()) for tensor in _tensors(result)]
+            make: Any = StorageWeakRef  # of a storage too, for views outlive their tensor
+            tensors = list(_tensors(result))
+            storages = [make(tensor.untyped_storage()) for tensor in tensors]
             with self._lock:
-                self._outputs.append(_Output(record, storages))
+                self._outputs.append(_Output(record, list(map(weakref.ref, tensors)), storages))
 
     def blame(self, error: BaseException) -> list[tuple[CallRecord, CallRecord]]:
         """Say on torch's error about an overwritten output which call made it and which wrote.
@@ -124,9 +136,9 @@ class CompiledCalls:
         if not self._written or OVERWRITTEN not in str(error):
             return []
         with self._lock:
-            held = [(output, by) for output, by in self._written if output.in_use(None)]
+            held = [(output, by) for output, by in self._written if output.can_be_read()]
             # Torch tells which one it is where it can; otherwise it may be any of them.
-            blamed = [pair for pair in held if any(map(is_overwritten, pair[0].storages))] or held
+            blamed = [pair for pair in held if pair[0].is_overwritten()] or held
             self._written.clear()
         pairs = [(output.call, by) for output, by in blamed]
         for first, last in pairs:
