@@ -205,7 +205,7 @@ def checks(folder: Path, steps: int, device: str) -> dict[str, Check]:
     on = ("--device", device)
     # A CPU only tries the scripts out.
     fewer = () if device == "cuda" else ("--tokens", "1024")
-    rounds = ("--rounds", "300" if device == "cuda" else "20")
+    rounds = ("--rounds", "100" if device == "cuda" else "20")
 
     def script(name: str, *arguments: str) -> tuple[str, ...]:
         return f"benchmarks/{name}.py", *arguments
@@ -215,7 +215,7 @@ def checks(folder: Path, steps: int, device: str) -> dict[str, Check]:
         "overwritten": Check(script("gpu/overwritten", *on), 120, of_lines),
         "tests": Check(tests, 150, of_tests, read_junit),
         "micro_step": Check(script("micro_step", *json_on, *fewer), 60, of_micro_step),
-        "overhead": Check(script("guard_overhead", "--json", "--rounds", "10"), 60, of_overhead),
+        "overhead": Check(script("guard_overhead", "--json", "--rounds", "5"), 60, of_overhead),
         "submodules": Check(script("submodules", *json_on, *rounds), 60, of_submodules),
         "memory": Check(script("memory", *json_on, *fewer), 60, of_memory),
         "nccl": Check(script("gpu/nccl", *on), 60, of_lines),
@@ -224,7 +224,14 @@ def checks(folder: Path, steps: int, device: str) -> dict[str, Check]:
     }
 
 
-def run(name: str, check: Check, folder: Path, environment: dict[str, str], cuda: bool) -> Any:
+def run(
+    name: str,
+    check: Check,
+    limit_s: float,
+    folder: Path,
+    environment: dict[str, str],
+    cuda: bool,
+) -> Any:
     """One check in a process of its own: its figures, and lines that say what they mean."""
     out, err = (folder / "logs" / f"{name}.{stream}" for stream in ("out", "err"))
     begin, failure = time.monotonic(), ""
@@ -239,10 +246,10 @@ def run(name: str, check: Check, folder: Path, environment: dict[str, str], cuda
             start_new_session=True,
         )
         try:
-            code = process.wait(check.limit_s)
+            code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            code, failure = process.wait(), f"killed after {check.limit_s} s"
+            code, failure = process.wait(), f"killed after {limit_s:.0f} s"
     figures, lines = None, []
     if not failure:
         try:
@@ -360,7 +367,10 @@ def main() -> None:
     parser.add_argument("--fetch", action="store_true", help="download the wheels, and end")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--steps", type=int, default=2_000, help="of training (default 2,000)")
-    parser.add_argument("--out", type=Path, default=Path("gpu"), help="a folder (default gpu)")
+    parser.add_argument(
+        "--limit", type=int, default=480, metavar="S", help="seconds for all of it (default 480)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="default runs/gpu")
     arguments = parser.parse_args()
     if arguments.fetch:
         fetch()
@@ -380,7 +390,9 @@ def main() -> None:
             if name not in arguments.only:
                 continue
             print(f"{name} …", flush=True)
-            result["checks"][name] = done = run(name, check, folder, environment, cuda)
+            left_s = begin + arguments.limit - time.monotonic()
+            limit_s = max(min(check.limit_s, left_s), 0)
+            result["checks"][name] = done = run(name, check, limit_s, folder, environment, cuda)
             result["seconds"] = time.monotonic() - begin
             for line in done["lines"]:
                 required = f" (required: {line['required']})" if line["required"] else ""
