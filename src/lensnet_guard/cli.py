@@ -197,7 +197,8 @@ def _with_progress(
 def _progress(*columns: ProgressColumn) -> Progress:
     """On stderr, where that is a terminal: elsewhere it would leave an empty line."""
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    console.quiet = not console.is_terminal
+    return Progress(*columns, console=console, transient=True)
 
 
 def _size(path: Path) -> int:
