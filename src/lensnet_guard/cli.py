@@ -1,4 +1,4 @@
-"""The command line: ``lensnet-guard postmortem``, ``report`` and ``trace``."""
+"""The command line: ``lensnet-guard postmortem``, ``report``, ``trace`` and ``doctor``."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,14 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TransferSpeedColumn,
+)
 
 from lensnet_guard._text import json_line
 from lensnet_guard._version import __version__
@@ -25,7 +32,7 @@ _T = TypeVar("_T")
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lensnet-guard")
 def main() -> None:
-    """Read the logs that guards have written.
+    """Read the logs that guards have written, and examine the guard on this machine.
 
     Example: lensnet-guard postmortem runs/42
     """
@@ -110,6 +117,33 @@ def trace(target: Path, output: Path | None) -> None:
     click.echo(f"{output}: {_with_progress((target,), write)} events")
 
 
+@main.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def doctor(as_json: bool) -> None:
+    """Which versions are here, and whether each mechanism of the guard works with them.
+
+    Bypasses, activation checkpoints, torch.compile, logs, two ranks, CUDA graphs: each is tried for
+    real, in a process of its own. What the machine has not got is "not tried".
+
+    Exits with 0 when all that was tried holds, 1 when something does not.
+
+    Example: lensnet-guard doctor --json > doctor.json
+    """
+    from lensnet_guard.doctor import examine
+    from lensnet_guard.doctor.examination import MECHANISMS
+
+    with _progress(TextColumn("examining"), BarColumn()) as progress:
+        task = progress.add_task("examining", total=len(MECHANISMS))
+        found = examine(lambda: progress.advance(task))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        from lensnet_guard.doctor.render import render
+
+        render(found, Console(highlight=False))
+    sys.exit(0 if found.holds else 1)
+
+
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when complete; exits with 2 when it cannot."""
@@ -153,13 +187,18 @@ def _with_progress(
     try:
         total = sum(map(_size, itertools.chain.from_iterable(find_logs(targets).values())))
         columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        console = Console(stderr=True)
-        disable = not console.is_terminal  # there it would leave an empty line
-        with Progress(*columns, console=console, transient=True, disable=disable) as progress:
+        with _progress(*columns) as progress:
             task = progress.add_task("reading", total=total)
             return work(targets, lambda read: progress.advance(task, read))
     except OSError as error:
         _fail(error)
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    """On stderr, where that is a terminal: elsewhere it would leave an empty line."""
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal
+    return Progress(*columns, console=console, transient=True)
 
 
 def _size(path: Path) -> int:
