@@ -12,6 +12,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -89,11 +90,11 @@ class Tripwire:
         self.guard: object | None = guard
         self._inside = inside
         self._refuse: Refuse | None = refuse
-        self._armed: dict[int, tuple[nn.Module, _OwnForward | None]] = {}
+        self._armed: dict[int, nn.Module] = {}
         self._classes: dict[type, type] = {}
         try:
             for part in submodules.values():
-                if id(part) not in spared and _runs(part) and armed_by(part) is None:
+                if id(part) not in spared and runs(part) and armed_by(part) is None:
                     self._arm(part)
         except BaseException:
             self.disarm()
@@ -101,13 +102,11 @@ class Tripwire:
 
     def _arm(self, part: nn.Module) -> None:
         self.change_class(part, type(part))
-        own_forward = None
+        self._armed[id(part)] = part
         if "forward" in part.__dict__:  # as accelerate's hooks leave behind
-            found = part.__dict__["forward"]
-            run = found.__wrapped__ if isinstance(found, _OwnForward) else found  # of a copy
-            own_forward = _OwnForward(self, part, run)
-            part.__dict__["forward"] = own_forward
-        self._armed[id(part)] = part, own_forward
+            run = part.__dict__["forward"]
+            run = run.__wrapped__ if isinstance(run, _OwnForward) else run  # of a copy
+            part.__dict__["forward"] = _OwnForward(self, part, run)
 
     def change_class(self, part: nn.Module, cls: type) -> None:
         """Make a part an instance of ``cls``, armed."""
@@ -122,9 +121,10 @@ class Tripwire:
 
     def disarm(self) -> None:
         """Restore every class and every forward, the same objects as before."""
-        for part, own_forward in self._armed.values():
-            if own_forward is not None and own_forward is part.__dict__.get("forward"):
-                part.__dict__["forward"] = own_forward.__wrapped__
+        for part in self._armed.values():
+            forward = part.__dict__.get("forward")
+            if isinstance(forward, _OwnForward) and forward.tripwire is self:
+                part.__dict__["forward"] = forward.__wrapped__
             _set_class(part, original_of(type(part)))
         self._armed.clear()
         # Copies, and torch.compile's caches, keep the armed classes: they shall keep no more.
@@ -149,7 +149,7 @@ class Tripwire:
     def _run_own(
         self, part: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        """A run of a forward that is not the class's: it asks first."""
+        """A run of a forward that is no function of the class: it asks first."""
         if self._inside.here:
             return run(*args, **kwargs)
         return self._behind(part, run, args, kwargs)
@@ -173,10 +173,13 @@ class Tripwire:
         inside, tripwire = self._inside, self
 
         def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            run = original.forward
+            if type(run) is not FunctionType:  # a mock, say, which takes no self
+                return tripwire._run_own(part, _bind(run, part), args, kwargs)
             if inside.here:
-                return original.forward(part, *args, **kwargs)
+                return run(part, *args, **kwargs)
             # __get__ and not MethodType(...), which torch.compile cannot trace
-            return tripwire._behind(part, original.forward.__get__(part), args, kwargs)
+            return tripwire._behind(part, run.__get__(part), args, kwargs)
 
         def __call__(part: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
             if inside.here or part._compiled_call_impl is None:
@@ -220,6 +223,11 @@ class _OwnForward:
 _set_class: Callable[[nn.Module, type], None] = vars(object)["__class__"].__set__
 
 
+def _bind(function: Any, part: nn.Module) -> Any:
+    """A class's attribute as its instance has it."""
+    return function.__get__(part) if hasattr(type(function), "__get__") else function
+
+
 def armed_by(part: nn.Module) -> Tripwire | None:
     """The tripwire that has armed this very part; None for a copy, which only looks like it."""
     armed: type = type(part)
@@ -242,7 +250,7 @@ def describe_part(module: nn.Module, part: nn.Module) -> str:
     return f": {name} was run alone" if name else ""
 
 
-def _runs(module: nn.Module) -> bool:
+def runs(module: nn.Module) -> bool:
     """Whether a module has a forward, in Python."""
     if isinstance(module, torch.jit.ScriptModule):
         return False

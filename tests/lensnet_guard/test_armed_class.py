@@ -137,6 +137,15 @@ class TestPatchedForAWhile:
             assert torch.equal(getattr(cls(), name)(X), torch.zeros(2, 1))
         assert dict(vars(cls)) == own
 
+    @pytest.mark.parametrize("through", ["original", "armed"])
+    def test_a_mock_is_called_as_without_a_guard(self, cls, guard, through):
+        """It takes no self, for it is no function, and got one."""
+        target = cls if through == "original" else type(guard._raw)
+        with mock.patch.object(target, "forward", return_value=X) as forward:
+            with guard.context("inference"):
+                assert guard.module(X, scale=2) is X
+        forward.assert_called_once_with(X, scale=2)
+
     def test_one_patch_inside_another(self, cls, guard):
         """Each puts back what it found, the outer one still patched."""
         own = dict(vars(cls))
