@@ -116,10 +116,14 @@ def compiler_options(module: torch.nn.Module) -> Mapping[str, object] | None:
     """How a module was compiled: None when it was not, empty where its backend does not tell.
 
     Read from torch 2.13, torch/nn/modules/module.py and torch/_dynamo/eval_frame.py: a module
-    compiled in place keeps a function that tells, a wrapper made by ``torch.compile`` tells itself.
+    compiled in place keeps a function that tells, a wrapper made by ``torch.compile`` tells itself,
+    and so does a compiled forward on the instance, which the guard has wrapped.
     """
     in_place: Any = module._compiled_call_impl
     tell = getattr(in_place, "get_compiler_config", vars(module).get("get_compiler_config"))
+    if tell is None and (forward := vars(module).get("forward")) is not None:
+        behind = getattr(forward, "__wrapped__", forward)
+        tell = getattr(forward, "get_compiler_config", getattr(behind, "get_compiler_config", None))
     options = tell() if tell is not None else None
     if isinstance(options, Mapping):
         return options

@@ -50,6 +50,23 @@ class TestHazard:
         assert re.fullmatch(pattern, str(warning.message))
         assert kept.shape == (2, 2)
 
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_a_compiled_forward_on_the_instance_was_not_seen(self, when):
+        """`model.forward = torch.compile(model.forward)`, as recipes have it."""
+        module = nn.Linear(3, 2)
+        compiled = torch.compile(module.forward, backend="eager")
+        compiled.get_compiler_config = lambda: {"triton.cudagraphs": True}
+        if when == "before":
+            module.forward = compiled
+        guard = guard_module(module)
+        if when == "after":
+            module.forward = compiled
+        with guard.context("inference"), torch.no_grad(), pytest.warns(LensNetHazard):
+            kept = guard.module(X)
+            guard.module(2 * X)
+        assert kept.shape == (2, 2)
+        assert [call.compiled.cuda_graphs for call in guard.calls] == [True, True]
+
     def test_a_view_of_an_output(self, guard):
         """It is the memory that counts."""
         with torch.no_grad(), pytest.warns(LensNetHazard):

@@ -103,6 +103,13 @@ class TestCudaGraphs:
         module.compile(backend="eager")
         assert _torch_internals.compiler_options(module) == {}
 
+    @pytest.mark.parametrize("forward", [len, lambda x: x])
+    def test_a_forward_on_the_instance_that_is_not_compiled(self, forward):
+        """A hook of accelerate's, say."""
+        module = nn.Linear(3, 2)
+        module.forward = forward
+        assert _torch_internals.compiler_options(module) is None
+
     def test_a_compiled_function_that_tells_nothing(self):
         """As in another torch: compiled, and that is all that is known."""
         module = nn.Linear(3, 2)
