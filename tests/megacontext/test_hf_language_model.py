@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from tests.megacontext.test_controller import RefuseWaiting
 from torch import Tensor
 
 import megacontext
-from megacontext import MCConfig, MCController, SessionConfig
+from megacontext import MCConfig, MCController, SessionConfig, hf_language_model
 from megacontext.hf_language_model import language_model_sizes
 from megacontext.pretrained import load_model
 from megacontext.run_folder import RunFolder
@@ -91,6 +93,18 @@ def plain(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Starts and spans of tokens at LOD0."""
     starts = torch.arange(tokens.shape[1]).expand_as(tokens)
     return starts, torch.ones_like(starts)
+
+
+class TestNames:
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    def test_of_the_cache_in_another_version_of_the_library(self, name: str) -> None:
+        """Every model of transformers 4 and of the first versions 5 was refused."""
+        parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+
+        def forward() -> None: ...
+
+        forward.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
+        assert hf_language_model._cache_name(SimpleNamespace(forward=forward)) == name
 
 
 class TestReading:

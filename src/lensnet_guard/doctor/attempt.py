@@ -5,7 +5,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-ANSWER = "answer.json"  # in the attempt's folder
+from lensnet_guard.doctor.examination import ANSWER
 
 
 class NotTried(Exception):
@@ -52,7 +52,7 @@ def attempt(name: str, folder: Path) -> None:
             traceback.print_exc()
             state, detail = "fails", f"{type(error).__name__}: {first_line(error)}"
     ours = {
-        str(w.message) for w in warned if type(w.message).__module__.startswith(__package__[:13])
+        str(w.message) for w in warned if type(w.message).__module__.startswith("lensnet_guard")
     }
     detail = "; warned: ".join([detail, *sorted(ours)])
     (folder / ANSWER).write_text(json.dumps({"state": state, "detail": detail}))

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lensnet_guard.doctor.attempt import ANSWER
 from lensnet_guard.doctor.versions import versions
 
+ANSWER = "answer.json"  # in an attempt's folder, where `attempt` leaves it
 LIMIT_S = 60  # for one attempt: it takes 2 to 8 s, but longer where torch is first read from disk
 
 MECHANISMS = {  # of the module `mechanisms`, which needs torch

@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import nn
 
 from lensnet_guard.doctor import Examination, Finding
-from lensnet_guard.doctor.attempt import ANSWER, attempt
-from lensnet_guard.doctor.examination import MECHANISMS, try_alone
+from lensnet_guard.doctor.attempt import attempt
+from lensnet_guard.doctor.examination import ANSWER, MECHANISMS, try_alone
 from lensnet_guard.doctor.mechanisms import MECHANISMS as TRIED
 from lensnet_guard.doctor.render import render
 
