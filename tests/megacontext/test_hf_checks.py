@@ -2,12 +2,14 @@
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megacontext.cli import main
+from megacontext.hf_checks import _plain_tokens
 from megacontext.hf_language_model import HFLanguageModel, load_language_model
 
 transformers = pytest.importorskip("transformers")
@@ -140,9 +142,7 @@ class TestAccepted:
                 max_position_embeddings=130,
                 word_embed_proj_dim=32,
             ),
-            transformers.CodeGenConfig(
-                vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=12, rotary_dim=4
-            ),
+            transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=12),
             transformers.FalconConfig(**FALCON),
         ],
         ids=lambda config: config.model_type,
@@ -157,3 +157,10 @@ class TestAccepted:
         assert torch.rand(1) == drawn
         assert not model.training
         assert HFLanguageModel(model).recompute is False
+
+    @pytest.mark.parametrize("size", [3, 64])
+    def test_tokens_that_mean_no_more_than_others(self, size: int) -> None:
+        """A configuration need not have all of the special ones, nor are they always one."""
+        config = SimpleNamespace(vocab_size=size, eos_token_id=[33, 34], bos_token_id=None)
+        (tokens,) = _plain_tokens(config, 4).tolist()
+        assert tokens == ([1, 2, 1, 2] if size == 3 else [32, 35, 36, 37])
