@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from megacontext.config import MCConfig
+from megacontext.files import reading
+from megacontext.hf_checks import check_reading
 from megacontext.language_model import LanguageModel, causal_mask_after
 from megacontext.transformer import attention_mask
 
@@ -202,7 +204,8 @@ def load_language_model(path: str | Path) -> nn.Module:
         ImportError: transformers is not installed.
         FileNotFoundError: there is no such folder.
         ValueError: its weights cannot be loaded or are not all there, or it is of a kind that
-            cannot read working contexts; named.
+            cannot read working contexts, or reads plain tokens otherwise than in its library;
+            named.
     """
     transformers, config, path = import_transformers(str(path)), _config(path), Path(path)
     _without_dropout(config)
@@ -218,9 +221,12 @@ def load_language_model(path: str | Path) -> nn.Module:
             if found["missing_keys"]:
                 missing = sorted(found["missing_keys"])
                 raise ValueError(f"{len(missing)} weights are not there, such as {missing[0]}")
-    except (OSError, ValueError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the library lets through whatever goes wrong within it
         raise ValueError(f"no causal language model can be made from {path}: {error}") from error
     _check_kind(path, model)
+    check_reading(path, HFLanguageModel(model))
     return model
 
 
@@ -272,11 +278,10 @@ def _config(path: str | Path) -> Any:
             "model.save_pretrained(folder) made"
         )
     transformers = import_transformers(str(path))
-    try:
+    advice = "give the folder that model.save_pretrained made, or put the original back"
+    with reading(file, advice):
         config = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} describes no model that can be made: {error}") from error
-    return config.get_text_config(decoder=True)
+        return config.get_text_config(decoder=True)
 
 
 def check_language_model(config: MCConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
-from megacontext.run_folder import write_atomically
+from megacontext.files import write_atomically
 
 UNPROFILED_STEPS = 5  # before the first in the trace: they compile, and fill caches
 PROFILED_STEPS = 3
