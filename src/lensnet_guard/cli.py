@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import click
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lensnet_guard._output import fail, require_own, show
 from lensnet_guard._text import json_line
 from lensnet_guard._version import __version__
 from lensnet_guard.postmortem.analysis import analyse
@@ -48,7 +50,7 @@ def postmortem(targets: tuple[Path, ...], as_json: bool) -> None:
     missed, the calls in flight when the process died, and what set refused calls apart.
 
     Exits with 0 when the run was clean, 1 on violations, a crash or a damaged log, 2 when nothing
-    could be read.
+    could be read or the findings could not be printed.
 
     Example: lensnet-guard postmortem runs/42 --json
     """
@@ -58,7 +60,12 @@ def postmortem(targets: tuple[Path, ...], as_json: bool) -> None:
     else:
         from lensnet_guard.postmortem.render import render
 
-        render(analysis, Console(soft_wrap=True, highlight=False))
+        terminal = (sys.stdout is not None and sys.stdout.isatty()) or None
+        page = io.StringIO()  # it is printed whole, or not at all
+        render(
+            analysis, Console(file=page, force_terminal=terminal, soft_wrap=True, highlight=False)
+        )
+        show(page.getvalue())
     sys.exit(analysis.exit_code)
 
 
@@ -67,27 +74,30 @@ def postmortem(targets: tuple[Path, ...], as_json: bool) -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Default: report.html in RUN_DIR."
 )
-def report(target: Path, output: Path | None) -> None:
+@click.option("--force", is_flag=True, help="Replace a file that is no report.")
+def report(target: Path, output: Path | None, force: bool) -> None:
     """Write what happened in a run as one HTML page that needs no network.
 
     Verdict, timeline, violations and call sites with their stacks, of all logs in RUN_DIR; and the
-    curves of metrics.jsonl and the picture overview.png where it has them.
+    curves of metrics.jsonl and the picture overview.png where it has them. Writes over an earlier
+    report, but over no other file without --force, and never over one that it reads.
 
     Exits with 0 when the page is written, whatever it says, and 2 when it cannot be.
 
     Example: lensnet-guard report runs/42 -o report.html
     """
-    from lensnet_guard.postmortem.report import render_report
+    from lensnet_guard.postmortem.report import MARK, inputs, render_report
     from lensnet_guard.postmortem.timeline import read_timelines
 
     folder = target if target.is_dir() else target.parent
     output = output or folder / "report.html"
+    _require_own(output, target, inputs(folder), MARK, force=force)
     analysis = read((target,))
     timelines = _with_progress((target,), read_timelines)
     with _replacing(output) as file:
         for piece in render_report(analysis, timelines, folder):
             file.write(piece.encode("utf-8", "backslashreplace"))
-    click.echo(f"{output}: {analysis.verdict}")
+    show(f"{output}: {analysis.verdict}\n")
 
 
 @main.command("trace")
@@ -95,26 +105,30 @@ def report(target: Path, output: Path | None) -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Default: trace.json in RUN_DIR."
 )
-def trace(target: Path, output: Path | None) -> None:
+@click.option("--force", is_flag=True, help="Replace a file that is no trace of this command.")
+def trace(target: Path, output: Path | None, force: bool) -> None:
     """Write the calls of a run as a trace for ui.perfetto.dev or chrome://tracing.
 
     Calls and micro-steps of every thread, violations as instants, and calls in flight at death as
-    slices without an end, of all logs in RUN_DIR.
+    slices without an end, of all logs in RUN_DIR. Writes over an earlier trace, but over no other
+    file without --force, and never over a log that it reads.
 
     Exits with 0 when the trace is written and 2 when it cannot be.
 
     Example: lensnet-guard trace runs/42 -o trace.json
     """
-    from lensnet_guard.postmortem.trace import write_trace
+    from lensnet_guard.postmortem.trace import MARK, write_trace
 
     output = output or (target if target.is_dir() else target.parent) / "trace.json"
+    _require_own(output, target, (), MARK, force=force)
 
     def write(targets: tuple[Path, ...], progress: Callable[[int], object]) -> int:
         find_logs(targets)  # before a file is made
         with _replacing(output) as file:
             return write_trace(targets, file, progress)
 
-    click.echo(f"{output}: {_with_progress((target,), write)} events")
+    events = _with_progress((target,), write)
+    show(f"{output}: {events} events\n")
 
 
 @main.command("doctor")
@@ -161,7 +175,18 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink()
                 raise
     except OSError as error:
-        _fail(error)
+        fail(error)
+
+
+def _require_own(
+    output: Path, target: Path, others: Iterable[Path], mark: bytes, *, force: bool
+) -> None:
+    """Exit with 2 where a command is to write over what it reads, or over somebody's file."""
+    try:
+        logs = itertools.chain.from_iterable(find_logs((target,)).values())
+        require_own(output, (*logs, *others), mark, force=force)
+    except OSError as error:
+        fail(error)
 
 
 def read(targets: tuple[Path, ...], *, as_json: bool = False) -> Analysis:
@@ -176,7 +201,7 @@ def read(targets: tuple[Path, ...], *, as_json: bool = False) -> Analysis:
 
 def print_json(found: dict[str, Any]) -> None:
     """One line of JSON, whatever a damaged log has put into it."""
-    sys.stdout.buffer.write(json_line(found) + b"\n")
+    show(json_line(found) + b"\n")
 
 
 def _with_progress(
@@ -191,7 +216,7 @@ def _with_progress(
             task = progress.add_task("reading", total=total)
             return work(targets, lambda read: progress.advance(task, read))
     except OSError as error:
-        _fail(error)
+        fail(error)
 
 
 def _progress(*columns: ProgressColumn) -> Progress:
@@ -206,11 +231,6 @@ def _size(path: Path) -> int:
     with contextlib.suppress(OSError):
         return path.stat().st_size
     return 0
-
-
-def _fail(error: OSError) -> NoReturn:
-    click.echo(f"lensnet-guard: {error}", err=True)
-    sys.exit(2)
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import orjson
 import torch
 
 from lensnet_guard._version import __version__
-from lensnet_guard.log_file import LogFile, warn
+from lensnet_guard.log_file import LogFile, absolute, warn
 from lensnet_guard.sinks import Sink
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class RunLog(Sink):
     """The log of one guard in one process. A forked process opens a file of its own.
 
     Args:
-        folder: created when missing; see `LogFile` for the names in it.
+        folder: created when missing; see `LogFile` for the names in it. One that is relative stays
+            where it is now, whatever directory the process changes to.
         header: fields of the ``run.begin`` line, besides host, process, rank and versions; its
             ``module`` stands in ``run.end`` too.
 
@@ -53,11 +54,9 @@ class RunLog(Sink):
     """
 
     def __init__(self, folder: str | os.PathLike[str], header: dict[str, Any]) -> None:
-        if not isinstance(folder, (str, os.PathLike)):
-            raise TypeError(f"log must be a folder's path, not {folder!r}")
+        self.folder = absolute(folder)
         import structlog  # it brings rich, which takes longer to import than the whole guard
 
-        self.folder = Path(folder)
         self.closed = False
         self._header = header
         self._writers = 0
@@ -80,7 +79,7 @@ class RunLog(Sink):
 
     @property
     def lost_lines(self) -> int:
-        """Lines that could not be written."""
+        """Lines that could not be written, or went with a file that somebody removed."""
         return self._file.lost_lines
 
     # A sink ------------------------------------------------------------------------------------
@@ -163,7 +162,9 @@ class RunLog(Sink):
             return
         mine = self._file.pid == os.getpid()
         with self._lock:  # so that no other thread writes to a number that is a new file by then
-            if mine and self._file.path is not None:
+            if mine:
+                self._keep_up(look=True)
+            if mine and self._file.open:
                 self.write(
                     "run.end",
                     module=self._header["module"],
@@ -177,7 +178,7 @@ class RunLog(Sink):
         if mine and self.lost_lines:
             warn(
                 f"lensnet_guard: {self.lost_lines} log lines could not be written to "
-                f"{self.path or self.folder}; enforcement was not affected"
+                f"{self.path or self.folder}, or are gone from it; enforcement was not affected"
             )
 
     def _open(self) -> None:
@@ -206,15 +207,24 @@ class RunLog(Sink):
         if self.closed:
             return
         with self._lock:
-            if self._file.pid != os.getpid():  # a fork shares the parent's file: leave that alone
-                self._file.close()
-                self._open()
-            if self._file.full and (segment := self._file.next_segment()) is not None:
-                before = self._sums | {"lost_lines": self.lost_lines}
-                self._logger.info("segment.begin", **self._run, segment=segment, before=before)
+            self._keep_up()
             if counted is not None:
                 self._sums[counted] += 1
             self._logger.info(event, **fields)
+
+    def _keep_up(self, *, look: bool = False) -> None:
+        """Change to another file where it is time: in a fork, after a full one, for one removed."""
+        if self._file.pid != os.getpid():  # a fork shares the parent's file: leave that alone
+            self._file.close()
+            self._open()
+        segment = None
+        if (look or self._file.due) and (fate := self._file.look()) is not None:
+            segment = self._file.renew(fate)
+        elif self._file.full:
+            segment = self._file.next_segment()
+        if segment is not None:
+            before = self._sums | {"lost_lines": self.lost_lines}
+            self._logger.info("segment.begin", **self._run, segment=segment, before=before)
 
     def _write_line(self, line: bytes) -> None:
         self._file.write(line)

@@ -6,11 +6,14 @@ Nothing here ever raises for the file's sake: one warning, then lost lines are c
 import itertools
 import os
 import re
+import stat
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from lensnet_guard._text import count
 
 try:
     import fcntl
@@ -19,6 +22,21 @@ except ImportError:  # Windows: two processes of one rank must then use two fold
 
 SEGMENT_BYTES = 64 * 2**20  # then the log goes on in a new file
 KEPT_SEGMENTS = 8  # full ones beside the current file: 576 MiB in all
+LOOK_S = 1.0  # between looks whether the file is still there, which cost as much as half a line
+
+
+def absolute(folder: str | os.PathLike[str]) -> Path:
+    """Where a log's folder is now, for a process that may change its working directory.
+
+    Raises:
+        TypeError: ``folder`` is not a path.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"log must be a folder's path, not {folder!r}")
+    try:
+        return Path(folder).absolute()
+    except FileNotFoundError:  # there is no working directory: no file will be made either
+        return Path(folder)
 
 
 class LogFile:
@@ -29,7 +47,7 @@ class LogFile:
 
     Attributes:
         path: of the current file; None when there is none.
-        lost_lines: lines that could not be written.
+        lost_lines: lines that could not be written, or went with a file that somebody removed.
         pid: of the process that has opened it; a fork must leave it alone.
     """
 
@@ -40,6 +58,8 @@ class LogFile:
         self._folder = folder
         self._fd: int | None = None
         self._size = 0
+        self._lines = 0
+        self._look_at = 0.0
         self._torn = False
         self._warned = False
         try:
@@ -68,9 +88,72 @@ class LogFile:
             self._torn = written != len(line)
             if self._torn:
                 raise OSError("the line was written in part only")
+            self._lines += 1
         except OSError as error:
             self.lost_lines += 1
             self._warn(error)
+
+    @property
+    def open(self) -> bool:
+        """Whether lines can be written."""
+        return self._fd is not None
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to `look`."""
+        return self.full or time.monotonic() >= self._look_at
+
+    def look(self) -> str | None:
+        """What somebody did to the file meanwhile: "removed", "moved" or "emptied"; or None."""
+        self._look_at = time.monotonic() + LOOK_S
+        if self.path is None or self._fd is None:
+            return None
+        try:
+            ours = os.fstat(self._fd)
+            if stat.S_ISREG(ours.st_mode) and ours.st_size < self._size:
+                return "emptied"
+            if os.path.samestat(ours, os.stat(self.path)):
+                return None
+        except FileNotFoundError:
+            pass
+        except OSError:  # that nobody may look says nothing of the file
+            return None
+        return "moved" if ours.st_nlink else "removed"
+
+    def renew(self, fate: str) -> int | None:
+        """Go on at the path after what `look` has found; tell of it, and count the lines lost.
+
+        What was moved with its folder is written on where it is now.
+
+        Returns:
+            The number of the full segment before the new file, 0 without one; None when there is
+            no new file.
+        """
+        path, fd = self.path, self._fd
+        assert path is not None
+        assert fd is not None
+        told = f"{path} was {fate} while the log was written"
+        if fate != "moved":
+            self.lost_lines += self._lines
+            told += f", and {count(self._lines, 'line')} with it"
+        try:
+            if fate == "emptied":
+                self._size, self._lines, self._torn = 0, 0, False
+            elif self._take(path):
+                os.close(fd)
+            else:
+                raise OSError(f"another process has taken {path}")
+        except OSError as error:
+            self.path = None
+            if fate == "moved":
+                self._tell(f"{told}, which goes on where the file is now")
+            else:
+                self.close()
+                self._warn(OSError(f"{told}; {error}"))
+            return None
+        self._tell(f"{told}, which goes on in a new file there")
+        done = segments_of(path)
+        return segment_number(done[-1]) if done else 0
 
     def next_segment(self) -> int | None:
         """Set the full file aside, drop the oldest, go on in a new one; gives back its number."""
@@ -114,17 +197,21 @@ class LogFile:
                 time.sleep(0.001)  # a reader that looks whether the log is written holds it shortly
             except OSError:  # a file system without locks: go on without one
                 break
-        self.path, self._fd = path, fd
+        self.path, self._fd, self._lines = path, fd, 0
+        self._look_at = time.monotonic() + LOOK_S
         self._size = os.fstat(fd).st_size
         self._torn = self._size > 0 and os.pread(fd, 1, self._size - 1) != b"\n"
         return True
 
     def _warn(self, error: Exception) -> None:
+        self._tell(f"cannot write the log in {self._folder}: {error}")
+
+    def _tell(self, what: str) -> None:
         if not self._warned:
             self._warned = True
             warn(
-                f"lensnet_guard: cannot write the log in {self._folder}: {error}. Enforcement and "
-                "the ring buffer go on; lost lines are counted."
+                f"lensnet_guard: {what}. Enforcement and the ring buffer go on; lost lines are "
+                "counted."
             )
 
 

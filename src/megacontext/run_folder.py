@@ -31,11 +31,12 @@ class RunFolder:
     """One run's folder.
 
     Args:
-        path: the folder; nothing is created before `create`.
+        path: the folder; nothing is created before `create`. One that is relative stays where it is
+            now, whatever directory the process changes to.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint.pt"

@@ -57,7 +57,7 @@ class SessionFolder:
             FileExistsError: it holds a session already, or something else.
             OSError: it cannot be written.
         """
-        folder = Path(path)
+        folder = Path(path).absolute()
         require_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         made = cls(folder)
@@ -84,7 +84,7 @@ class SessionFolder:
             BlockingIOError: another session is using it.
             ValueError: it was made with other sizes or weights, or is damaged.
         """
-        folder = Path(path)
+        folder = Path(path).absolute()
         require_session(folder)
         opened = cls(folder)
         try:

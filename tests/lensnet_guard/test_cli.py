@@ -1,6 +1,9 @@
 """The command line, as people and programs meet it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -116,3 +119,139 @@ class TestPostmortem:
             folder,
         )
         assert result.stdout.endswith("1 False\n")
+
+
+class TestNarrowOutputs:
+    """Standard output that lacks characters, room or a reader."""
+
+    @pytest.fixture
+    def odd(self, tmp_path):
+        """A log with a lone surrogate in its names, and a call site with an ellipsis."""
+        for name in ("é\udc80", "…"):
+            guard_module(nn.Linear(3, 2), log=tmp_path / "odd", name=name).end_log()
+        return tmp_path / "odd"
+
+    @pytest.fixture
+    def command(self):
+        def command(stdout, *arguments, **env):
+            return subprocess.run(
+                [sys.executable, "-m", "lensnet_guard", *map(str, arguments)],
+                env={**os.environ, **env},
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                timeout=120,
+            )
+
+        return command
+
+    @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+    def test_half_a_report_and_a_traceback(self, command, odd, encoding):
+        """Every run is told of, whatever the encoding."""
+        done = command(subprocess.PIPE, "postmortem", odd, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.startswith(b"verdict: clean")
+        assert done.stdout.count(b"mode enforce") == 2
+        assert "\\udc80".encode(encoding) in done.stdout
+
+    @pytest.mark.parametrize("name", ["report", "trace"])
+    def test_a_file_name_that_cannot_be_printed(self, command, odd, name):
+        """The file is written, and its name comes out as escapes."""
+        output = odd / "r\udcff é"
+        done = command(subprocess.PIPE, name, odd, "-o", output, PYTHONIOENCODING="ascii")
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"r\\udcff \\xe9: " in done.stdout
+        assert output.exists()
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    @pytest.mark.parametrize("options", [("postmortem",), ("postmortem", "--json"), ("report",)])
+    def test_a_full_device(self, command, odd, options):
+        """Exit code 2: nobody has heard the verdict."""
+        with open("/dev/full", "wb") as full:
+            done = command(full, *options, odd)
+        told = b"lensnet-guard: cannot write to standard output: No space left on device\n"
+        assert (done.returncode, done.stderr) == (2, told)
+
+    @pytest.mark.parametrize("options", [("postmortem",), ("postmortem", "--json"), ("report",)])
+    def test_a_pipe_that_was_closed(self, command, folder, options):
+        """`| head -1` has the exit code of the verdict, and no word on stderr."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = command(writing, *options, folder)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (int("postmortem" in options), b"")
+
+
+class TestFilesThatAreWritten:
+    """`report` and `trace` replace what they have made, and nothing else."""
+
+    @pytest.mark.parametrize("name", ["report", "trace"])
+    @pytest.mark.parametrize("force", [(), ("--force",)])
+    def test_the_log_was_written_over(self, folder, name, force):
+        """And every other file that the command reads."""
+        (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        (folder / "overview.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        inputs = ["lensnet.rank0.jsonl"]
+        inputs += ["metrics.jsonl", "overview.png"] if name == "report" else []
+        for file in inputs:
+            before = (folder / file).read_bytes()
+            result = run(name, folder, "-o", folder / file, *force)
+            assert result.exit_code == 2
+            assert result.stderr == (
+                f"lensnet-guard: {folder / file} is read for this, so it is not written over; "
+                "choose another file with -o\n"
+            )
+            assert (folder / file).read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("name", "usual"), [("report", "report.html"), ("trace", "trace.json")]
+    )
+    def test_a_checkpoint_was_written_over(self, folder, name, usual):
+        """Only --force replaces somebody else's file, also one of the usual name."""
+        for options in (("-o", folder / "checkpoint.pt"), ()):
+            path = folder / (options[1] if options else usual)
+            path.write_bytes(b"weights")
+            result = run(name, folder, *options)
+            assert result.exit_code == 2
+            assert result.stderr.startswith(f"lensnet-guard: {path} holds something else")
+            assert path.read_bytes() == b"weights"
+            assert run(name, folder, *options, "--force").exit_code == 0
+            assert path.read_bytes() != b"weights"
+
+    @pytest.mark.parametrize("name", ["report", "trace"])
+    def test_an_earlier_one_is_replaced(self, folder, name):
+        """A report of the same run, written while it goes on, needs no option; nor does one of the
+        other command pass for it."""
+        output = folder / "out"
+        assert run(name, folder, "-o", output).exit_code == 0
+        assert run(name, folder, "-o", output).exit_code == 0
+        other = {"report": "trace", "trace": "report"}[name]
+        assert run(other, folder, "-o", output).exit_code == 2
+        assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"] == []
+
+    def test_a_log_that_is_no_file(self, tmp_path):
+        """Nothing is read, and nothing written."""
+        result = run("report", tmp_path, "-o", tmp_path / "out")
+        assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
+
+    @pytest.mark.parametrize("name", ["metrics.jsonl", "overview.png"])
+    @pytest.mark.parametrize("kind", ["pipe", "zero"])
+    def test_a_device_was_read_for_ever(self, folder, name, kind):
+        """A pipe has no end as long as nobody writes to it, /dev/zero has none at all."""
+        path = folder / name
+        if kind == "zero":
+            path.symlink_to("/dev/zero")
+        else:
+            os.mkfifo(path)
+        assert run("report", folder).exit_code == 0
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        "arguments",
+        [("nonsense",), ("postmortem",), ("postmortem", "--nonsense"), ("report", "a", "b")],
+    )
+    def test_it_is_wrong(self, arguments):
+        """Exit code 2, with a word on how it is used."""
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("Usage: ")

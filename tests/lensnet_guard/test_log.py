@@ -16,7 +16,15 @@ import structlog
 import torch
 from torch import nn
 
-from lensnet_guard import BudgetExceeded, NoContext, guard_module, guard_of, lensnet_guard
+from lensnet_guard import (
+    BudgetExceeded,
+    NoContext,
+    copies,
+    guard_module,
+    guard_of,
+    lensnet_guard,
+    log_file,
+)
 from lensnet_guard.log import RunLog
 
 SCOPE = "preference_scorer"
@@ -542,7 +550,7 @@ class TestLogThatCannotBeWritten:
             guard.end_log()
         (warning,) = caught
         assert str(warning.message) == (
-            f"lensnet_guard: 5 log lines could not be written to {folder}; "
+            f"lensnet_guard: 5 log lines could not be written to {folder}, or are gone from it; "
             "enforcement was not affected"
         )
 
@@ -580,16 +588,21 @@ class TestLogThatCannotBeWritten:
             """
         )
         assert result.returncode == 0, result.stderr
-        assert result.stderr.count("cannot write the log in log") == 1
-        assert result.stderr.count("6 log lines could not be written to log/") == 1
+        assert result.stderr.count(f"cannot write the log in {tmp_path / 'log'}") == 1
+        assert result.stderr.count(f"6 log lines could not be written to {tmp_path}/log/") == 1
         lines = (tmp_path / "log" / FILE).read_text().splitlines()
         assert len(lines[1]) == 100
         whole = [json.loads(line) for line in [lines[0], *lines[2:]]]
         assert events(whole) == ["run.begin", "call.begin", "call.end", "run.end"]
         assert (whole[1]["seq"], whole[-1]["lost_lines"], whole[-1]["calls"]) == (4, 6, 4)
 
-    def test_violation_was_forgotten_when_its_warning_was_an_error(self, make_scorer, x, tmp_path):
+    def test_violation_was_forgotten_when_its_warning_was_an_error(
+        self, make_scorer, x, tmp_path, monkeypatch
+    ):
         """With warnings as errors, a failing log hides no violation from its micro-step."""
+        monkeypatch.setattr(
+            log_file, "LOOK_S", 3_600.0
+        )  # or it would find that the file is another
         guard = guard_module(make_scorer(), log=tmp_path)
         os.close(guard._history.log._file._fd)
         guard._history.log._file._fd = os.open(os.devnull, os.O_RDONLY)
@@ -605,6 +618,89 @@ class TestLogThatCannotBeWritten:
                     guard.module(x)
         with pytest.warns(RuntimeWarning, match="could not be written"):
             guard.end_log()
+
+
+class TestAnotherWorkingDirectory:
+    """A relative folder is the one where the log began, whatever the process changes to."""
+
+    @pytest.fixture
+    def moved_guard(self, scorer, tmp_path, monkeypatch):
+        """A guard that logs to ``began/runs/42``, in a process that is in ``other`` by now."""
+        for name in ("began", "other"):
+            (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / "began")
+        guard = guard_module(scorer, log=os.path.join("runs", "42"))
+        monkeypatch.chdir(tmp_path / "other")
+        yield guard
+        guard.end_log()
+        assert list((tmp_path / "other").iterdir()) == []
+
+    def test_the_path_led_to_another_place(self, moved_guard, x, tmp_path):
+        """What `log_path`, notes on exceptions and `start_log` say can be opened."""
+        path = tmp_path / "began" / "runs" / "42" / FILE
+        assert moved_guard.log_path == path
+        with moved_guard.context("inference"):
+            moved_guard.module(x)
+        assert events(read(path)) == ["run.begin", "call.begin", "call.end"]
+        with pytest.raises(ValueError, match=f"already logs to {path.parent}"):
+            moved_guard.start_log("elsewhere")
+
+    def test_segments_could_not_be_set_aside(self, moved_guard, x, tmp_path, monkeypatch):
+        """A full file is renamed beside the new one, and nothing is lost."""
+        monkeypatch.setattr(log_file, "SEGMENT_BYTES", 1_000)
+        with moved_guard.context("inference"):
+            for _ in range(3):
+                moved_guard.module(x)
+        assert moved_guard._history.log.lost_lines == 0
+        files = {path.name for path in (tmp_path / "began" / "runs" / "42").iterdir()}
+        assert {FILE, "lensnet.rank0.seg00001.jsonl"} < files
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+    def test_a_fork_began_a_folder_of_its_own(self, moved_guard, x, tmp_path):
+        """It logs beside its parent."""
+        child = os.fork()
+        if child == 0:
+            with moved_guard.context("inference"):
+                moved_guard.module(x)
+            os._exit(0)
+        os.waitpid(child, 0)
+        files = {path.name for path in (tmp_path / "began" / "runs" / "42").iterdir()}
+        assert files == {FILE, f"lensnet.rank0.pid{child}.jsonl"}
+
+    def test_a_pickle_took_the_name_along(self, moved_guard, tmp_path, monkeypatch):
+        """What a spawned worker is sent is the folder, not a name that means another one there."""
+        monkeypatch.setattr(copies, "get_spawning_popen", lambda: True)
+        folder = moved_guard.module.__reduce_ex__(4)[1][0]
+        assert folder == tmp_path / "began" / "runs" / "42"
+
+    def test_evidence(self, scorer, x, tmp_path, monkeypatch):
+        """What is written after the fact goes where it was asked for."""
+        monkeypatch.chdir(tmp_path)
+        guard = guard_module(scorer)
+        with guard.context("inference"):
+            guard.module(x)
+        assert guard.evidence("run") == tmp_path / "run" / FILE
+
+    def test_a_directory_that_is_gone(self, run_python, tmp_path):
+        """There a relative folder cannot be made: that is told, and enforcement goes on."""
+        result = run_python(
+            """
+            import os, torch
+            from torch import nn
+            from lensnet_guard import NoContext, guard_module
+
+            os.mkdir("here")
+            os.chdir("here")
+            os.rmdir("../here")
+            guard = guard_module(nn.Linear(3, 2), log="log")
+            try:
+                guard.module(torch.ones(1, 3))
+            except NoContext:
+                print("refused", guard.log_path)
+            """
+        )
+        assert result.stdout == "refused None\n", result.stderr
+        assert "lensnet_guard: cannot write the log in log: [Errno 2] No such" in result.stderr
 
 
 class TestUsersStructlog:

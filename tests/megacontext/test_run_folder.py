@@ -37,6 +37,21 @@ class TestCreate:
         with pytest.raises(FileExistsError, match="file is not an empty folder"):
             RunFolder(tmp_path / "file").create({})
 
+    def test_a_relative_folder_moved_with_the_process(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It stays where the run began, whatever directory a callback changes to."""
+        monkeypatch.chdir(tmp_path)
+        folder = RunFolder("run")
+        folder.create(CONFIG)
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path / "other")
+        folder.append_metrics({"step": 1})
+        folder.save_checkpoint({"step": 1})
+        assert folder.read_config() == CONFIG
+        names = {path.name for path in (tmp_path / "run").iterdir()}
+        assert names == {"config.json", "metrics.jsonl", "checkpoint.pt"}
+
     @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"model": null}', b"\xff\xfe", b"7"])
     def test_a_damaged_configuration_is_named(self, folder: RunFolder, content: bytes) -> None:
         """Whatever an editor did to it."""

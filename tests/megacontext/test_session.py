@@ -427,6 +427,19 @@ class TestResume:
         for name in ("refocuses", "lensnet_calls", "expanded", "collapsed", "dropped", "tokens"):
             assert left[name] == right[name]
 
+    def test_a_relative_folder_moved_with_the_process(
+        self, config: MCConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A session goes on where it was, whatever directory the process changes to."""
+        monkeypatch.chdir(folder.parent)
+        mc = MCController(config)
+        mc.resume_inference_session(folder.name)
+        (folder.parent / "other").mkdir()
+        monkeypatch.chdir("other")
+        mc.inference_step(HISTORY[400:500])
+        mc.end_inference_session()
+        assert list(Path().iterdir()) == []
+
     def test_killed_at_random_moments_it_loses_nothing(
         self, config: MCConfig, tmp_path: Path, processes
     ) -> None:

@@ -15,6 +15,7 @@ from lensnet_guard import CallPolicy, Guard, guard_module, guard_of, lensnet_gua
 from lensnet_guard._text import count
 from lensnet_guard.errors import add_note
 from lensnet_guard.integrations._place import GuardLost, Place, find, locate
+from lensnet_guard.log_file import absolute
 
 Mode = Literal["enforce", "observe", "off"]
 Log = str | os.PathLike[str]
@@ -60,10 +61,11 @@ class Contract:
     Args:
         target: the attribute that holds the module (``"reference"``, ``"model.critic"``), to be
             guarded for the training; or a guard that exists.
-        policy, mode, log: as for `lensnet_guard.guard_module`; only with an attribute.
+        policy, mode, log: as for `lensnet_guard.guard_module`; only with an attribute. A relative
+            ``log`` is taken from where the process is now, not where it is as the training starts.
 
     Raises:
-        TypeError: ``target`` is neither.
+        TypeError: ``target`` is neither, or ``log`` is not a path.
         ValueError: policy, mode or log for a guard that exists.
     """
 
@@ -84,6 +86,8 @@ class Contract:
                 f"{self.target.name} has a guard already, which {' and '.join(given)} cannot "
                 "change; give them to guard_module"
             )
+        if self.log is not None:
+            object.__setattr__(self, "log", absolute(self.log))
 
 
 class Watch:
@@ -104,6 +108,7 @@ class Watch:
         self._contract = contract
         self._root = root
         self._must_be_found = must_be_found
+        self._began_in = absolute(".")
         self._place: Place | None = None
         self._installed = ExitStack()
         self._context: tuple[str, AbstractContextManager[None]] | None = None
@@ -230,12 +235,15 @@ class Watch:
         """Say on an exception where the calls are written down, in a log or now.
 
         Args:
-            folder: where to write them for a guard without a log; with None nothing is written.
+            folder: where to write them for a guard without a log, relative to where the process was
+                when the watch was made; with None nothing is written.
         """
         guard = self.guard
         if guard is None or guard.mode == "off":
             return
-        path = guard.log_path or (guard.evidence(folder) if folder is not None else None)
+        path = guard.log_path
+        if path is None and folder is not None:
+            path = guard.evidence(self._began_in / folder)
         if path is not None:
             add_note(error, f"lensnet_guard: the calls of {guard.name} are in {path}")
 

@@ -13,6 +13,7 @@ from torch import nn
 from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
 from lensnet_guard.integrations._place import GuardLost, find
 from lensnet_guard.integrations._watch import Contract, Log, Mode, Verdict, Watch
+from lensnet_guard.log_file import absolute
 
 try:
     from accelerate import Accelerator
@@ -58,7 +59,8 @@ class GuardedAccelerator:
         if guard is not None:
             Contract(guard, policy, mode, log)  # refuses what does not go together
         self._accelerator = accelerator
-        self._contract: dict[str, Any] = {"policy": policy, "mode": mode, "log": log}
+        folder = absolute(log) if log is not None else None
+        self._contract: dict[str, Any] = {"policy": policy, "mode": mode, "log": folder}
         self._name = name
         self._held_by: Any = None
         self._watch: Watch | None = None

@@ -21,11 +21,13 @@ _SITE_COLUMNS = ("times", "module", "context", "scope", "what", "from")
 _DEVIATIONS = 50
 _POINTS = 1_000  # of a curve
 _PICTURE_BYTES = 8 * 2**20
+_LINE_BYTES = 2**20  # a longer line holds no metrics
 _CURVES = {  # title -> the metrics in it
     "loss": ("loss", "lm_loss", "validation_loss"),
     "preference learning": ("lens_loss", "preference_agreement", "validation_agreement"),
 }
 
+MARK = b"<title>lensnet-guard report</title>"  # in the head: by it an earlier report is known
 _HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
@@ -70,6 +72,11 @@ pre { white-space:pre-wrap; font-size:.85rem; margin:.3rem 0 .3rem 1rem }
 </style></head><body>
 <h1>lensnet-guard report</h1>
 """
+
+
+def inputs(folder: Path) -> tuple[Path, Path]:
+    """What a report shows beside the logs, where a run's folder has it: metrics and picture."""
+    return folder / "metrics.jsonl", folder / "overview.png"
 
 
 def render_report(
@@ -199,9 +206,10 @@ def _damage(run: Run) -> Iterator[str]:
 
 def _training(folder: Path) -> Iterator[str]:
     """Curves and LOD strips, where the run has them."""
-    rows = _metrics(folder / "metrics.jsonl")
+    metrics, overview = inputs(folder)
+    rows = _metrics(metrics)
     plots = [piece for title, names in _CURVES.items() for piece in _plot(title, rows, names)]
-    picture = _picture(folder / "overview.png")
+    picture = _picture(overview)
     if plots or picture:
         yield f"<section><h2>Training</h2>{''.join(plots)}{picture}</section>"
 
@@ -210,9 +218,11 @@ def _metrics(path: Path) -> list[dict[str, float]]:
     """Rows of numbers, thinned out evenly; lines that are no such rows are passed over."""
     rows: list[dict[str, float]] = []
     stride = 1
+    if not path.is_file():  # a pipe would be waited for, a device has no end
+        return rows
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file):
+            for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES), b"")):
                 if number % stride:
                     continue
                 try:
@@ -254,6 +264,8 @@ def _plot(title: str, rows: Sequence[dict[str, float]], names: Iterable[str]) ->
 
 
 def _picture(path: Path) -> str:
+    if not path.is_file():
+        return ""
     try:
         if path.stat().st_size > _PICTURE_BYTES:
             return _paragraph(f"{path.name} is too large to be shown here.", "soft")

@@ -16,6 +16,7 @@ from lensnet_guard.postmortem.findings import Call
 from lensnet_guard.postmortem.reader import open_logs
 from lensnet_guard.postmortem.timeline import MicroStepBegins, moment, numbered_events
 
+MARK = b'"producer":"lensnet-guard trace"'  # in the head: by it an earlier trace is known
 _LONGEST_MS = 1e12  # a longer call is a damaged line
 
 
@@ -32,7 +33,7 @@ def write_trace(
     Raises:
         FileNotFoundError: a target does not exist, or a folder holds no log.
     """
-    file.write(b'{"displayTimeUnit":"ms","traceEvents":[')
+    file.write(b'{"displayTimeUnit":"ms","otherData":{' + MARK + b'},"traceEvents":[')
     written = 0
     for event in trace_events(targets, progress):
         file.write(b",\n" if written else b"\n")

@@ -286,6 +286,15 @@ class TestBudget:
             note = f"lensnet_guard: the calls of critic are in {path}"
             assert caught.value.__notes__ == [note]
 
+    def test_the_log_moved_with_the_process(self, tmp_path, monkeypatch):
+        """A relative folder is the one where the loop was set up."""
+        monkeypatch.chdir(tmp_path)
+        guarded = GuardedAccelerator(Accelerator(cpu=True), log="log")
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir("other")
+        guarded.prepare(Critic())
+        assert guarded.guard.log_path == tmp_path / "log" / "lensnet.rank0.jsonl"
+
 
 class TestMisuse:
     def test_no_module_to_guard(self):

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from lensnet_guard import UnsanctionedCall, guard_module
 from lensnet_guard.integrations import sanctioned
 from lensnet_guard.integrations._place import find, locate
-from lensnet_guard.integrations._watch import Verdict
+from lensnet_guard.integrations._watch import Contract, Verdict, Watch
 
 
 class TestOptionalLibraries:
@@ -41,6 +42,40 @@ class TestOptionalLibraries:
             """
         )
         assert done.stdout == "[]\n", done.stderr
+
+
+class TestAnotherWorkingDirectory:
+    """Relative folders are those where the integration was made, wherever the trainer goes."""
+
+    @pytest.fixture
+    def owner(self, scorer, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "other").mkdir()
+        return SimpleNamespace(scorer=scorer)
+
+    def test_the_log_moved_before_the_training_began(self, owner, tmp_path, monkeypatch):
+        """Hydra and Lightning change the directory between the callback and its training."""
+        contract = Contract("scorer", log="log")
+        monkeypatch.chdir("other")
+        watch = Watch(contract, owner)
+        guard = watch.open()
+        assert guard.log_path == tmp_path / "log" / "lensnet.rank0.jsonl"
+        watch.close()
+
+    def test_the_evidence_moved(self, owner, tmp_path, monkeypatch):
+        """It is for the folder that the trainer had when it began."""
+        watch = Watch(Contract("scorer"), owner)
+        watch.open()
+        monkeypatch.chdir("other")
+        error = RuntimeError()
+        watch.leave_evidence(error, "output")
+        watch.close(error)
+        assert (tmp_path / "output" / "lensnet.rank0.jsonl").exists()
+
+    def test_a_log_that_is_no_path(self):
+        """It is refused at once, not when the training starts."""
+        with pytest.raises(TypeError, match=r"^log must be a folder's path, not 5$"):
+            Contract("scorer", log=5)
 
 
 class TestSanctioned:

@@ -295,7 +295,7 @@ class TestCommand:
     def test_the_output_is_replaced_as_a_whole(self, run_dir: Path) -> None:
         """An older page gives way; nothing else is left behind."""
         output = run_dir / "out.html"
-        output.write_text("old")
+        output.write_text("<title>lensnet-guard report</title>old")
         assert CliRunner().invoke(main, ["report", str(run_dir), "-o", str(output)]).exit_code == 0
         assert output.read_text().startswith("<!DOCTYPE html>")
         assert {path.name for path in run_dir.iterdir()} == {"lensnet.rank0.jsonl", "out.html"}

@@ -47,7 +47,7 @@ def write_trace(run_dir: Path) -> list[dict[str, Any]]:
     result = CliRunner().invoke(main, ["trace", str(run_dir)])
     assert result.exit_code == 0, result.output
     trace = json.loads((run_dir / "trace.json").read_text())
-    assert set(trace) == {"traceEvents", "displayTimeUnit"}
+    assert set(trace) == {"traceEvents", "displayTimeUnit", "otherData"}
     assert result.output == f"{run_dir / 'trace.json'}: {len(trace['traceEvents'])} events\n"
     check_format(trace["traceEvents"])
     return trace["traceEvents"]
