@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lensnet_guard._torch_internals import eager_only, recomputing
+from lensnet_guard._torch_checkpoints import recomputed_checkpoint
+from lensnet_guard._torch_internals import eager_only
 
 # What torch prints where a guarded module stands in the way of a full graph.
 EAGER = (
@@ -135,7 +136,7 @@ class Tripwire:
         """A run that nobody admitted: refused, unless it is a part's in a recompute."""
         if self._refuse is None:  # a copy that has outlived the guard
             return run(*args, **kwargs)
-        if part is not self.module and recomputing(sys._getframe()):
+        if part is not self.module and recomputed_checkpoint(sys._getframe()) is not None:
             return self._run_inside(run, args, kwargs)
         return self._refuse(part, run, args, kwargs)
 
@@ -149,7 +150,7 @@ class Tripwire:
     @eager_only(EAGER)
     def _compiled(self, part: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A compiled part called from outside: in a recompute it must run compiled again."""
-        if part is not self.module and recomputing(sys._getframe()):
+        if part is not self.module and recomputed_checkpoint(sys._getframe()) is not None:
             return self._run_inside(run, args, kwargs)
         return run(*args, **kwargs)
 
@@ -164,7 +165,7 @@ class Tripwire:
             return tripwire._behind(part, original.forward.__get__(part), args, kwargs)
 
         def __call__(part: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            if inside.here or part._compiled_call_impl is None:
+            if inside.here or getattr(part, "_compiled_call_impl", None) is None:
                 return original.__call__(part, *args, **kwargs)
             return tripwire._compiled(part, original.__call__.__get__(part), args, kwargs)
 

@@ -1,49 +1,18 @@
 """Every private name of torch that the guard reads is still there, and its absence does no harm."""
 
 import importlib
-import sys
+import inspect
 
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
 
-from lensnet_guard import NoContext, _torch_internals, guard_module
+from lensnet_guard import _torch_internals
 
 
 class TestStillThere:
     """Fails when a new torch has moved something: then the guard knows less."""
-
-    @pytest.mark.parametrize(
-        "name",
-        ["_REENTRANT_FORWARD", "_REENTRANT_BACKWARD", "_CHECKPOINT", "_UNPACK", "_ENGINE"],
-    )
-    def test_code_of_checkpointing(self, name):
-        """The functions by which a recompute is recognised."""
-        assert getattr(_torch_internals, name) is not None
-
-    def test_the_exception_that_ends_a_recompute(self):
-        """Non-reentrant checkpoints stop early by it."""
-        assert issubclass(_torch_internals._STOP_RECOMPUTING, Exception)
-
-    @pytest.mark.parametrize("name", ["_current_graph_task_id"])
-    def test_functions_of_c(self, name):
-        """Without it no backward is seen."""
-        assert callable(getattr(torch._C, name))
-
-    def test_saved_tensor_hooks(self):
-        """None without hooks, something within a checkpoint."""
-        seen = []
-
-        def run(x):
-            seen.append(_torch_internals.may_be_in_checkpoint())
-            return x * 2
-
-        assert not _torch_internals.may_be_in_checkpoint()
-        checkpoint(run, torch.ones(1, requires_grad=True), use_reentrant=False)
-        checkpoint(run, torch.ones(1, requires_grad=True), use_reentrant=True)
-        assert seen == [True, True]
 
     def test_profiling(self):
         """From the start of a profile to its end."""
@@ -165,9 +134,11 @@ class TestCudaGraphs:
     def test_words_of_the_error(self, trees):
         """By which it is known, for outputs and for gradients."""
         tell = trees.CUDAGraphTreeManager.format_dealloc_msg
-        for of_gradient in (False, True):
-            message = tell(None, is_grad_output=of_gradient)
-            assert _torch_internals.OVERWRITTEN in message
+        told = [tell(None)]
+        if "is_grad_output" in inspect.signature(tell).parameters:  # since torch 2.14
+            told.append(tell(None, is_grad_output=True))
+        assert all(_torch_internals.OVERWRITTEN in message for message in told)
+        assert ["gradient" in message for message in told] == [False, True][: len(told)]
 
     def test_a_storage_that_can_be_read(self):
         """Asked without harm, also when it is gone."""
@@ -210,16 +181,6 @@ class TestCudaGraphs:
 class TestGone:
     """A torch without a private name: the guard falls back to knowing less, and stays safe."""
 
-    def test_checkpoints_are_not_recognised(self, monkeypatch, scorer):
-        """Then a recompute is judged as a call, which is refused rather than missed."""
-        monkeypatch.setattr(_torch_internals, "_UNPACK", None)
-        guard = guard_module(scorer)
-        with guard.context("training"), guard.sanctioned("preference_scorer"):
-            x = torch.ones(1, 3, requires_grad=True)
-            loss = checkpoint(guard.module, x, use_reentrant=False).sum()
-        with pytest.raises(NoContext):
-            loss.backward()
-
     @pytest.fixture
     def without(self, monkeypatch):
         """Import the module anew where some names are missing; the real one comes back after."""
@@ -233,25 +194,6 @@ class TestGone:
             return module
 
         return reload
-
-    def test_everything(self, without):
-        """It still imports, and answers with unknown."""
-        module = without(
-            (torch.utils.checkpoint, "_checkpoint_hook"),
-            (torch.utils.checkpoint, "CheckpointFunction"),
-            (torch.utils.checkpoint, "_StopRecomputationError"),
-            (torch.autograd.graph, "_engine_run_backward"),
-            (torch._C, "_current_graph_task_id"),
-            (torch._C._autograd, "_top_saved_tensors_default_hooks"),
-            (torch.autograd.profiler, "_is_profiler_enabled"),
-        )
-        frame = sys._getframe()
-        assert module.backward_pass() is None
-        assert module.may_be_in_checkpoint() is True
-        assert list(module.open_checkpoints(frame)) == []
-        assert module.recomputed_checkpoint(frame) is None
-        assert module.stops_recomputing(RuntimeError()) is False
-        assert module.profiling() is False
 
     def test_eager_only(self, without):
         """The public way out of a graph is taken instead."""
