@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from lensnet_guard._torch_checkpoints import is_composable, losses, stops_recomputing
+from lensnet_guard import _torch_checkpoints, _torch_internals
+from lensnet_guard._torch_checkpoints import is_composable, stops_recomputing
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Block, OpenBlocks, P, Position, R
 from lensnet_guard.errors import LensNetViolation, build_violation
@@ -66,7 +67,7 @@ class Guard:
         self._ranks: Ranks | None = None  # while they are compared
         self._tripwire: Tripwire | None = None
         if mode != "off":
-            tell_untested(losses())
+            tell_untested([*_torch_checkpoints.losses(), *_torch_internals.losses()])
             shared = policy.shared_submodules
             self._tripwire = Tripwire(module, self, self._inside, self._run_behind, shared)
 

@@ -161,13 +161,15 @@ class Tripwire:
         def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if inside.here:
                 return original.forward(part, *args, **kwargs)
-            # __get__ and not MethodType(...), which torch.compile cannot trace
-            return tripwire._behind(part, original.forward.__get__(part), args, kwargs)
+            # No method: torch.compile cannot trace MethodType(...), nor in torch 2.7 __get__.
+            return tripwire._behind(part, functools.partial(original.forward, part), args, kwargs)
 
         def __call__(part: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
             if inside.here or getattr(part, "_compiled_call_impl", None) is None:
                 return original.__call__(part, *args, **kwargs)
-            return tripwire._compiled(part, original.__call__.__get__(part), args, kwargs)
+            return tripwire._compiled(
+                part, functools.partial(original.__call__, part), args, kwargs
+            )
 
         # Code of its own, for torch.compile counts recompiles by code and gives up after eight.
         forward.__code__ = forward.__code__.replace()

@@ -2,13 +2,14 @@
 
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lensnet_guard import _torch_internals
+from lensnet_guard import UntestedTorch, _torch_internals
 
 
 class TestStillThere:
@@ -76,7 +77,8 @@ class TestCudaGraphs:
         """As in another torch: compiled, and that is all that is known."""
         module = nn.Linear(3, 2)
         module._compiled_call_impl = lambda x: x
-        assert _torch_internals.compiler_options(module) == {}
+        with pytest.warns(UntestedTorch, match="how a module is compiled"):
+            assert _torch_internals.compiler_options(module) == {}
 
     def test_marks(self, trees, monkeypatch):
         """Torch counts them downwards."""
@@ -120,11 +122,23 @@ class TestCudaGraphs:
         manager = object.__new__(trees.CUDAGraphTreeManager)
         manager.path_state = trees.ExecutionState.RECORDING
         manager.running_forwards_with_pending_backwards = True
-        manager.current_node = type("Node", (), {"path_live_weakrefs": lambda _: [lambda: 5]})()
+        manager.current_node = node = SimpleNamespace(path_live_weakrefs=lambda: [lambda: 5])
         container = type("Container", (), {"tree_manager": manager})()
         monkeypatch.setitem(trees.get_obj(trees.local, "tree_manager_containers"), 97, container)
         tree = _torch_internals.graph_tree(torch.device("cuda", 97))
-        assert tree == ("recording", True, frozenset({5}))
+        assert tree == ("recording", True, frozenset({5}), False)
+        node._path_from_root = [SimpleNamespace(user_visible_output_idxs=frozenset({0}))]
+        assert _torch_internals.graph_tree(torch.device("cuda", 97)).cloned is True
+
+    def test_name_of_the_option_that_copies_outputs(self):
+        """In the configuration and in the options of a module, since torch 2.14."""
+        module = nn.Linear(3, 2)
+        module.compile(mode="reduce-overhead")
+        known = "triton.cudagraph_trees_generation_cloning"
+        since = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+        assert (known in _torch_internals.compiler_options(module)) is since
+        assert _torch_internals.clones_outputs({}, None) is False
+        assert _torch_internals.clones_outputs({known: "user_visible"}, None) is True
 
     def test_names_of_the_states(self, trees):
         """Those that a phase is made of."""
@@ -172,10 +186,15 @@ class TestCudaGraphs:
         tracker = importlib.import_module("torch._dynamo.mutation_guard")
         monkeypatch.delattr(tracker, "GenerationTracker")
         monkeypatch.delattr(importlib.import_module("torch._dynamo.utils"), "counters")
-        assert _torch_internals.graph_tree(torch.device("cuda", 0)) is None
-        assert _torch_internals.mark_counter() == 0
-        assert _torch_internals.generation() is None
-        assert _torch_internals.compile_counters() == (0, 0)
+        for ask, unknown, loss in (
+            (lambda: _torch_internals.graph_tree(torch.device("cuda", 0)), None, "CUDA graphs do"),
+            (_torch_internals.mark_counter, 0, "steps of CUDA graphs are marked"),
+            (_torch_internals.generation, None, "the number of a compiled call"),
+            (_torch_internals.compile_counters, (0, 0), "which call compiles anew"),
+        ):
+            with pytest.warns(UntestedTorch, match=f"cannot tell .*{loss}.* All else is checked"):
+                assert ask() == unknown
+            assert ask() == unknown  # told once
 
 
 class TestGone:
