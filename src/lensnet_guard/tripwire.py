@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lensnet_guard._torch_internals import eager_only, recomputing
+from lensnet_guard._torch_checkpoints import recomputed_checkpoint
+from lensnet_guard._torch_internals import eager_only
 from lensnet_guard.armed_class import ArmedMeta, armed_class, original_of
 from lensnet_guard.armed_class import itself as _itself
 
@@ -136,13 +137,11 @@ class Tripwire:
     ) -> Any:
         """A run that nobody admitted: refused, unless it is a part's in a recompute."""
         own = armed_by(part)
-        if (
-            own is not None and own is not self
-        ):  # a copy with a guard of its own, and a bound method of before
+        if own is not None and own is not self:  # a guarded copy, by a bound method of before
             return own._run_own(part, run, args, kwargs)
         if self._refuse is None:  # a copy that has outlived the guard
             return run(*args, **kwargs)
-        if part is not self.module and recomputing(sys._getframe()):
+        if part is not self.module and recomputed_checkpoint(sys._getframe()) is not None:
             return self._run_inside(run, args, kwargs)
         return self._refuse(part, run, args, kwargs)
 
@@ -164,7 +163,7 @@ class Tripwire:
     @eager_only(EAGER)
     def _compiled(self, part: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A compiled part called from outside: in a recompute it must run compiled again."""
-        if part is not self.module and recomputing(sys._getframe()):
+        if part is not self.module and recomputed_checkpoint(sys._getframe()) is not None:
             return self._run_inside(run, args, kwargs)
         return run(*args, **kwargs)
 
@@ -178,13 +177,15 @@ class Tripwire:
                 return tripwire._run_own(part, _bind(run, part), args, kwargs)
             if inside.here:
                 return run(part, *args, **kwargs)
-            # __get__ and not MethodType(...), which torch.compile cannot trace
-            return tripwire._behind(part, run.__get__(part), args, kwargs)
+            # No method: torch.compile cannot trace MethodType(...), nor in torch 2.7 __get__.
+            return tripwire._behind(part, functools.partial(run, part), args, kwargs)
 
         def __call__(part: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            if inside.here or part._compiled_call_impl is None:
+            if inside.here or getattr(part, "_compiled_call_impl", None) is None:
                 return original.__call__(part, *args, **kwargs)
-            return tripwire._compiled(part, original.__call__.__get__(part), args, kwargs)
+            return tripwire._compiled(
+                part, functools.partial(original.__call__, part), args, kwargs
+            )
 
         # Code of its own, for torch.compile counts recompiles by code and gives up after eight.
         forward.__code__ = forward.__code__.replace()
