@@ -87,6 +87,17 @@ def of_lines(figures: dict[str, Any], cuda: bool) -> Lines:
         yield Line(line["name"], _words(line["found"]), limit, line["passed"])
 
 
+def of_doctor(figures: dict[str, Any], cuda: bool) -> Lines:
+    states = {found["name"]: found["state"] for found in figures["mechanisms"]}
+    broken = [name for name, state in states.items() if state == "fails"]
+    untried = [name for name, state in states.items() if state == "not tried"]
+    found = f"{len(states) - len(broken) - len(untried)} mechanisms hold"
+    for word, names in (("broken", broken), ("not tried", untried)):
+        found += f"; {word}: {', '.join(names)}" if names else ""
+    holds = not broken and not (cuda and untried)
+    yield Line("`lensnet-guard doctor`", found, "all of them", holds)
+
+
 def of_smoke(figures: dict[str, Any], cuda: bool) -> Lines:
     steps = f"{figures['steps']:,} steps of {figures['accumulation']} micro-steps"
     for line in of_lines(figures, cuda):
@@ -213,6 +224,7 @@ def checks(folder: Path, steps: int, device: str) -> dict[str, Check]:
     json_on = ("--json", "--device", device)
     return {
         "overwritten": Check(script("gpu/overwritten", *on), 120, of_lines),
+        "doctor": Check(("-m", "lensnet_guard", "doctor", "--json"), 90, of_doctor),
         "tests": Check(tests, 150, of_tests, read_junit),
         "micro_step": Check(script("micro_step", *json_on, *fewer), 60, of_micro_step),
         "overhead": Check(script("guard_overhead", "--json", "--rounds", "5"), 60, of_overhead),
