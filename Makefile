@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo eval bench test check format docs dist clean
+.PHONY: demo eval bench gpu gpu-wheels matrix test check format docs dist clean
 
 demo: .venv/installed  ## train LensNet on real text under the guard and show that the invariant held
 	rm -rf runs/demo
@@ -17,6 +17,15 @@ eval: .venv/installed  ## train both small settings from scratch, and compare Le
 
 bench: .venv/installed  ## every benchmark, as one table; wants a quiet machine
 	$(BIN)/python benchmarks/table.py
+
+gpu-wheels:  ## what `make gpu` brings to a machine without network: a few small wheels
+	$(PYTHON) benchmarks/gpu/run.py --fetch
+
+gpu:  ## all that only a GPU can tell, with the Python and torch that are there; nothing is installed
+	$(PYTHON) benchmarks/gpu/run.py --out runs/gpu
+
+matrix: .venv/installed  ## the guard on every torch that is supported, into docs/compatibility.md; takes hours
+	$(BIN)/python benchmarks/matrix.py
 
 test: .venv/installed  ## every test, in parallel
 	$(BIN)/pytest -n auto

@@ -80,8 +80,8 @@ def kept_by_autograd(parameters: set[int]) -> Iterator[dict[int, int]]:
         yield saved
 
 
-def measure(tokens: int, variants: int, recompute: bool, device: torch.device) -> dict[str, float]:
-    """One step, in MB of 1e6 bytes."""
+def measure(tokens: int, variants: int, recompute: bool, device: torch.device) -> dict[str, Any]:
+    """One step, in MB of 1e6 bytes; ``device_peak_mb`` is what CUDA's allocator says."""
     sizes = {"block_size": 32, "sequence_tokens": tokens, "recent_tokens": 128, "d_model": 256}
     reachable = MCConfig(**sizes, train_wc_length=tokens).new_allocator().reachable_length
     config = MCConfig(
@@ -90,6 +90,8 @@ def measure(tokens: int, variants: int, recompute: bool, device: torch.device) -
     mc = MCController(config).to(device)
     mc.language_model.recompute = recompute
     batch = torch.randint(0, config.vocab_size, (BATCH, tokens), device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     parameters = {p.untyped_storage().data_ptr() for p in mc.parameters()}
     with Live() as live, kept_by_autograd(parameters) as saved:
         result = mc.process_batch(batch)
@@ -100,6 +102,7 @@ def measure(tokens: int, variants: int, recompute: bool, device: torch.device) -
     embeddings = variants_.working_context.embeddings
     levels = sum(tokens // config.block_size**lod for lod in range(config.max_lod + 1))
     return {
+        "tokens": tokens,
         "variants": variants,
         "recompute": recompute,
         "levels_mb": BATCH * levels * config.d_model * embeddings.element_size() / 1e6,
@@ -107,6 +110,9 @@ def measure(tokens: int, variants: int, recompute: bool, device: torch.device) -
         "saved_mb": sum(saved.values()) / 1e6,
         "alive_after_forward_mb": alive / 1e6,
         "peak_mb": live.peak / 1e6,
+        "device_peak_mb": torch.cuda.max_memory_allocated() / 1e6
+        if device.type == "cuda"
+        else None,
     }
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lensnet_guard.proxy import guard_of as guard_of
     from lensnet_guard.ranks import compare_ranks as compare_ranks
     from lensnet_guard.record import CallRecord as CallRecord
+    from lensnet_guard.untested import UntestedTorch as UntestedTorch
 
 _HOMES = {
     "BudgetExceeded": "errors",
@@ -46,6 +47,7 @@ _HOMES = {
     "RankStopped": "errors",
     "ReentrantCall": "errors",
     "UnsanctionedCall": "errors",
+    "UntestedTorch": "untested",
     "compare_ranks": "ranks",
     "guard_module": "install",
     "guard_of": "proxy",

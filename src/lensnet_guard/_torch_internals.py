@@ -1,144 +1,96 @@
-"""What is read from torch's private API, apart from three names that `tripwire` answers to.
+"""What is read from torch's private API, apart from checkpoints and three names of `tripwire`.
 
-Each function says which torch it was read from and degrades to "unknown" where torch has changed;
-tests/lensnet_guard/test_torch_internals.py fails then, so that it is noticed.
+Each function says which torch it was read from. Where torch has changed it answers "unknown", and
+`UntestedTorch` says once what cannot be told apart any more.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from types import CodeType, FrameType
+from inspect import signature
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.autograd.graph
 import torch.autograd.profiler as _profiler
-import torch.utils.checkpoint as checkpointing
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from lensnet_guard.untested import tell_untested
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
-def _code(get: Callable[[], Any]) -> CodeType | None:
-    """The code object of a private function, None when this torch has none by that name."""
-    try:
-        code = get().__code__
-    except AttributeError:
-        return None
-    return code if isinstance(code, CodeType) else None
+_COMPILED_IN_PLACE = "_compiled_call_impl"
+_PROFILING = "_is_profiler_enabled"
+_TREES = "torch._inductor.cudagraph_trees"
 
 
-def _nested(function: Callable[[], Any], name: str) -> CodeType | None:
-    """The code object of a function defined inside another."""
-    outer = _code(function)
-    inner = (c for c in (outer.co_consts if outer else ()) if isinstance(c, CodeType))
-    return next((code for code in inner if code.co_name == name), None)
+def losses() -> list[str]:
+    """What is missing of that which torch has from its import on; empty where all is there."""
+    told = []
+    if not hasattr(torch.nn.Module, _COMPILED_IN_PLACE):
+        told.append(f"whether a module is compiled (nn.Module.{_COMPILED_IN_PLACE} is gone)")
+    if not hasattr(_profiler, _PROFILING):
+        told.append(f"whether a profiler runs ({_profiler.__name__}.{_PROFILING} is gone)")
+    return told
 
 
-# torch 2.13, torch/utils/checkpoint.py and torch/autograd/graph.py.
-_REENTRANT_FORWARD = _code(lambda: checkpointing.CheckpointFunction.forward)
-_REENTRANT_BACKWARD = _code(lambda: checkpointing.CheckpointFunction.backward)
-_CHECKPOINT = _code(lambda: getattr(checkpointing.checkpoint, "__wrapped__"))  # noqa: B009
-_UNPACK = _nested(lambda: checkpointing._checkpoint_hook.__init__, "unpack_hook")
-_ENGINE = _code(lambda: torch.autograd.graph._engine_run_backward)
-_STOP_RECOMPUTING = getattr(checkpointing, "_StopRecomputationError", None)
+def _read(module: str, path: str, unknown: Any, loss: str) -> Any:
+    """A name of a module of torch's that is loaded; importing one takes long.
 
-_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
-_grad_enabled = torch.is_grad_enabled
+    Args:
+        unknown: the answer where the module is not loaded, or the name is gone.
+        loss: what cannot be told without the name.
 
-
-def backward_pass() -> int | None:
-    """A number for the running backward pass of this thread; None outside one."""
-    number: int = _graph_task()
-    return None if number == -1 else number
-
-
-def may_be_in_checkpoint() -> bool:
-    """Whether a checkpoint's forward may be running: a quick look before `open_checkpoints`."""
-    # Reentrant checkpoints run under no_grad, the other kind under saved-tensor hooks.
-    return not _grad_enabled() or _saved_tensor_hooks(True) is not None
-
-
-def open_checkpoints(frame: FrameType | None) -> Iterator[object]:
-    """The activation checkpoints whose forward runs from ``frame`` outwards, innermost first.
-
-    The objects are torch's own for those checkpoints; `recomputed_checkpoint` finds the same again.
-    What lies outside a running backward pass or recompute does not count.
+    Warns:
+        UntestedTorch: the module is there and the name is not.
     """
-    while frame is not None:
-        code = frame.f_code
-        if code is _ENGINE or code is _UNPACK or code is _REENTRANT_BACKWARD:
-            return
-        checkpoint = None
-        if code is _REENTRANT_FORWARD:
-            checkpoint = frame.f_locals.get("ctx")
-        elif code is _CHECKPOINT:
-            suspended = getattr(frame.f_locals.get("gen"), "gi_frame", None)
-            checkpoint = suspended.f_locals.get("new_frame") if suspended is not None else None
-        if checkpoint is not None:
-            yield checkpoint
-        frame = frame.f_back
-
-
-def recomputed_checkpoint(frame: FrameType | None) -> object | None:
-    """The activation checkpoint that is being recomputed from ``frame`` outwards, if any.
-
-    The innermost frame of torch's decides: a hook that runs inside backward is no recompute, even
-    when that backward was started by a (reentrant) checkpoint's.
-    """
-    while frame is not None:
-        code = frame.f_code
-        if code is _ENGINE:
-            return None
-        if code is _UNPACK:
-            return frame.f_locals.get("frame")
-        if code is _REENTRANT_BACKWARD:
-            return frame.f_locals.get("ctx")
-        frame = frame.f_back
-    return None
-
-
-def recomputing(frame: FrameType | None) -> bool:
-    """Whether some activation checkpoint is being recomputed from ``frame`` outwards.
-
-    Not only inside backward: reading a saved tensor of the graph recomputes too.
-    """
-    return recomputed_checkpoint(frame) is not None
-
-
-def stops_recomputing(error: BaseException) -> bool:
-    """Whether an exception only says that a checkpoint has recomputed all that it needs."""
-    return _STOP_RECOMPUTING is not None and isinstance(error, _STOP_RECOMPUTING)
+    found = sys.modules.get(module)
+    if found is None:
+        return unknown
+    for name in path.split("."):
+        if not hasattr(found, name):
+            tell_untested([f"{loss} ({module}.{path} is gone)"])
+            return unknown
+        found = getattr(found, name)
+    return found
 
 
 def compiler_options(module: torch.nn.Module) -> Mapping[str, object] | None:
     """How a module was compiled: None when it was not, empty where its backend does not tell.
 
-    Read from torch 2.13, torch/nn/modules/module.py and torch/_dynamo/eval_frame.py: a module
-    compiled in place keeps a function that tells, a wrapper made by ``torch.compile`` tells itself.
+    Read from torch 2.7 to 2.15, torch/nn/modules/module.py and torch/_dynamo/eval_frame.py: a
+    module compiled in place keeps a function that tells, a wrapper made by ``torch.compile`` tells
+    itself, and so does a compiled forward on the instance, which the guard has wrapped.
     """
-    in_place: Any = module._compiled_call_impl
+    in_place: Any = getattr(module, _COMPILED_IN_PLACE, None)
     tell = getattr(in_place, "get_compiler_config", vars(module).get("get_compiler_config"))
-    options = tell() if tell is not None else None
-    if isinstance(options, Mapping):
-        return options
-    return None if in_place is None and tell is None else {}
+    if tell is None and (forward := vars(module).get("forward")) is not None:
+        behind = getattr(forward, "__wrapped__", forward)
+        tell = getattr(forward, "get_compiler_config", getattr(behind, "get_compiler_config", None))
+    if tell is None:
+        if in_place is None:
+            return None
+        tell_untested(["how a module is compiled (get_compiler_config is gone)"])
+        return {}
+    options = tell()
+    return options if isinstance(options, Mapping) else {}
 
 
 def mark_counter() -> int:
     """How often ``torch.compiler.cudagraph_mark_step_begin`` was called; 0 where unknown.
 
-    Read from torch 2.13, torch/_inductor/cudagraph_trees.py, as are the next two.
+    Read from torch 2.7 to 2.15, torch/_inductor/cudagraph_trees.py.
     """
-    box = getattr(_loaded("torch._inductor.cudagraph_trees"), "MarkStepBox", None)
-    return abs(int(getattr(box, "mark_step_counter", 0)))
+    loss = "whether steps of CUDA graphs are marked"
+    return abs(int(_read(_TREES, "MarkStepBox.mark_step_counter", 0, loss)))
 
 
 def generation() -> int | None:
-    """Torch's number of compiled calls so far: outputs of an older one may be overwritten."""
-    tracker = getattr(_loaded("torch._dynamo.mutation_guard"), "GenerationTracker", None)
-    number = getattr(tracker, "generation", None)
+    """Torch's number of compiled calls so far: outputs of an older one may be overwritten.
+
+    Read from torch 2.7 to 2.15, torch/_dynamo/mutation_guard.py.
+    """
+    loss = "the number of a compiled call"
+    number = _read("torch._dynamo.mutation_guard", "GenerationTracker.generation", None, loss)
     return number if isinstance(number, int) else None
 
 
@@ -150,16 +102,21 @@ class GraphTree(NamedTuple):
         pending_backward: a forward waits for its backward: until then no output is overwritten.
         live: outputs of the calls that share memory now and that are in use, each by the ``cdata``
             of a weak reference to its storage.
+        cloned: those that are in use are copied before their memory is used again.
     """
 
     phase: str
     pending_backward: bool
     live: frozenset[int]
+    cloned: bool = False
 
 
 def graph_tree(device: torch.device) -> GraphTree | None:
-    """The graphs that torch has recorded for a device; None where there are none, or unknown."""
-    trees: Any = _loaded("torch._inductor.cudagraph_trees")
+    """The graphs that torch has recorded for a device; None where there are none, or unknown.
+
+    Read from torch 2.7 to 2.15, torch/_inductor/cudagraph_trees.py.
+    """
+    trees: Any = sys.modules.get(_TREES)
     if trees is None or device.index is None:
         return None
     try:
@@ -169,33 +126,67 @@ def graph_tree(device: torch.device) -> GraphTree | None:
             manager.path_state.name.lower(),
             bool(manager.running_forwards_with_pending_backwards),
             frozenset(manager.live_cudagraph_pool_storages_in_curr_execution()),
+            any(
+                getattr(node, "user_visible_output_idxs", ())  # since torch 2.14, where asked for
+                for node in getattr(manager.current_node, "_path_from_root", ())
+            ),
         )
-    except (AttributeError, KeyError):
+    except KeyError:
+        return None
+    except AttributeError as error:
+        tell_untested([f"what CUDA graphs do with outputs ({_TREES}: {error})"])
         return None
 
 
-def is_overwritten(storage: StorageWeakRef) -> bool:
-    """Whether torch refuses to read a storage, because a later run has written over it."""
+def is_overwritten(output: torch.Tensor | StorageWeakRef) -> bool:
+    """Whether torch refuses to read an output, because a later run has written over it.
+
+    Torch takes the storage from the tensors that a call gave out, and marks one that views of them
+    still hold: hence both are asked (read from torch 2.7 to 2.15, ``dealloc_current_path_weakrefs``
+    of torch/_inductor/cudagraph_trees.py, and seen on a GPU with 2.11).
+    """
     try:
-        found: Any = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
+        found: Any = output
+        if not isinstance(output, torch.Tensor):
+            found = torch.UntypedStorage._new_with_weak_ptr(output.cdata)
         if found is not None:
             found.data_ptr()
     except RuntimeError as error:
         return OVERWRITTEN in str(error)
-    except AttributeError:
-        pass
+    except AttributeError as error:
+        tell_untested([f"which output was overwritten ({error})"])
     return False
 
 
-OVERWRITTEN = "has been overwritten by a subsequent run"  # what torch's error says
+# What torch's error says; the second since torch 2.14, of what a backward pass gave out.
+OVERWRITTEN = "has been overwritten by a subsequent run"
+OF_A_GRADIENT = "gradient tensor output"
+
+
+def clones_outputs(options: Mapping[str, object], tree: GraphTree | None) -> bool:
+    """Whether outputs that are in use are copied before a call would write over them.
+
+    As with ``cudagraph_trees_generation_cloning="user_visible"``, read from torch 2.14 and 2.15,
+    torch/_inductor/config.py; before there was no such thing.
+
+    Args:
+        options: of the compiled module, as they were when it was compiled.
+        tree: tells it of the graphs that were recorded, where there are any.
+    """
+    if tree is not None:
+        return tree.cloned
+    option = "cudagraph_trees_generation_cloning"
+    now = getattr(sys.modules.get("torch._inductor.config"), "triton", None)
+    return "user_visible" in (options.get(f"triton.{option}"), getattr(now, option, None))
 
 
 def compile_counters() -> tuple[int, int]:
     """Graphs that torch has compiled so far in this process, and CUDA graphs that it skipped.
 
-    Read from torch 2.13, torch/_dynamo/output_graph.py and torch/_inductor/cudagraph_utils.py.
+    Read from torch 2.7 to 2.15, torch/_dynamo/output_graph.py and
+    torch/_inductor/cudagraph_utils.py.
     """
-    counters = getattr(_loaded("torch._dynamo.utils"), "counters", {})
+    counters = _read("torch._dynamo.utils", "counters", {}, "which call compiles anew")
     stats, inductor = counters.get("stats", {}), counters.get("inductor", {})
     return stats.get("unique_graphs", 0), inductor.get("cudagraph_skips", 0)
 
@@ -203,15 +194,18 @@ def compile_counters() -> tuple[int, int]:
 def default_store(prefix: str) -> Any:
     """What all ranks of torch.distributed read and write, under a prefix; None where unknown.
 
-    A connection of its own: one that another thread waits on is locked. Read from torch 2.13,
-    torch/distributed/distributed_c10d.py.
+    A connection of its own: one that another thread waits on is locked. Read from torch 2.7 to
+    2.15, torch/distributed/distributed_c10d.py.
     """
     try:
         distributed: Any = torch.distributed
         store = distributed.distributed_c10d._get_default_store().clone()
         store.set_timeout(timedelta(seconds=5))  # one that has vanished is waited for no longer
         return distributed.PrefixStore(prefix, store)
-    except (AttributeError, RuntimeError):
+    except RuntimeError:
+        return None
+    except AttributeError as error:
+        tell_untested([f"what other ranks do ({error})"])
         return None
 
 
@@ -225,24 +219,19 @@ def capturing() -> bool:
 def profiling() -> bool:
     """Whether a torch profiler is taking a trace, in whatever thread; False where unknown.
 
-    Read from torch 2.13, torch/autograd/profiler.py: a flag of the process, which holds for NVTX
-    and ITT too. The one that C++ tells is the thread's own, and stays down with
+    Read from torch 2.7 to 2.15, torch/autograd/profiler.py: a flag of the process, which holds for
+    NVTX and ITT too. The one that C++ tells is the thread's own, and stays down with
     ``profile_all_threads``.
     """
-    flag: bool = getattr(_profiler, "_is_profiler_enabled", False)
+    flag: bool = getattr(_profiler, _PROFILING, False)
     return flag
-
-
-def _loaded(module: str) -> object | None:
-    """A module of torch's if something has imported it: the guard must not, they are large."""
-    return sys.modules.get(module)
 
 
 def eager_only(reason: str) -> Callable[[_Function], _Function]:
     """Keep a function, and all that it calls, out of torch.compile's graphs.
 
     As ``torch.compiler.disable`` does, but without its wrapper's cost on every eager call and
-    without importing torch._dynamo (read from torch 2.13, torch/_dynamo/eval_frame.py).
+    without importing torch._dynamo (read from torch 2.7 to 2.15, torch/_dynamo/eval_frame.py).
 
     Args:
         reason: what torch prints where the function stands in the way of a full graph.
@@ -258,7 +247,8 @@ def eager_only(reason: str) -> Callable[[_Function], _Function]:
             )
         except (AttributeError, TypeError):
             disable: Any = torch.compiler.disable
-            return disable(function, reason=reason)  # type: ignore[no-any-return]
+            why = {"reason": reason} if "reason" in signature(disable).parameters else {}
+            return disable(function, **why)  # type: ignore[no-any-return]
         function._torchdynamo_disable = True  # type: ignore[attr-defined]
         function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
         return function

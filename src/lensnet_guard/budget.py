@@ -1,5 +1,6 @@
 """The ledger of one micro-step: which calls spent which budget, and what went wrong meanwhile."""
 
+import copy
 from collections.abc import Mapping
 
 from lensnet_guard.errors import LensNetViolation, add_note
@@ -57,6 +58,14 @@ class MicroStep:
         """Raise the first violation of this micro-step again: the body must have swallowed it."""
         if self.violations:
             raise self.violations[0]
+
+    def forget_tracebacks(self) -> None:
+        """Keep copies of the violations that hold no frame: the micro-step is at its end.
+
+        Those frames hold the micro-step in turn. The circle would keep what they hold, and torch's
+        checkpoints take the saved-tensor hooks of the thread down only when they are freed.
+        """
+        self.violations = [copy.copy(violation) for violation in self.violations]
 
     def note_swallowed(self, error: BaseException) -> None:
         """Tell of swallowed violations on an unrelated exception that is on its way out."""

@@ -1,4 +1,4 @@
-"""The command line: ``lensnet-guard postmortem``, ``report`` and ``trace``."""
+"""The command line: ``lensnet-guard postmortem``, ``report``, ``trace`` and ``doctor``."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,14 @@ from typing import Any, BinaryIO, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TransferSpeedColumn,
+)
 
 from lensnet_guard._output import fail, require_own, show
 from lensnet_guard._text import json_line
@@ -27,7 +34,7 @@ _T = TypeVar("_T")
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lensnet-guard")
 def main() -> None:
-    """Read the logs that guards have written.
+    """Read the logs that guards have written, and examine the guard on this machine.
 
     Example: lensnet-guard postmortem runs/42
     """
@@ -53,12 +60,7 @@ def postmortem(targets: tuple[Path, ...], as_json: bool) -> None:
     else:
         from lensnet_guard.postmortem.render import render
 
-        terminal = (sys.stdout is not None and sys.stdout.isatty()) or None
-        page = io.StringIO()  # it is printed whole, or not at all
-        render(
-            analysis, Console(file=page, force_terminal=terminal, soft_wrap=True, highlight=False)
-        )
-        show(page.getvalue())
+        _print(analysis, render, soft_wrap=True)
     sys.exit(analysis.exit_code)
 
 
@@ -124,6 +126,34 @@ def trace(target: Path, output: Path | None, force: bool) -> None:
     show(f"{output}: {events} events\n")
 
 
+@main.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def doctor(as_json: bool) -> None:
+    """Which versions are here, and whether each mechanism of the guard works with them.
+
+    Bypasses, activation checkpoints, torch.compile, logs, two ranks, CUDA graphs: each is tried for
+    real, in a process of its own. What the machine has not got is "not tried".
+
+    Exits with 0 when all that was tried holds, 1 when something does not, 2 when that could not be
+    printed.
+
+    Example: lensnet-guard doctor --json > doctor.json
+    """
+    from lensnet_guard.doctor import examine
+    from lensnet_guard.doctor.examination import MECHANISMS
+
+    with _progress(TextColumn("examining"), BarColumn()) as progress:
+        task = progress.add_task("examining", total=len(MECHANISMS))
+        found = examine(lambda: progress.advance(task))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        from lensnet_guard.doctor.render import render
+
+        _print(found, render)
+    sys.exit(0 if found.holds else 1)
+
+
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when complete; exits with 2 when it cannot."""
@@ -165,6 +195,15 @@ def read(targets: tuple[Path, ...], *, as_json: bool = False) -> Analysis:
         raise
 
 
+def _print(found: _T, render: Callable[[_T, Console], object], *, soft_wrap: bool = False) -> None:
+    """What a renderer tells people; printed whole, so that nothing ends half-way."""
+    page = io.StringIO()
+    terminal = (sys.stdout is not None and sys.stdout.isatty()) or None
+    console = Console(file=page, force_terminal=terminal, soft_wrap=soft_wrap, highlight=False)
+    render(found, console)
+    show(page.getvalue())
+
+
 def print_json(found: dict[str, Any]) -> None:
     """One line of JSON, whatever a damaged log has put into it."""
     show(json_line(found) + b"\n")
@@ -178,13 +217,18 @@ def _with_progress(
     try:
         total = sum(map(_size, itertools.chain.from_iterable(find_logs(targets).values())))
         columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        console = Console(stderr=True)
-        disable = not console.is_terminal  # there it would leave an empty line
-        with Progress(*columns, console=console, transient=True, disable=disable) as progress:
+        with _progress(*columns) as progress:
             task = progress.add_task("reading", total=total)
             return work(targets, lambda read: progress.advance(task, read))
     except OSError as error:
         fail(error)
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    """On stderr, where that is a terminal: elsewhere it would leave an empty line."""
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal
+    return Progress(*columns, console=console, transient=True)
 
 
 def _size(path: Path) -> int:

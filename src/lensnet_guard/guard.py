@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from lensnet_guard._torch_internals import backward_pass, may_be_in_checkpoint, stops_recomputing
+from lensnet_guard import _torch_checkpoints, _torch_internals
+from lensnet_guard._torch_checkpoints import is_composable, stops_recomputing
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.context import Block, OpenBlocks, P, Position, R
 from lensnet_guard.errors import LensNetViolation, build_violation
@@ -26,6 +27,7 @@ from lensnet_guard.proxy import GuardedModule, guard_of
 from lensnet_guard.recompute import Recomputes
 from lensnet_guard.record import CallRecord, Context, Kind, describe_inputs, find_caller
 from lensnet_guard.tripwire import Inside, Tripwire, describe_part
+from lensnet_guard.untested import tell_untested
 
 if TYPE_CHECKING:
     from lensnet_guard.ranks import Ranks
@@ -65,6 +67,7 @@ class Guard:
         self._ranks: Ranks | None = None  # while they are compared
         self._tripwire: Tripwire | None = None
         if mode != "off":
+            tell_untested([*_torch_checkpoints.losses(), *_torch_internals.losses()])
             shared = policy.shared_submodules
             self._tripwire = Tripwire(module, self, self._inside, self._run_behind, shared)
 
@@ -200,23 +203,22 @@ class Guard:
             scope = find_caller(frame, self.policy.sanctioned_callers)
         inputs = describe_inputs(args, kwargs)
         with self._history.lock:  # from reading the budget to spending it
-            original = self._recomputes.original(frame) if backward_pass() is not None else None
+            again = self._recomputes.find(frame)
             spent = len(ledger.spent(scope)) if ledger and scope else 0
             reason = decide(
                 here.context,
                 ledger is not None and scope is not None,
                 self._budgets[scope] - spent if scope else 0,
                 self._inside.here,
-                original is not None,
+                again is not None,
             )
-            if original is not None:
-                return self._history.add_recompute(original, frame, inputs)
+            if again is not None:
+                return self._history.add_recompute(again.original, here, frame, inputs)
             if reason is None:
                 record = self._history.add_call(here, scope, frame, inputs)
                 if ledger and scope:
                     ledger.spend(scope, record)
-                if may_be_in_checkpoint():
-                    self._recomputes.remember(record, frame)
+                self._recomputes.remember(record, frame)
                 return record
         detail = ""
         if reason == "UnsanctionedCall" and scope in self.policy.sanctioned_callers:
@@ -233,10 +235,25 @@ class Guard:
         """Refuse a run of the module, or of a part or copy of it, that nobody admitted."""
         frame = sys._getframe(1)
         here = self._open.position()
-        reason = decide(here.context, sanctioned=False, budget_left=0, bypass=True)
-        inputs, detail = describe_inputs(args, kwargs), describe_part(self._raw, part)
-        record = self._refuse("bypass", reason, here, frame, here.scope, inputs, detail)
+        inputs = describe_inputs(args, kwargs)
+        record = self._repeat_behind(part, frame, here, inputs)
+        if record is None:
+            reason = decide(here.context, sanctioned=False, budget_left=0, bypass=True)
+            detail = describe_part(self._raw, part)
+            record = self._refuse("bypass", reason, here, frame, here.scope, inputs, detail)
         return self._execute(record, run, args, kwargs)
+
+    def _repeat_behind(
+        self, part: nn.Module, frame: FrameType, here: Position, inputs: tuple[object, ...]
+    ) -> CallRecord | None:
+        """Admit a recompute by a checkpoint that holds the module itself, as composable ones do."""
+        if part is not self._raw:
+            return None
+        with self._history.lock:
+            again = self._recomputes.find(frame, hidden=is_composable(part))
+            if again is None:
+                return None
+            return self._history.add_recompute(again.original, here, frame, inputs)
 
     def _execute(
         self,
@@ -299,7 +316,10 @@ class Guard:
         if self.mode == "observe":
             return record
         self._history.name_log(violation)
-        raise violation
+        try:
+            raise violation
+        finally:
+            del violation  # or this frame, which its traceback holds, would hold it
 
     def _violate(self, reason: str, here: Position, detail: str) -> None:
         """Refuse something that is not a call."""
@@ -352,6 +372,7 @@ class Guard:
             if ledger is not None and settles:
                 for sink in self._history.sinks:
                     sink.micro_step(self.name, here.context, ledger)
+                ledger.forget_tracebacks()
 
     # Copies, logs, the end ---------------------------------------------------------------------
 

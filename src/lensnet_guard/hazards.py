@@ -8,6 +8,7 @@ producer of the overwritten tensor and never the call that overwrote it; the gua
 
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lensnet_guard._torch_internals import (
+    OF_A_GRADIENT,
     OVERWRITTEN,
     GraphTree,
     capturing,
+    clones_outputs,
     compiler_options,
     graph_tree,
     is_overwritten,
@@ -47,6 +50,7 @@ class _Output:
     """What one call gave out, held as weakly as torch holds it."""
 
     call: CallRecord
+    tensors: list[weakref.ref[torch.Tensor]]
     storages: list[Any]  # StorageWeakRef, whose methods torch gives no types
 
     def in_use(self, tree: GraphTree | None) -> bool:
@@ -54,6 +58,15 @@ class _Output:
             return not all(storage.expired() for storage in self.storages)
         # Torch keeps the outputs of a recorded graph itself, and knows whether anybody else does.
         return any(storage.cdata in tree.live for storage in self.storages)
+
+    def can_be_read(self) -> bool:
+        """Whether somebody holds it; a tensor that was written over has no storage any more."""
+        return self.in_use(None) or any(tensor() is not None for tensor in self.tensors)
+
+    def is_overwritten(self) -> bool:
+        held = (tensor() for tensor in self.tensors)
+        tensors = (tensor for tensor in held if tensor is not None)
+        return any(map(is_overwritten, (*self.storages, *tensors)))
 
 
 class CompiledCalls:
@@ -92,12 +105,14 @@ class CompiledCalls:
             alive = [output for output in self._outputs if output.in_use(tree)]
             self._outputs = alive
         state.live_outputs = tuple(output.call.seq for output in alive)
-        if not graphs or not alive or not _overwrites(record, state, alive[-1].call):
+        if options is None or not graphs or not alive:
+            return None
+        if not _overwrites(record, state, alive[-1].call) or clones_outputs(options, tree):
             return None
         earlier = None
-        if not record.grad_enabled and not state.marks:  # else torch, or the user, says when
+        if _is_hazard(record, state, alive[-1].call):  # else torch, or the user, says when
             earlier = alive[-1].call
-            self._warn(record, earlier)
+            self._warn(record, earlier, marked=bool(state.marks))
         with self._lock:
             self._written += ((output, record) for output in alive)
             self._outputs = [output for output in self._outputs if output not in alive]
@@ -110,10 +125,11 @@ class CompiledCalls:
             return
         state.end(self._tree() if state.cuda_graphs else None)
         if state.cuda_graphs:
-            make: Any = StorageWeakRef  # of a storage, and not of a tensor, which may be a view
-            storages = [make(tensor.untyped_storage()) for tensor in _tensors(result)]
+            make: Any = StorageWeakRef  # of a storage too, for views outlive their tensor
+            tensors = list(_tensors(result))
+            storages = [make(tensor.untyped_storage()) for tensor in tensors]
             with self._lock:
-                self._outputs.append(_Output(record, storages))
+                self._outputs.append(_Output(record, list(map(weakref.ref, tensors)), storages))
 
     def blame(self, error: BaseException) -> list[tuple[CallRecord, CallRecord]]:
         """Say on torch's error about an overwritten output which call made it and which wrote.
@@ -121,12 +137,21 @@ class CompiledCalls:
         Returns:
             Producer and overwriter of every output that it can be, each pair once.
         """
-        if not self._written or OVERWRITTEN not in str(error):
+        message = str(error)
+        if not self._written or OVERWRITTEN not in message:
+            return []
+        if OF_A_GRADIENT in message:
+            name = self._written[-1][1].module
+            add_note(
+                error,
+                f"lensnet_guard: what was overwritten is a gradient, made by a backward pass, and "
+                f"no output of a call of {name}",
+            )
             return []
         with self._lock:
-            held = [(output, by) for output, by in self._written if output.in_use(None)]
+            held = [(output, by) for output, by in self._written if output.can_be_read()]
             # Torch tells which one it is where it can; otherwise it may be any of them.
-            blamed = [pair for pair in held if any(map(is_overwritten, pair[0].storages))] or held
+            blamed = [pair for pair in held if pair[0].is_overwritten()] or held
             self._written.clear()
         pairs = [(output.call, by) for output, by in blamed]
         for first, last in pairs:
@@ -148,25 +173,42 @@ class CompiledCalls:
             self._signatures.add(inputs)
         return True
 
-    def _warn(self, record: CallRecord, earlier: CallRecord) -> None:
+    def _warn(self, record: CallRecord, earlier: CallRecord, *, marked: bool) -> None:
         lines = earlier.caller, record.caller
         if lines in self._told:
             return
         message = (
             f"{record.module}: an output of call {earlier.seq} at {earlier.caller} is still in use "
-            f"as call {record.seq} at {record.caller} starts without grad. The module is compiled "
-            "with CUDA graphs, so the second call writes over it. Copy what is still needed, or "
-            "put both calls into one batch"
+            f"as call {record.seq} at {record.caller} starts {_HOW[marked]}"
         )
         warnings.warn(message, LensNetHazard, stacklevel=6)
         if len(self._told) < _KEPT_WARNINGS:
             self._told.add(lines)
 
 
+_HOW = {  # by whether cudagraph_mark_step_begin was called
+    False: "without grad. The module is compiled with CUDA graphs, so the second call writes over "
+    "it. Copy what is still needed, or put both calls into one batch",
+    True: "after a mark in the same micro-step. The module is compiled with CUDA graphs, and "
+    "cudagraph_mark_step_begin lets the second call write over it. Copy what is still needed, put "
+    "both calls into one batch, or mark where the micro-step begins only",
+}
+
+
+def _is_hazard(record: CallRecord, state: CompileState, earlier: CallRecord) -> bool:
+    """Whether nobody can have meant a call to write over what an earlier one gave out."""
+    if not state.marks:
+        return not record.grad_enabled
+    # A mark says that a new step begins, and frees what waits for a backward too. What is in use
+    # then is a leftover of the last step, unless it was made in this very one.
+    step = record.step, record.micro_step
+    return step != (None, None) and step == (earlier.step, earlier.micro_step)
+
+
 def _overwrites(record: CallRecord, state: CompileState, newest: CallRecord) -> bool:
     """Whether a call starts over with the memory of those before it.
 
-    Read from torch 2.13, torch/_inductor/cudagraph_trees.py (``can_start_new_generation``).
+    Read from torch 2.7 to 2.15, torch/_inductor/cudagraph_trees.py (``can_start_new_generation``).
     """
     before = newest.compiled.marks if newest.compiled is not None else 0
     if state.marks:  # since the first mark, only a mark ends what shares memory

@@ -86,12 +86,22 @@ class History(Source):
         return record
 
     def add_recompute(
-        self, original: CallRecord, frame: FrameType | None, inputs: tuple[object, ...]
+        self,
+        original: CallRecord | None,
+        here: Position,
+        frame: FrameType | None,
+        inputs: tuple[object, ...],
     ) -> CallRecord:
-        """Record another run of ``original``, which belongs where that call was made."""
-        where = (original.context, original.scope, original.step, original.micro_step)
+        """Record another run of ``original``, which belongs where that call was made.
+
+        Where torch does not show which call is repeated, it belongs where it runs, ``here``.
+        """
+        if original is None:
+            where = _where(here, here.scope)
+        else:
+            where = (original.context, original.scope, original.step, original.micro_step)
         record = self._record("recompute", None, where, capture_stack(frame, CALL_FRAMES), inputs)
-        record.recompute_of = original.seq
+        record.recompute_of = original.seq if original is not None else None
         self.calls.append(record)
         return record
 

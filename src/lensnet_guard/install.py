@@ -12,7 +12,7 @@ from torch import nn
 from lensnet_guard.guard import Guard, Mode
 from lensnet_guard.policy import CallPolicy
 from lensnet_guard.proxy import guard_of, is_proxy
-from lensnet_guard.tripwire import armed_by
+from lensnet_guard.tripwire import armed_by, runs
 
 _MISSING = object()
 
@@ -35,7 +35,8 @@ def guard_module(
         name: how records and messages call the module; its class name by default.
 
     Raises:
-        TypeError: not a module, or a policy, name or log of another type.
+        TypeError: not a module, or one that has no forward (a ModuleList); a policy, name or log
+            of another type.
         ValueError: an unknown mode, or a module that is guarded already.
     """
     guard = guard_of(module)
@@ -53,6 +54,11 @@ def guard_module(
         raise ValueError(
             f"this {type(module).__name__} is part of a {type(tripwire.module).__name__} that is "
             "guarded already; guard the part first, and then the whole"
+        )
+    if not runs(module):
+        raise TypeError(
+            f"a {type(module).__name__} has no forward, so there is no call of it to count. Guard "
+            "the modules in it one by one"
         )
     if policy is not None and not isinstance(policy, CallPolicy):
         raise TypeError(f"policy must be a CallPolicy, not {policy!r}")

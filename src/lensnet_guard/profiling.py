@@ -30,7 +30,7 @@ def range_name(record: CallRecord) -> str:
     The number is the record's ``seq``. In brackets stands why the run is a violation (where it runs
     all the same, in observe mode), else its scope, else its context.
     """
-    if record.recompute_of is not None:
+    if record.recompute_of is not None:  # else torch does not show which call it repeats
         return f"{record.module} recompute of call {record.recompute_of}"
     where = record.reason or record.scope or record.context
     return f"{record.module} {record.kind} {record.seq} ({where})"

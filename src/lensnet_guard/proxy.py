@@ -14,8 +14,9 @@ import wrapt
 from torch import nn
 
 from lensnet_guard._torch_internals import eager_only
+from lensnet_guard.armed_class import refuse_scripting
 from lensnet_guard.copies import guarded_copy, reduced
-from lensnet_guard.tripwire import EAGER, guard_behind, refuse_scripting
+from lensnet_guard.tripwire import EAGER, guard_behind
 
 if TYPE_CHECKING:
     from lensnet_guard.guard import Guard

@@ -117,6 +117,7 @@ def lensnet_guard(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Gua
 
     raised = request.node.stash.setdefault(RAISED, Raised())
     with ExitStack() as stack:
+        stack.enter_context(raised.listening())
 
         def guard(
             owner_or_module: Any,

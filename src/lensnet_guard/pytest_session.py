@@ -194,10 +194,30 @@ class Session:
 
 
 class Raised(Sink):
-    """The violations of a guard that the fixture has made, until the test has been judged."""
+    """The violations of a guard that the fixture has made, until the test has been judged.
+
+    Whatever ``pytest.raises`` catches meanwhile is expected, wherever it is written: no traceback
+    tells what has caught an exception, so `pytest.RaisesExc` is listened to.
+    """
 
     def __init__(self) -> None:
         self.errors: list[LensNetViolation] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Forget what ``pytest.raises`` catches, in every thread."""
+        leave = pytest.RaisesExc.__exit__
+
+        def noted(raises: Any, kind: Any, error: Any, traceback: Any) -> Any:
+            __tracebackhide__ = True
+            caught = leave(raises, kind, error, traceback)
+            if caught and error in self.errors:
+                self.errors.remove(error)
+            return caught
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(pytest.RaisesExc, "__exit__", noted)
+            yield
 
     def violation(self, error: "LensNetViolation") -> None:
         """Keep it: its traceback will tell where it went."""
@@ -226,22 +246,18 @@ def fail_if_swallowed(item: pytest.Item) -> None:
 def _reached(item: pytest.Item, error: "LensNetViolation") -> bool:
     """Whether the test has seen an exception, as far as its traceback tells.
 
-    It was raised through the test or a fixture, or pytest.raises has caught it; or somebody took
-    the traceback off, as unittest does with what its assertRaises has caught.
+    It was raised through the test or a fixture; or somebody took the traceback off, as unittest
+    does with what its assertRaises has caught.
     """
     traceback = error.__traceback__
     if traceback is None:
         return True
     codes = _codes(item)
     while traceback is not None:
-        code = traceback.tb_frame.f_code
-        if code in codes or code.co_filename == _RAISES:
+        if traceback.tb_frame.f_code in codes:
             return True
         traceback = traceback.tb_next
     return False
-
-
-_RAISES = inspect.getsourcefile(pytest.RaisesExc)  # pytest.raises(Violation, function)
 
 
 def _codes(item: pytest.Item) -> set[CodeType]:

@@ -7,19 +7,22 @@ a submodule called alone and a module compiled before it was guarded. Swapping `
 miss ``_call_impl``; a ``forward`` on the instance would make a copy run the original's weights.
 """
 
-import copyreg
+import copy
 import functools
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils import parametrize
 
-from lensnet_guard._torch_internals import eager_only, recomputing
+from lensnet_guard._torch_checkpoints import recomputed_checkpoint
+from lensnet_guard._torch_internals import eager_only
+from lensnet_guard.armed_class import ArmedMeta, armed_class, original_of
+from lensnet_guard.armed_class import itself as _itself
 
 # What torch prints where a guarded module stands in the way of a full graph.
 EAGER = (
@@ -42,8 +45,6 @@ class Inside(threading.local):
         self.here = False
 
 
-# A forward that somebody put on an instance, and what stands there instead.
-_OwnForward = tuple[Callable[..., Any], Callable[..., Any]]
 Refuse = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -64,6 +65,8 @@ class Tripwire:
 
     Raises:
         ValueError: ``shared`` names no submodule.
+
+    Whatever arming raises, the module is as it was.
     """
 
     def __init__(
@@ -82,28 +85,36 @@ class Tripwire:
                 )
         spared = {id(part) for name in shared for part in submodules[name].modules()}
         for part in submodules.values():
-            if isinstance(part, ParametrizationList):
+            if isinstance(part, parametrize.ParametrizationList):
                 spared.update(map(id, part.modules()))
         self.module: nn.Module | None = module
         self.guard: object | None = guard
         self._inside = inside
         self._refuse: Refuse | None = refuse
-        self._armed: dict[int, tuple[nn.Module, type, _OwnForward | None]] = {}
-        classes: dict[type, type] = {}
-        for part in submodules.values():
-            if id(part) in spared or not _runs(part) or armed_by(part) is not None:
-                continue
-            armed: type = type(part)
-            original = armed._lensnet_original if isinstance(armed, _ArmedMeta) else armed
-            own_forward = None
-            if "forward" in part.__dict__:  # as accelerate's hooks leave behind
-                before = part.__dict__["forward"]
-                own_forward = before, self._checked(before, part)
-                part.__dict__["forward"] = own_forward[1]
-            if original not in classes:
-                classes[original] = self._armed_class(original)
-            part.__class__ = classes[original]
-            self._armed[id(part)] = part, original, own_forward
+        self._armed: dict[int, nn.Module] = {}
+        self._classes: dict[type, type] = {}
+        try:
+            for part in submodules.values():
+                if id(part) not in spared and runs(part) and armed_by(part) is None:
+                    self._arm(part)
+        except BaseException:
+            self.disarm()
+            raise
+
+    def _arm(self, part: nn.Module) -> None:
+        self.change_class(part, type(part))
+        self._armed[id(part)] = part
+        if "forward" in part.__dict__:  # as accelerate's hooks leave behind
+            run = part.__dict__["forward"]
+            run = run.__wrapped__ if isinstance(run, _OwnForward) else run  # of a copy
+            part.__dict__["forward"] = _OwnForward(self, part, run)
+
+    def change_class(self, part: nn.Module, cls: type) -> None:
+        """Make a part an instance of ``cls``, armed."""
+        original = original_of(cls)
+        if original not in self._classes:
+            self._classes[original] = self._armed_class(original)
+        _set_class(part, self._classes[original])
 
     def owns(self, part: nn.Module) -> bool:
         """Whether this very part was armed here; a copy of it was not."""
@@ -111,19 +122,11 @@ class Tripwire:
 
     def disarm(self) -> None:
         """Restore every class and every forward, the same objects as before."""
-        for part, original, own_forward in self._armed.values():
-            if own_forward is not None and part.__dict__.get("forward") is own_forward[1]:
-                part.__dict__["forward"] = own_forward[0]
-            armed: type = type(part)
-            if isinstance(armed, _ArmedMeta):
-                part.__class__ = armed._lensnet_original
-            else:
-                warnings.warn(
-                    f"lensnet_guard: the class of a guarded {original.__name__} was changed to "
-                    f"{armed.__name__} meanwhile; it is left as it is",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+        for part in self._armed.values():
+            forward = part.__dict__.get("forward")
+            if isinstance(forward, _OwnForward) and forward.tripwire is self:
+                part.__dict__["forward"] = forward.__wrapped__
+            _set_class(part, original_of(type(part)))
         self._armed.clear()
         # Copies, and torch.compile's caches, keep the armed classes: they shall keep no more.
         self.module = self.guard = self._refuse = None
@@ -133,11 +136,22 @@ class Tripwire:
         self, part: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
         """A run that nobody admitted: refused, unless it is a part's in a recompute."""
+        own = armed_by(part)
+        if own is not None and own is not self:  # a guarded copy, by a bound method of before
+            return own._run_own(part, run, args, kwargs)
         if self._refuse is None:  # a copy that has outlived the guard
             return run(*args, **kwargs)
-        if part is not self.module and recomputing(sys._getframe()):
+        if part is not self.module and recomputed_checkpoint(sys._getframe()) is not None:
             return self._run_inside(run, args, kwargs)
         return self._refuse(part, run, args, kwargs)
+
+    def _run_own(
+        self, part: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """A run of a forward that is no function of the class: it asks first."""
+        if self._inside.here:
+            return run(*args, **kwargs)
+        return self._behind(part, run, args, kwargs)
 
     def _run_inside(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         self._inside.here = True
@@ -149,7 +163,7 @@ class Tripwire:
     @eager_only(EAGER)
     def _compiled(self, part: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A compiled part called from outside: in a recompute it must run compiled again."""
-        if part is not self.module and recomputing(sys._getframe()):
+        if part is not self.module and recomputed_checkpoint(sys._getframe()) is not None:
             return self._run_inside(run, args, kwargs)
         return run(*args, **kwargs)
 
@@ -158,63 +172,69 @@ class Tripwire:
         inside, tripwire = self._inside, self
 
         def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            run = original.forward
+            if type(run) is not FunctionType:  # a mock, say, which takes no self
+                return tripwire._run_own(part, _bind(run, part), args, kwargs)
             if inside.here:
-                return original.forward(part, *args, **kwargs)
-            # __get__ and not MethodType(...), which torch.compile cannot trace
-            return tripwire._behind(part, original.forward.__get__(part), args, kwargs)
+                return run(part, *args, **kwargs)
+            # No method: torch.compile cannot trace MethodType(...), nor in torch 2.7 __get__.
+            return tripwire._behind(part, functools.partial(run, part), args, kwargs)
 
         def __call__(part: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            if inside.here or part._compiled_call_impl is None:
+            if inside.here or getattr(part, "_compiled_call_impl", None) is None:
                 return original.__call__(part, *args, **kwargs)
-            return tripwire._compiled(part, original.__call__.__get__(part), args, kwargs)
+            return tripwire._compiled(
+                part, functools.partial(original.__call__, part), args, kwargs
+            )
 
         # Code of its own, for torch.compile counts recompiles by code and gives up after eight.
         forward.__code__ = forward.__code__.replace()
         __call__.__code__ = __call__.__code__.replace()
-        namespace = {
-            "__slots__": (),
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            "__init_subclass__": _refuse_subclass,
-            "__prepare_scriptable__": refuse_scripting,
-            "_lensnet_tripwire": self,
-            "_lensnet_original": original,
-            # Without the function's attributes, by which torch.compile would look behind it.
-            "forward": functools.wraps(original.forward, updated=())(forward),
-            "__call__": __call__,
-        }
-        if "_wrapped_call" in vars(original):  # torch.fx looks for it in type(self) alone
-            namespace["_wrapped_call"] = original._wrapped_call
-        becomes = getattr(original, "cls_to_become", None)  # of a lazy layer, when it first runs
-        if becomes is not None:
-            namespace["cls_to_become"] = self._armed_class(becomes)
-        # Neither __init_subclass__ nor a metaclass that keeps a registry shall learn of this class:
-        # hence type.__new__, and a first base that is there while the class is made, and then gone.
-        meta = _meta_for(type(original))
-        armed = type.__new__(meta, original.__name__, (_Silent, original), namespace)
-        type.__setattr__(armed, "__bases__", (original,))
-        return armed
+        # Without the function's attributes, by which torch.compile would look behind it.
+        forward = functools.wraps(original.forward, updated=())(forward)
+        return armed_class(original, self, {"forward": forward, "__call__": __call__})
 
-    def _checked(self, run: Callable[..., Any], part: nn.Module) -> Callable[..., Any]:
-        """A forward on the instance that asks first."""
-        inside, tripwire = self._inside, self
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if inside.here:
-                return run(*args, **kwargs)
-            return tripwire._behind(part, run, args, kwargs)
+class _OwnForward:
+    """Stands where somebody has put a forward on an instance, and asks first.
 
-        forward.__code__ = forward.__code__.replace()
-        return forward
+    It is no function: a function travels with a deep copy as it is, and the copy would run the
+    original's weights. A pickle holds the forward alone.
+
+    Attributes:
+        __wrapped__: the forward, where `inspect.signature` looks for it.
+    """
+
+    def __init__(self, tripwire: Tripwire, part: nn.Module, run: Callable[..., Any]) -> None:
+        self.tripwire = tripwire
+        self.part = part
+        self.__wrapped__ = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tripwire._run_own(self.part, self.__wrapped__, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_OwnForward":
+        return _OwnForward(self.tripwire, *copy.deepcopy((self.part, self.__wrapped__), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.__wrapped__,)
+
+
+# Goes past a module's own __setattr__: Fabric's hands what it is given to the module inside.
+_set_class: Callable[[nn.Module, type], None] = vars(object)["__class__"].__set__
+
+
+def _bind(function: Any, part: nn.Module) -> Any:
+    """A class's attribute as its instance has it."""
+    return function.__get__(part) if hasattr(type(function), "__get__") else function
 
 
 def armed_by(part: nn.Module) -> Tripwire | None:
     """The tripwire that has armed this very part; None for a copy, which only looks like it."""
     armed: type = type(part)
-    if not isinstance(armed, _ArmedMeta):
+    if not isinstance(armed, ArmedMeta):
         return None
-    tripwire = armed._lensnet_tripwire
+    tripwire: Tripwire = armed._lensnet_tripwire
     return tripwire if tripwire.owns(part) else None
 
 
@@ -231,94 +251,7 @@ def describe_part(module: nn.Module, part: nn.Module) -> str:
     return f": {name} was run alone" if name else ""
 
 
-class _ArmedMeta(type):
-    """Makes an armed class pass for its original: equal to it, and what is set is set there."""
-
-    _lensnet_tripwire: Tripwire
-    _lensnet_original: type
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # type(part)(...) is a new, free module
-        return cls._lensnet_original(*args, **kwargs)
-
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, cls._lensnet_original)
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        # By inheritance alone: an abstract original (DDP is one) asks each of its subclasses, and
-        # thus this one, so asking it in turn would never end.
-        return type.__subclasscheck__(cls._lensnet_original, subclass)
-
-    def __eq__(cls, other: object) -> bool:  # type(part) == nn.Linear, as torch's own docs write
-        return other is cls or other is cls._lensnet_original
-
-    # Its own hash all the same: torch keeps dicts from classes to the subclasses it has made of
-    # them, and one made of the original would take the tripwire off.
-    __hash__ = type.__hash__
-
-    def __setattr__(cls, name: str, value: Any) -> None:  # torch.fx sets forward on type(self)
-        setattr(cls._lensnet_original, name, value)
-
-    def __delattr__(cls, name: str) -> None:  # remove_parametrizations
-        raise _changes_class(cls)
-
-
-class _Silent:
-    """Keeps ``__init_subclass__`` of what follows it in a class's bases from running.
-
-    It has no ``__slots__``, or else an object could not change to a class with this base.
-    """
-
-    def __init_subclass__(cls) -> None:
-        pass
-
-
-@classmethod  # type: ignore[misc]  # of the armed classes
-def _refuse_subclass(cls: type, /, **_: Any) -> None:
-    raise _changes_class(next(base for base in cls.__mro__[1:] if isinstance(base, _ArmedMeta)))
-
-
-def _changes_class(armed: type) -> RuntimeError:
-    return RuntimeError(
-        f"{armed.__name__} is guarded, and something wants to change its class (fully_shard and "
-        "parametrizations do). Do that first and guard afterwards: fully_shard(module); "
-        "guard_module(module)"
-    )
-
-
-def refuse_scripting(module: nn.Module) -> None:
-    """What ``torch.jit.script`` asks a module first, and every submodule of it.
-
-    Raises:
-        RuntimeError: always: the script would be a copy without a guard.
-    """
-    raise RuntimeError(
-        f"{type(module).__name__} is guarded by lensnet_guard and cannot be scripted: TorchScript "
-        "would run it unguarded. Script it before it is guarded, or not at all"
-    )
-
-
-_metas: dict[type, type[_ArmedMeta]] = {}
-
-
-def _meta_for(meta: type) -> type[_ArmedMeta]:
-    """The armed metaclass for classes of a metaclass, known to pickle and copy."""
-    if meta not in _metas:
-        bases = (_ArmedMeta,) if meta is type else (_ArmedMeta, meta)
-        armed = type("_ArmedMeta", bases, {})
-        copyreg.pickle(armed, _reduce_armed)
-        _metas[meta] = armed
-    return _metas[meta]
-
-
-def _reduce_armed(armed: Any) -> tuple[Any, ...]:
-    return _itself, (armed._lensnet_original,)
-
-
-def _itself(cls: type) -> type:
-    return cls
-
-
-def _runs(module: nn.Module) -> bool:
+def runs(module: nn.Module) -> bool:
     """Whether a module has a forward, in Python."""
     if isinstance(module, torch.jit.ScriptModule):
         return False

@@ -18,7 +18,8 @@ from megacontext.evaluation import (
 from megacontext.pretrained import load_model
 from megacontext.sources import load_source
 from megacontext.train_config import TrainConfig
-from megacontext.trainer import StepReport, train
+from megacontext.train_result import StepReport
+from megacontext.trainer import train
 
 
 @dataclass(frozen=True)

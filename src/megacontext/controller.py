@@ -181,15 +181,20 @@ class MCController(InferenceSessions, nn.Module):
             kept_tokens(n, self.config.train_wc_length, self.config.block_size) for n in lengths
         ]
         width = max(kept)
-        # Every row starts at its oldest kept token; rows that are shorter repeat their last one.
-        offsets = np.minimum(np.arange(width), np.array(kept)[:, None] - 1)
-        host = torch.from_numpy(tokens.shape[1] - np.array(kept)[:, None] + offsets)
-        index = to_device(host, tokens.device)
-        tokens = tokens.gather(1, index)
+        if pad_mask is None:  # all are as long: what is kept is a slice
+            tokens = tokens[:, tokens.shape[1] - width :]
+            labelled = labelled[:, labelled.shape[1] - width :] if labelled is not None else None
+        else:
+            # Every row starts at its oldest kept token; shorter ones repeat their last one.
+            offsets = np.minimum(np.arange(width), np.array(kept)[:, None] - 1)
+            host = torch.from_numpy(tokens.shape[1] - np.array(kept)[:, None] + offsets)
+            index = to_device(host, tokens.device)
+            tokens = tokens.gather(1, index)
+            if labelled is not None:
+                labelled = to_device(labelled, tokens.device).gather(1, index)
         labels = None
         if labelled is not None:
-            labelled = to_device(labelled, tokens.device).gather(1, index)
-            labels = tokens.masked_fill(~labelled, NO_LABEL)
+            labels = tokens.masked_fill(~to_device(labelled, tokens.device), NO_LABEL)
         with self._autocast():
             return MegaContextTree.build(
                 tokens,
@@ -306,7 +311,8 @@ class MCController(InferenceSessions, nn.Module):
             host = torch.from_numpy(np.stack(detail, axis=1))
             finer, coarser = to_device(host, nll.device)
             return variants.working_context, preference.make_plain_pairs(judged, finer, coarser)
-        views = [self.focus_view(length) for length in tree.lengths]
+        view_of = {length: self.focus_view(length) for length in set(tree.lengths)}
+        views = [view_of[length] for length in tree.lengths]
         view = tree.working_context([[cut] for cut in views])
         held = self._held(variants, views, tree)
         return view, preference.make_pairs(judged, held, gists=view.lods > 0)
@@ -355,15 +361,21 @@ class MCController(InferenceSessions, nn.Module):
         context, per_history = variants.working_context, 1 + self.config.num_variants
         if self.config.judged == "all":
             return nll.sum(-1).view(-1, per_history)
-        first = np.repeat(tree.lengths, per_history)[:, None] - self.config.horizon_tokens
-        first_judged = to_device(torch.from_numpy(first), nll.device)
+        first_judged: Tensor | int = tree.lengths[0] - self.config.horizon_tokens
+        if len(set(tree.lengths)) > 1:
+            first = np.repeat(tree.lengths, per_history)[:, None] - self.config.horizon_tokens
+            first_judged = to_device(torch.from_numpy(first), nll.device)
         in_horizon = context.starts + context.spans >= first_judged
         return (nll * in_horizon).sum(-1).view(-1, per_history)
 
     def _held(self, variants: Variants, views: Sequence[Cut], tree: MegaContextTree) -> Tensor:
         """Whether each variant holds each view entry's span at LOD0, bool ``[B, 1 + V, E]``."""
-        width = max(map(len, views))
-        held = np.zeros((len(views), 1 + self.config.num_variants, width), dtype=np.bool_)
-        for row, cuts, view, length in zip(held, variants.cuts, views, tree.lengths, strict=True):
-            row[:, width - len(view) :] = held_at_lod0(cuts, view, length)
+        width, per_history = max(map(len, views)), 1 + self.config.num_variants
+        held = np.zeros((len(views), per_history, width), dtype=np.bool_)
+        for length in set(tree.lengths):  # those that are as long have the same view
+            rows = [row for row, other in enumerate(tree.lengths) if other == length]
+            view = views[rows[0]]
+            cuts = [cut for row in rows for cut in variants.cuts[row]]
+            of_view = held_at_lod0(cuts, view, length)
+            held[rows, :, width - len(view) :] = of_view.reshape(len(rows), per_history, -1)
         return to_device(torch.from_numpy(held), tree.levels.device)

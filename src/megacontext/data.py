@@ -9,13 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megacontext.tokenizer import ByteTokenizer, Tokenizer
+from megacontext.tokens import Ids, as_ids
 from megacontext.transfer import to_device
 
-Ids = NDArray[np.unsignedinteger[Any]]
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 _HELD_OUT_ONE_IN = 10
 
@@ -128,16 +127,18 @@ def load_corpus(
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: too little text.
+        ValueError: too little text; or a path that is a pipe or a device.
     """
     files = _files(paths) if paths else _standard_library()
     tokenizer = tokenizer or ByteTokenizer()
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    empty = np.empty(0, dtype)
-    texts = [
-        np.concatenate([empty, *(p.astype(dtype) for p in tokenizer.encode([file.read_bytes()]))])
-        for file in files
-    ]
+    size, whose = tokenizer.vocab_size, f"tokens of {type(tokenizer).__name__}"
+    empty = as_ids(np.empty(0, np.int64), size)
+
+    def encode(file: Path) -> Ids:
+        pieces = tokenizer.encode([file.read_bytes()])
+        return np.concatenate([empty, *(as_ids(piece, size, whose) for piece in pieces)])
+
+    texts = [encode(file) for file in files]
     if len(texts) >= _HELD_OUT_ONE_IN:
         held_out = range(_HELD_OUT_ONE_IN - 1, len(texts), _HELD_OUT_ONE_IN)
         training = [text for i, text in enumerate(texts) if i not in held_out]
@@ -182,8 +183,18 @@ def _files(paths: Sequence[Path]) -> list[Path]:
             files += [p for p in inside if not _is_litter(p.relative_to(path))]
         elif path.is_file():
             files.append(path)
+        elif path.exists():
+            raise ValueError(
+                f"{path} is no file and no folder, and a resumed run must read its text again: "
+                "save it as a file"
+            )
         else:
             raise FileNotFoundError(f"no such text file or folder: {path}")
+    if not files:
+        raise ValueError(
+            f"there are no files in {', '.join(map(str, paths))}: hidden ones, and folders behind "
+            "links, are not read; give others, or what the links lead to"
+        )
     return list(dict.fromkeys(file.resolve() for file in files))
 
 

@@ -27,10 +27,12 @@ class World:
     Attributes:
         rank: which of them this is; the first one, 0, writes the files.
         size: how many there are.
+        hosts: the group in which their hosts talk, which no device waits for; None for torch's own.
     """
 
     rank: int = 0
     size: int = 1
+    hosts: "dist.ProcessGroup | None" = None
 
     @property
     def first(self) -> bool:
@@ -49,6 +51,14 @@ class World:
         total = torch.empty_like(tensor).copy_(tensor)
         dist.all_reduce(total)
         return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any of the processes; they must call it together."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.hosts)
+        return bool(flags)
 
     def check(self, settings: TrainConfig) -> None:
         """Whether the work can be shared.
@@ -84,19 +94,24 @@ def joined_world(device: torch.device) -> Iterator[World]:
     Raises:
         RuntimeError: the processes do not find each other.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        joined = dist.is_initialized()
-        yield World(dist.get_rank(), dist.get_world_size()) if joined else World()
+    joined = dist.is_initialized()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not joined:
+        yield World()
         return
-    if device.type == "cuda":
+    if not joined and device.type == "cuda":
         torch.cuda.set_device(device)  # or every process would keep memory on the first one too
         dist.init_process_group("nccl", device_id=device)
-    else:
+    elif not joined:
         dist.init_process_group("gloo")
+    # torch.distributed by itself may have hosts talk through their devices, by NCCL.
+    hosts = None if "gloo" in dist.get_backend() else dist.new_group(backend="gloo")
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        yield World(dist.get_rank(), dist.get_world_size(), hosts)
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
+        elif hosts is not None:
+            dist.destroy_process_group(hosts)
 
 
 def device_name(device: str) -> str:

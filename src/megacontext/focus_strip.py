@@ -5,30 +5,35 @@ from rich.text import Text
 
 from megacontext.cut import Cut
 
-_LODS = (("█", "bright_blue"), ("▒", "yellow"), ("░", "red"))
+_CHARACTERS, _ASCII = "█▒░", "#+."
+_STYLES = ("bright_blue", "yellow", "red")
 _NAMES = ("LOD0, tokens", "LOD1, gists", "LOD2, gists of gists")
 
 
-def focus_strip(cut: Cut, width: int) -> Text:
+def focus_strip(cut: Cut, width: int, *, ascii_only: bool = False) -> Text:
     """The finest level of detail in each stretch of what is covered, oldest first.
 
     Args:
         width: at most so many characters, each for as many tokens.
+        ascii_only: for a terminal that has no others.
     """
+    characters = _ASCII if ascii_only else _CHARACTERS
     each = tokens_per_character(cut, width)
     begins = np.arange(cut.positions[0], cut.ends[-1], each)
     first = np.searchsorted(cut.ends, begins, side="right").tolist()
     until = np.searchsorted(cut.positions, begins + each, side="left").tolist()
     strip = Text(no_wrap=True)
     for begin, end in zip(first, until, strict=True):
-        strip.append(*_LODS[int(cut.lods[begin:end].min())])
+        lod = int(cut.lods[begin:end].min())
+        strip.append(characters[lod], _STYLES[lod])
     return strip
 
 
-def focus_legend(each: int) -> Text:
+def focus_legend(each: int, *, ascii_only: bool = False) -> Text:
     """What the characters of a strip mean, each for so many tokens."""
     legend = Text(f"each character is {each:,} token{'s' * (each > 1)}:")
-    for (character, style), name in zip(_LODS, _NAMES, strict=True):
+    characters = _ASCII if ascii_only else _CHARACTERS
+    for character, style, name in zip(characters, _STYLES, _NAMES, strict=True):
         legend.append("  ").append(character, style).append(f" {name}")
     return legend
 

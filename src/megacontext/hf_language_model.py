@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from megacontext.config import MCConfig
+from megacontext.files import reading
+from megacontext.hf_checks import check_reading
 from megacontext.language_model import LanguageModel, causal_mask_after
 from megacontext.transformer import attention_mask
 
 PRETRAINED_RATE = 3e-5  # peak learning rate; ours, for random weights, is a hundred times that
-_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", "cache", "use_cache")
+_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", "use_cache")
+_CACHES = ("cache", "past_key_values")  # as transformers calls it now, and until its version 5
 # What a run keeps of the folder: all but the weights, which are in its checkpoint.
 _KEPT = (
     "config.json",
@@ -49,6 +52,7 @@ class HFLanguageModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
+        self._cache_name = _cache_name(model) or _CACHES[0]
         self.max_tokens: int | None = _max_tokens(self.model.config)
         deviation = float(self.embedding.weight.detach().float().square().mean().sqrt())
         scale = 2.0 ** round(math.log2(deviation)) if deviation > 0 else 1.0
@@ -77,10 +81,15 @@ class HFLanguageModel(nn.Module):
         if recompute:
             # Nothing in a block is random, so there is no random state to keep.
             how = {"use_reentrant": False, "preserve_rng_state": False}
-            self.model.activation_checkpointing_enable(how)
+            self._checkpointing("enable")(how)
         elif self._recompute:
-            self.model.activation_checkpointing_disable()
+            self._checkpointing("disable")()
         self._recompute = recompute
+
+    def _checkpointing(self, what: str) -> Any:
+        """The library's method, by its name now or that of its version 4."""
+        now, before = (f"{kind}_checkpointing_{what}" for kind in ("activation", "gradient"))
+        return getattr(self.model, now, None) or getattr(self.model, before)
 
     def new_seen(self, capacity: int) -> "HFSeen":
         """Nothing read yet; grows as it must, so ``capacity`` entries are no limit."""
@@ -125,8 +134,8 @@ class HFLanguageModel(nn.Module):
             inputs_embeds=inputs_embeds * self.scale,
             attention_mask=mask,
             position_ids=starts + spans - 1,
-            cache=None if seen is None else seen.cache,
             use_cache=seen is not None,
+            **{self._cache_name: None if seen is None else seen.cache},
         ).logits
         return logits
 
@@ -195,7 +204,8 @@ def load_language_model(path: str | Path) -> nn.Module:
         ImportError: transformers is not installed.
         FileNotFoundError: there is no such folder.
         ValueError: its weights cannot be loaded or are not all there, or it is of a kind that
-            cannot read working contexts; named.
+            cannot read working contexts, or reads plain tokens otherwise than in its library;
+            named.
     """
     transformers, config, path = import_transformers(str(path)), _config(path), Path(path)
     _without_dropout(config)
@@ -211,9 +221,12 @@ def load_language_model(path: str | Path) -> nn.Module:
             if found["missing_keys"]:
                 missing = sorted(found["missing_keys"])
                 raise ValueError(f"{len(missing)} weights are not there, such as {missing[0]}")
-    except (OSError, ValueError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the library lets through whatever goes wrong within it
         raise ValueError(f"no causal language model can be made from {path}: {error}") from error
     _check_kind(path, model)
+    check_reading(path, HFLanguageModel(model))
     return model
 
 
@@ -265,11 +278,10 @@ def _config(path: str | Path) -> Any:
             "model.save_pretrained(folder) made"
         )
     transformers = import_transformers(str(path))
-    try:
+    advice = "give the folder that model.save_pretrained made, or put the original back"
+    with reading(file, advice):
         config = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} describes no model that can be made: {error}") from error
-    return config.get_text_config(decoder=True)
+        return config.get_text_config(decoder=True)
 
 
 def check_language_model(config: MCConfig) -> None:
@@ -304,6 +316,7 @@ def _check_kind(path: Path, model: Any) -> None:
     """
     kind, config = type(model).__name__, model.config.get_text_config(decoder=True)
     lacks = [name for name in _ARGUMENTS if name not in inspect.signature(model.forward).parameters]
+    lacks += [] if _cache_name(model) else ["cache"]
     if lacks:
         raise ValueError(
             f"{kind} in {path} cannot read a working context: it takes no {', '.join(lacks)}"
@@ -322,6 +335,12 @@ def _check_kind(path: Path, model: Any) -> None:
             f"{kind} in {path} has embeddings {shape}, and vocab_size and hidden_size "
             f"{[config.vocab_size, config.hidden_size]}: what it reads must be what it embeds"
         )
+
+
+def _cache_name(model: Any) -> str | None:
+    """What the model's forward calls its cache; None where it has none."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHES if name in known), None)
 
 
 def _max_tokens(config: Any) -> int | None:

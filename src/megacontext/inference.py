@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from megacontext.session import Session, Tokens, session_about
 from megacontext.session_config import SessionConfig
 from megacontext.session_folder import SessionFolder
 from megacontext.session_report import InferenceReport
+from megacontext.tokens import check_range
 from megacontext.working_context import WorkingContext
 
 if TYPE_CHECKING:
@@ -214,7 +214,5 @@ def _as_tokens(tokens: object, vocab_size: int) -> Tokens:
     if not shape[-1]:
         raise ValueError("there must be at least one token")
     host: Tokens = tokens.flatten().numpy(force=True)
-    low, high = int(np.min(host)), int(np.max(host))
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"tokens must lie in [0, {vocab_size}), but run from {low} to {high}")
+    check_range(host, vocab_size)
     return host

@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 
 from lensnet_guard.postmortem import LogVerdict
 from megacontext.cut import Cut
+from megacontext.files import replacing
 from megacontext.lod_image import LOD_COLOURS, named_strips
 from megacontext.micro_step import Cuts
 from megacontext.run_folder import RunFolder
@@ -89,10 +90,9 @@ def draw_evaluation(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Written beside and moved over: a kill leaves the old picture or the new one."""
-    temporary = path.with_name(f"{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(path)
+    """A kill leaves the old picture or the new one."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def _lines(axes: Axes, rows: list[dict[str, float | None]], names: dict[str, str]) -> None:

@@ -83,7 +83,7 @@ def policy_scores(scores: Tensor, pairs: PreferencePairs) -> tuple[Tensor, Tenso
         the sum of the differing gists' scores, signed by who holds them, ``[B, P]``; and whether
         there is one, bool ``[B, P]``.
     """
-    total = torch.einsum("bpe,be->bp", pairs.labels, scores)
+    total = (pairs.labels @ scores[..., None]).squeeze(-1)
     return total, pairs.labels.any(-1)
 
 
@@ -145,13 +145,22 @@ def preference_metrics(scores: Tensor, pairs: PreferencePairs, gists: Tensor) ->
     variance = ((scores - mean[:, None]).square() * gists).sum(-1) / entries
     return {
         "adv_delta_mean": gap.mean(),
-        "adv_delta_p95": torch.quantile(gap.float(), 0.95),
+        "adv_delta_p95": _quantile(gap.float(), 0.95),
         "adv_delta_std": gap.std(correction=0),
         "preference_agreement": agree.sum() / informative.sum(),
         "preference_corr": _correlation(policy, pairs.advantages, informative),
         "policy_score_abs_mean": (scores.abs() * gists).sum() / gists.sum(),
         "policy_score_std_mean": variance.sqrt().mean(),
     }
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """As ``torch.quantile``, which takes longer, and on torch 2.7 waits for the device; scalar."""
+    ordered = values.flatten().sort().values
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return torch.lerp(ordered[below], ordered[above], place - below)
 
 
 def _correlation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:

@@ -1,15 +1,43 @@
 """A model from the run folder that it was trained in, on a device that works."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
-from megacontext.run_folder import RunFolder
+from megacontext.files import reading
+from megacontext.run_folder import ADVICE, RunFolder
+from megacontext.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What the ``config.json`` of a run says.
+
+    Attributes:
+        model, settings: as the run was begun.
+        source: description of what it reads.
+    """
+
+    model: MCConfig
+    settings: TrainConfig
+    source: dict[str, Any]
+
+
+def read_run(folder: RunFolder) -> SavedRun:
+    """What a run is.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        DamagedFileError: its configuration cannot be read, or makes no run.
+    """
+    saved = folder.read_config()
+    with reading(folder.config, ADVICE):
+        settings = TrainConfig.from_json(saved["train"])
+        return SavedRun(MCConfig(**saved["model"]), settings, saved["source"])
 
 
 def load_model(run_dir: str | os.PathLike[str], device: torch.device | str = "cpu") -> MCController:
@@ -17,28 +45,28 @@ def load_model(run_dir: str | os.PathLike[str], device: torch.device | str = "cp
 
     Raises:
         FileNotFoundError: the folder holds no run, or no checkpoint yet.
-        ValueError: the configuration or the checkpoint is damaged.
+        DamagedFileError: the configuration or the checkpoint is damaged.
         ImportError: its language model is one of transformers, which is not installed.
     """
     folder = RunFolder(run_dir)
-    mc = MCController(saved_model(folder, folder.read_config())).to(device)
+    mc = MCController(saved_model(folder, read_run(folder).model)).to(device)
     state = folder.load_checkpoint(torch.device(device))
     if state is None:
         raise FileNotFoundError(f"{folder.path} has no checkpoint yet; train it first")
-    mc.load_state_dict(state["model"])
+    with reading(folder.checkpoint, ADVICE):
+        mc.load_state_dict(state["model"])
     return mc
 
 
-def saved_model(folder: RunFolder, saved: Mapping[str, Any]) -> MCConfig:
+def saved_model(folder: RunFolder, model: MCConfig) -> MCConfig:
     """The configuration of a run's model, as it is to be made again before a checkpoint is loaded.
 
     A language model that was given is made from the run's own copy of its sizes: where it came from
     may be gone.
 
     Args:
-        saved: the run's ``config.json``.
+        model: as the run was begun.
     """
-    model = MCConfig(**saved["model"])
     if not model.language_model or not folder.checkpoint.exists():
         return model
     return replace(model, language_model=str(folder.language_model / "config.json"))

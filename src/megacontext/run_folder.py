@@ -9,19 +9,22 @@ has all of a given language model but its weights, which are in the checkpoint.
 import json
 import math
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megacontext.files import DamagedFileError, cannot_write, reading, replacing, write_atomically
+
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
     fcntl = None  # type: ignore[assignment]
+
+ADVICE = "put the original back, or start a new run"
 
 
 class RunFolder:
@@ -64,32 +67,45 @@ class RunFolder:
 
         Raises:
             FileExistsError: as for `require_new`.
+            OSError: it cannot be written; nothing of it is left then.
         """
         self.require_new()
+        new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        if language_model:
-            self.language_model.mkdir()
-        for file in language_model:
-            shutil.copyfile(file, self.language_model / file.name)
-        write_atomically(self.config, json.dumps(config, indent=2).encode() + b"\n")
+        try:
+            if language_model:
+                self.language_model.mkdir()
+            for file in language_model:
+                shutil.copyfile(file, self.language_model / file.name)
+            write_atomically(self.config, json.dumps(config, indent=2).encode() + b"\n")
+        except BaseException:
+            shutil.rmtree(self.language_model, ignore_errors=True)
+            if new:
+                with suppress(OSError):
+                    self.path.rmdir()
+            raise
+
+    def require_run(self) -> None:
+        """Make sure that there is a run.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if not self.config.exists():
+            raise FileNotFoundError(f"{self.path} holds no run to resume: no {self.config.name}")
 
     def read_config(self) -> dict[str, Any]:
         """The configuration of the run.
 
         Raises:
             FileNotFoundError: there is no run.
+            DamagedFileError: it cannot be read.
         """
-        if not self.config.exists():
-            raise FileNotFoundError(f"{self.path} holds no run to resume: no {self.config.name}")
-        try:
-            config: dict[str, Any] = json.loads(self.config.read_text())
+        self.require_run()
+        with reading(self.config, ADVICE):
+            config: dict[str, Any] = json.loads(self.config.read_bytes())
             for part in ("model", "train", "source"):
                 dict(config[part])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.config} is damaged ({error}), so the run cannot be resumed; "
-                "put the original back, or start a new run"
-            ) from error
         return config
 
     @contextmanager
@@ -111,58 +127,77 @@ class RunFolder:
             yield
 
     def append_metrics(self, row: Mapping[str, float | int]) -> None:
-        """Append one line; what is undefined (nan) becomes null."""
+        """Append one line; what is undefined (nan) becomes null.
+
+        Raises:
+            OSError: it cannot be written; named.
+        """
         finite = {k: None if not math.isfinite(v) else v for k, v in row.items()}
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise cannot_write(self.metrics, error, "the lines before are kept") from error
 
     def read_metrics(self) -> list[dict[str, float | None]]:
-        """All complete lines, in order."""
+        """All complete lines, in order.
+
+        Raises:
+            DamagedFileError: one of them is no row of metrics; says which.
+        """
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = []
+        for number, line in enumerate(self.metrics.read_bytes().split(b"\n")[:-1], 1):
+            with reading(f"line {number} of {self.metrics}", "take that line out"):
+                rows.append(_row(line))
+        return rows
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget the lines of steps that a resumed run will do again."""
+        """Forget the lines of steps that a resumed run will do again.
+
+        Raises:
+            DamagedFileError, OSError: it cannot be read, or written; it is as it was.
+        """
         rows = [row for row in self.read_metrics() if (row["step"] or 0) <= step]
         write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in rows).encode())
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint; a kill at any moment leaves the old one or the new one."""
-        temporary = self.checkpoint.with_suffix(".tmp")
-        with temporary.open("wb") as file:
+        """Replace the checkpoint; whatever happens leaves the old one or the new one.
+
+        Raises:
+            OSError: it cannot be written; the old one is kept.
+        """
+        with replacing(self.checkpoint) as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.checkpoint)
 
     def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
         """The newest checkpoint; None when the run was killed before its first.
 
         Raises:
-            ValueError: it cannot be read, or it is gone although the run has metrics.
+            DamagedFileError: it cannot be read, or it is gone although the run has metrics.
         """
         if not self.checkpoint.exists():
             if self.read_metrics():
-                raise ValueError(f"{self.checkpoint} is missing, so the run cannot be resumed")
+                raise DamagedFileError(f"{self.checkpoint} is missing; {ADVICE}")
             return None
-        try:
+        with reading(self.checkpoint, ADVICE):
             state: dict[str, Any] = torch.load(
                 self.checkpoint, map_location=device, weights_only=True
             )
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"{self.checkpoint} is damaged, so the run cannot be resumed; start a new one"
-            ) from error
         return state
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _row(line: bytes) -> dict[str, float | None]:
+    """A line of metrics.
+
+    Raises:
+        ValueError: it is none.
+    """
+    row: Any = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError("it is no object with a step")
+    for name, value in row.items():
+        if not (value is None or isinstance(value, (int, float))):
+            raise ValueError(f"{name} is no number")
+    return row

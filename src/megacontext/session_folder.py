@@ -17,6 +17,8 @@ import numpy as np
 import orjson
 from torch import nn
 
+from megacontext.files import DamagedFileError, reading, replacing
+
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
@@ -56,10 +58,7 @@ class SessionFolder:
             OSError: it cannot be written.
         """
         folder = Path(path).absolute()
-        if (folder / "session.json").exists():
-            raise FileExistsError(f"{folder} holds a session already: resume it, or choose another")
-        if folder.exists() and (not folder.is_dir() or _litter(folder)):
-            raise FileExistsError(f"{folder} is not an empty folder; choose another")
+        require_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         made = cls(folder)
         try:
@@ -86,14 +85,13 @@ class SessionFolder:
             ValueError: it was made with other sizes or weights, or is damaged.
         """
         folder = Path(path).absolute()
-        if not (folder / "session.json").exists():
-            raise FileNotFoundError(f"{folder} holds no session to resume: no session.json")
+        require_session(folder)
         opened = cls(folder)
         try:
             saved = opened._read("session.json")
-            if saved.get("format") != FORMAT:
+            if "format" in saved and saved["format"] != FORMAT:
                 raise ValueError(
-                    f"{folder} has format {saved.get('format')}, and this version reads {FORMAT}"
+                    f"{folder} has format {saved['format']}, and this version reads {FORMAT}"
                 )
             _compare(folder, saved, about)
             settings: dict[str, Any] = dict(saved["settings"])
@@ -123,31 +121,41 @@ class SessionFolder:
         self._close()
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        path = self.path / name
-        temporary = path.with_name(f"{name}.tmp")
         data = orjson.dumps(dict(content), option=orjson.OPT_SERIALIZE_NUMPY)
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        except OSError as error:
-            if temporary.is_file():
-                temporary.unlink()
-            raise OSError(
-                error.errno, f"cannot write {path}: {error.strerror}; what was there is kept"
-            ) from error
+        with replacing(self.path / name, sync=False) as file:
+            file.write(data)
 
     def _read(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        try:
-            content: dict[str, Any] = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            hint = (
-                "remove it, and the session will focus anew"
-                if name == "focus.json"
-                else "put the original back"
-            )
-            raise ValueError(f"{path} is damaged ({error}); {hint}") from error
+        path, hint = self.path / name, "put the original back"
+        if name == "focus.json":
+            hint = "remove it, and the session will focus anew"
+        with reading(path, hint):
+            content: Any = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError("it is no object")
         return content
+
+
+def require_free(folder: Path) -> None:
+    """Make sure that a new session can begin in a folder.
+
+    Raises:
+        FileExistsError: it holds a session already, or something else.
+    """
+    if (folder / "session.json").exists():
+        raise FileExistsError(f"{folder} holds a session already: resume it, or choose another")
+    if folder.exists() and (not folder.is_dir() or _litter(folder)):
+        raise FileExistsError(f"{folder} is not an empty folder; choose another")
+
+
+def require_session(folder: Path) -> None:
+    """Make sure that a folder holds a session.
+
+    Raises:
+        FileNotFoundError: it does not.
+    """
+    if not (folder / "session.json").exists():
+        raise FileNotFoundError(f"{folder} holds no session to resume: no session.json")
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -168,7 +176,7 @@ def _compare(folder: Path, saved: Mapping[str, Any], about: Mapping[str, Any]) -
     """
     sizes, now = saved.get("model"), about["model"]
     if not isinstance(sizes, dict) or not isinstance(saved.get("settings"), dict):
-        raise ValueError(f"{folder / 'session.json'} is damaged; put the original back")
+        raise DamagedFileError(f"{folder / 'session.json'} is damaged; put the original back")
     other = [
         f"{name} {sizes.get(name)}, not {now[name]}" for name in now if sizes.get(name) != now[name]
     ]

@@ -7,7 +7,7 @@ import numpy as np
 from megacontext.config import MCConfig
 from megacontext.data import Source, load_corpus
 from megacontext.recall import RecallSource
-from megacontext.tokenizer import tokenizer_of
+from megacontext.tokenizer import has_tokenizer, tokenizer_of
 from megacontext.train_config import TrainConfig
 
 
@@ -31,6 +31,13 @@ def load_source(settings: TrainConfig, model: MCConfig) -> Source:
                 f"the answers of recall take {source.horizon_tokens} tokens, so horizon_tokens "
                 f"must be that, not {model.horizon_tokens}"
             )
+    if model.vocab_size < source.vocab_size and has_tokenizer(model.language_model):
+        raise ValueError(
+            f"the language model in {model.language_model} embeds {model.vocab_size} tokens, and "
+            f"the tokenizer beside it has ids up to {source.vocab_size - 1}: put the tokenizer "
+            "there that the model was trained with, or give the model more embeddings "
+            f"(model.resize_token_embeddings({source.vocab_size}))"
+        )
     if model.vocab_size < source.vocab_size:
         raise ValueError(
             f"tokens of {settings.data} are below {source.vocab_size}, so vocab_size must be at "

@@ -64,12 +64,14 @@ class PretrainedTokenizer:
         auto = import_transformers(str(folder)).AutoTokenizer
         try:
             self._tokenizer: Any = auto.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the library lets through whatever goes wrong within it
             raise ValueError(
                 f"the tokenizer in {folder} cannot be loaded ({error}); put its files right, or "
                 "take them away to read text as bytes"
             ) from error
-        self.vocab_size = len(self._tokenizer)
+        # Ids may have gaps: there are vocabularies of four words whose last has id 300.
+        ids = self._tokenizer.get_vocab().values()
+        self.vocab_size = max(len(self._tokenizer), 1 + max(ids, default=0))
 
     def encode(self, pieces: Iterable[bytes]) -> Iterator[Tokens]:
         # A word on the seam of two pieces becomes other tokens; pieces are long, so few are.
@@ -106,8 +108,14 @@ class PretrainedTokenizer:
 
 
 def has_tokenizer(language_model: str) -> bool:
-    """Whether a model that was given brings one."""
-    return any((folder_of(language_model) / name).exists() for name in _FILES)
+    """Whether a model that was given brings one.
+
+    Args:
+        language_model: of `MCConfig`; "" for our own model.
+    """
+    return bool(language_model) and any(
+        (folder_of(language_model) / name).exists() for name in _FILES
+    )
 
 
 def tokenizer_of(language_model: str) -> Tokenizer:
@@ -119,6 +127,6 @@ def tokenizer_of(language_model: str) -> Tokenizer:
     Raises:
         ImportError, ValueError: see `PretrainedTokenizer`.
     """
-    if language_model and has_tokenizer(language_model):
+    if has_tokenizer(language_model):
         return PretrainedTokenizer(folder_of(language_model))
     return ByteTokenizer()

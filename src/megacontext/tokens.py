@@ -1,10 +1,41 @@
 """What comes in as a batch of tokens, checked."""
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megacontext.config import MCConfig
+
+Ids = NDArray[np.unsignedinteger[Any]]
+
+
+def check_range(tokens: NDArray[np.int64], vocab_size: int, whose: str = "tokens") -> None:
+    """Refuse tokens that are not in the vocabulary.
+
+    Args:
+        whose: what to call them.
+
+    Raises:
+        ValueError: saying from where to where they run.
+    """
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        raise ValueError(
+            f"{whose} must lie in [0, {vocab_size}), but run from {tokens.min()} to {tokens.max()}"
+        )
+
+
+def as_ids(tokens: NDArray[np.int64], vocab_size: int, whose: str = "tokens") -> Ids:
+    """Tokens in the smallest type that holds the vocabulary, in which others would wrap around.
+
+    Raises:
+        ValueError: see `check_range`.
+    """
+    check_range(tokens, vocab_size, whose)
+    ids: Ids = tokens.astype(np.min_scalar_type(vocab_size - 1))
+    return ids
 
 
 def check_batch(tokens: Tensor, pad_mask: Tensor | None, config: MCConfig) -> list[int]:
@@ -48,10 +79,5 @@ def check_batch(tokens: Tensor, pad_mask: Tensor | None, config: MCConfig) -> li
             f"{config.horizon_tokens + 1} are needed, one more than horizon_tokens"
         )
     if tokens.device.type == "cpu":
-        host = tokens.numpy()
-        low, high = np.min(host), np.max(host)
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(
-                f"tokens must lie in [0, {config.vocab_size}), but run from {low} to {high}"
-            )
+        check_range(tokens.numpy(), config.vocab_size)
     return lengths

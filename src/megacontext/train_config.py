@@ -72,4 +72,4 @@ class TrainConfig:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "TrainConfig":
         """As ``config.json`` holds it."""
-        return cls(**{**saved, "text": tuple(saved["text"])})
+        return cls(**{**saved, "text": tuple(saved.get("text", ()))})

@@ -8,8 +8,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lensnet_guard import compare_ranks, lensnet_guard
-from lensnet_guard.postmortem import LogVerdict, read_verdict
+from lensnet_guard.postmortem import read_verdict
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.data import Source
@@ -31,52 +29,22 @@ from megacontext.distributed import (
     load_weights,
     local_part,
 )
+from megacontext.files import reading
 from megacontext.hf_language_model import check_language_model, kept_files
 from megacontext.metric_sinks import MetricSink, MetricSinkError, TensorBoardSink, write_all
 from megacontext.micro_step import Cuts, MCBatchResult
 from megacontext.optimization import new_optimizer, own_gradients, rate_at, update
-from megacontext.pretrained import saved_model, usable_device
-from megacontext.run_folder import RunFolder
+from megacontext.pretrained import read_run, saved_model, usable_device
+from megacontext.run_folder import ADVICE, RunFolder
 from megacontext.running_means import RunningMeans
 from megacontext.sources import load_source
 from megacontext.step_profile import step_profile
 from megacontext.train_config import TrainConfig
+from megacontext.train_result import StepReport, TrainingStopped, TrainResult
 
 LM_DATA, DATA = 0, 1  # what random numbers are for
 VALIDATION_SEQUENCES = 32
 COMPARED_SEQUENCES = 16  # of validation, with all their variants
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What the progress display gets: which phase, step, of how many, metrics."""
-
-    phase: str
-    step: int
-    steps: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended.
-
-    Attributes:
-        verdict: from the guard's log file.
-        metrics: of the last logged step.
-        validation_loss: of the language model on held-out data at full detail, nats per label.
-        unigram_entropy: of the held-out data, nats per label.
-        run_dir: the run folder.
-        profile: the trace of some of the steps that were made now; None where it was not asked for,
-            and where there were no steps left to make.
-    """
-
-    verdict: LogVerdict
-    metrics: dict[str, float | None]
-    validation_loss: float
-    unigram_entropy: float
-    run_dir: Path
-    profile: Path | None
 
 
 def train(
@@ -88,6 +56,7 @@ def train(
     profile: bool = False,
     report: Callable[[StepReport], None] = lambda _: None,
     sinks: Sequence[MetricSink] = (),
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train in a new run folder, or continue the run that a folder holds.
 
@@ -97,20 +66,23 @@ def train(
             LensNet call and every phase of a micro-step is a range.
         report: called after every logged step.
         sinks: get the metrics of every logged step, after a checkpoint that was due.
+        stop: asked before the first step and after each. When it says so on one of several
+            processes, all of them end after that step, with a checkpoint of it.
 
     Raises:
         FileExistsError, FileNotFoundError: the folder does not fit ``resume``.
         ValueError: settings, text or checkpoint that do not fit; nothing was written then.
+        OSError: a file cannot be written; named. The last checkpoint is kept.
+        TrainingStopped: ``stop`` said so, and there were steps left.
         LensNetViolation: something called LensNet that may not.
         ImportError: a library that the settings need is not installed; nothing was written then.
         MetricSinkError: a sink failed; the run was saved at that step, by several
             processes at its last checkpoint.
     """
     folder = RunFolder(run_dir)
-    if resume:
-        saved = folder.read_config()
-        model = saved_model(folder, saved)
-        settings = TrainConfig.from_json(saved["train"])
+    saved = read_run(folder) if resume else None
+    if saved is not None:
+        model, settings = saved_model(folder, saved.model), saved.settings
     model, settings = model or MCConfig(), settings or TrainConfig()
     device = usable_device(device_name(settings.device))
     check_language_model(model)  # before much text becomes tokens
@@ -118,8 +90,8 @@ def train(
     with joined_world(device) as world:
         world.check(settings)
         boards = [TensorBoardSink(folder.tensorboard)] if settings.tensorboard else []
-        trainer = _Trainer(model, settings, source, folder, device, world)
-        if resume and saved["source"].get("sha256") != source.description.get("sha256"):
+        trainer = _Trainer(model, settings, source, folder, device, world, stop)
+        if saved and saved.source.get("sha256") != source.description.get("sha256"):
             raise ValueError(
                 f"the text has changed since {folder.path} was begun (its sha256 differs), "
                 "so the run cannot be continued; start a new one"
@@ -155,10 +127,14 @@ def train(
                 told = [*boards, *sinks] if world.first else []
                 cuts = trainer.run(report if world.first else lambda _: None, profile, told)
             world.wait()  # for all logs to be complete
+        if trainer.stopped:
+            raise TrainingStopped(
+                f"stopped after step {trainer.step or trainer.lm_step}, and saved in {folder.path}"
+            )
         verdict = read_verdict(folder.path)
         result = TrainResult(
             verdict=verdict,
-            metrics=folder.read_metrics()[-1],
+            metrics=next(reversed(folder.read_metrics()), {}),
             validation_loss=trainer.validation_loss(),
             unigram_entropy=source.unigram_entropy(),
             run_dir=folder.path,
@@ -183,12 +159,15 @@ class _Trainer:
         folder: RunFolder,
         device: torch.device,
         world: World,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.settings = settings
         self.source = source
         self.folder = folder
         self.device = device
         self.world = world
+        self.stop = stop
+        self.stopped = False
         self.lm_step = 0
         self.step = 0
         self.means = RunningMeans(device)  # of metrics, since the last logged step
@@ -217,16 +196,19 @@ class _Trainer:
         with self.mc.context("training"):
             own_gradients(self.mc.language_model.parameters())
             self.call.train(self.mc.language_model)
-            while self.lm_step < settings.lm_steps:
+            self._hear()
+            while self.lm_step < settings.lm_steps and not self.stopped:
                 loss = self._lm_step()
                 self.lm_step += 1
                 last = self.lm_step == settings.lm_steps
                 if last or self.lm_step % settings.log_interval == 0:
                     row = {"lm_loss": float(self.world.sum(loss)) / self.world.size}
                     report(StepReport("language model", self.lm_step, settings.lm_steps, row))
-                if last or self.lm_step % settings.checkpoint_interval == 0:
+                if self._hear() or last or self.lm_step % settings.checkpoint_interval == 0:
                     self._check_finite(self.lm_step)
                     self.save()
+        if self.stopped:
+            return None
         profile = profile and self.world.first
         steps = settings.steps - self.step if profile else 0
         self.phase = record_function if profile else nullcontext
@@ -236,11 +218,11 @@ class _Trainer:
         ):
             own_gradients(self.mc.parameters())
             self.call.train(self.mc)
-            while self.step < settings.steps:
+            while self.step < settings.steps and not self.stopped:
                 cuts = self._optimizer_step()
                 self.step += 1
                 last = self.step == settings.steps
-                checkpoint = last or self.step % settings.checkpoint_interval == 0
+                checkpoint = self._hear() or last or self.step % settings.checkpoint_interval == 0
                 if checkpoint or self.step % settings.log_interval == 0:
                     self._check_finite(self.step)
                 logged = last or self.step % settings.log_interval == 0
@@ -258,6 +240,12 @@ class _Trainer:
                     self._tell(sinks, row, cuts)
                 end_step()
         return cuts
+
+    def _hear(self) -> bool:
+        """Whether one of the processes is to stop: all of them do then, if there is more to do."""
+        more = self.step < self.settings.steps
+        self.stopped = self.world.any(self.stop()) and more
+        return self.stopped
 
     def _tell(self, sinks: Sequence[MetricSink], row: dict[str, float], cuts: Cuts) -> None:
         """Tell the sinks, between two steps: nothing of this step is open any more."""
@@ -376,11 +364,11 @@ class _Trainer:
         on = torch.device("cpu") if self.settings.shard else self.device
         state = self.folder.load_checkpoint(on)
         if state is not None:
-            self.lm_step = state["lm_step"]
-            self.step = state["step"]
-            if self.world.first:
-                self.means.load(state["means"])
-            load_weights(self.mc, state["model"])
-            load_optimizer(self.optimizer, state["optimizer"])
+            with reading(self.folder.checkpoint, ADVICE):
+                self.lm_step, self.step = state["lm_step"], state["step"]
+                if self.world.first:
+                    self.means.load(state["means"])
+                load_weights(self.mc, state["model"])
+                load_optimizer(self.optimizer, state["optimizer"])
         if self.world.first:
             self.folder.drop_metrics_after(self.step)

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from megacontext.cut import Cut, Ints, spans_of
 from megacontext.gistnet import GistNet
-from megacontext.transfer import to_device
+from megacontext.transfer import new_host, to_device
 from megacontext.working_context import NO_LABEL, WorkingContext
 
 
@@ -83,10 +82,12 @@ class MegaContextTree:
         following = positions + spans
         labelled = ~pads & (following < np.array(self.lengths)[history])
         following = np.where(labelled, history * num_tokens + following, -1)
-        host = np.stack([in_levels, positions, spans, lods, following, pads])
-        on_device = to_device(torch.from_numpy(host), self.levels.device)
-
-        index, starts, spans_, lods_, label_index, padded = on_device
+        host = new_host((6, *positions.shape), self.levels.device)
+        for plane, of_entries in zip(
+            host.numpy(), (in_levels, positions, spans, lods, following, pads), strict=True
+        ):
+            plane[:] = of_entries
+        index, starts, spans_, lods_, label_index, padded = to_device(host, self.levels.device)
         embeddings = self.levels.flatten(0, 1).index_select(0, index.flatten())
         labels = self.labels.take(label_index.clamp(min=0))
         return WorkingContext(

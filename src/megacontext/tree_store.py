@@ -18,6 +18,7 @@ from torch import Tensor
 from megacontext.cut import Cut
 from megacontext.gistnet import GistNet
 from megacontext.hf_language_model import AnyLanguageModel
+from megacontext.tokens import as_ids
 
 Array = NDArray[Any]
 CHUNK_TOKENS = 16_384  # that are embedded at once when many are appended
@@ -159,10 +160,10 @@ class TreeStore:
     ) -> None:
         self._model, self._gistnet = language_model, gistnet
         self._block_size = block_size
-        vocab_size, d_model = language_model.embedding.weight.shape
+        self._vocab_size, d_model = language_model.embedding.weight.shape
         names = ["tokens.bin", *(f"gists{lod}.bin" for lod in range(1, max_lod + 1))]
         kinds: list[tuple[np.dtype[Any], tuple[int, ...]]]
-        kinds = [(np.min_scalar_type(vocab_size - 1), ())]
+        kinds = [(as_ids(np.empty(0, np.int64), self._vocab_size).dtype, ())]
         kinds += [(np.dtype(np.float32), (d_model,))] * max_lod
         self._columns: list[Column] = [
             MemoryColumn(dtype, row) if folder is None else DiskColumn(folder / name, dtype, row)
@@ -191,12 +192,16 @@ class TreeStore:
         return sum(ram for ram, _ in each), sum(disk for _, disk in each)
 
     def append(self, tokens: NDArray[np.int64]) -> None:
-        """Add tokens ``[n]``, and the gists that they finish; all, or none and an error."""
-        before = len(self)
+        """Add tokens ``[n]``, and the gists that they finish; all, or none and an error.
+
+        Raises:
+            ValueError: tokens that the model does not embed.
+            OSError: the files cannot be written.
+        """
+        ids, before = as_ids(tokens, self._vocab_size), len(self)
         try:
-            for begin in range(0, len(tokens), CHUNK_TOKENS):
-                chunk = tokens[begin : begin + CHUNK_TOKENS]
-                self._columns[0].append(chunk)
+            for begin in range(0, len(ids), CHUNK_TOKENS):
+                self._columns[0].append(ids[begin : begin + CHUNK_TOKENS])
                 self._grow()
         except BaseException:
             self._truncate(before)

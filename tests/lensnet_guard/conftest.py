@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lensnet_guard import CallPolicy, Guard, guard_module
+from lensnet_guard import CallPolicy, Guard, guard_module, untested
 
 
 class Scorer(nn.Module):
@@ -37,6 +37,12 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the shell sets, tests start without a mode and as rank 0."""
     monkeypatch.delenv("LENSNET_GUARD", raising=False)
     monkeypatch.delenv("RANK", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test made the guard say of torch, another may make it say again."""
+    monkeypatch.setattr(untested, "_told", set())
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -51,6 +52,11 @@ def count():
 def lens():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+WHY = "a module guarded by lensnet_guard is called in Python"
+# Torch 2.7 names the function that stands in the way of a graph, and not yet the reason given.
+TELLS_WHY = "reason" in inspect.signature(torch.compiler.disable).parameters
 
 
 def graph_breaks():
@@ -337,7 +343,7 @@ class TestCalledInsideACompiledFunction:
         assert backend.frame_count == compiled == 2  # what stands before the call, and after it
         ((reason, times),) = graph_breaks().items()
         assert times == 1
-        assert "a module guarded by lensnet_guard is called in Python" in reason
+        assert (WHY if TELLS_WHY else "GuardedModule.__call__") in reason
 
     def test_the_result_and_the_gradient(self, lens, backend):
         """As without a compiler and without a guard."""
@@ -497,15 +503,15 @@ class TestFullgraph:
         def step(x):
             return guard.module(x * 2) + 1
 
-        with pytest.raises(Exception, match="guarded by lensnet_guard") as caught:
+        with pytest.raises(Exception, match=WHY if TELLS_WHY else "GuardedModule") as caught:
             step(X)
         message = " ".join(str(caught.value).split())
-        assert (
-            "a module guarded by lensnet_guard is called in Python, so that every call is counted. "
-            "Compile the module itself before it is guarded (module.compile(); "
-            "guard_module(module)) and leave fullgraph=True out around its callers: they run with "
-            "one graph break"
-        ) in message
+        advice = (
+            f"{WHY}, so that every call is counted. Compile the module itself before it is guarded "
+            "(module.compile(); guard_module(module)) and leave fullgraph=True out around its "
+            "callers: they run with one graph break"
+        )
+        assert (advice in message) is TELLS_WHY
         assert guard.count() == 0
 
     def test_of_a_bypass(self, lens, count):
@@ -516,6 +522,6 @@ class TestFullgraph:
         def step(x):
             return lens(x * 2) + 1
 
-        with pytest.raises(Exception, match="guarded by lensnet_guard"):
+        with pytest.raises(Exception, match=WHY if TELLS_WHY else r"Tripwire\._behind"):
             step(X)
         assert guard.count() == 0

@@ -50,6 +50,23 @@ class TestHazard:
         assert re.fullmatch(pattern, str(warning.message))
         assert kept.shape == (2, 2)
 
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_a_compiled_forward_on_the_instance_was_not_seen(self, when):
+        """`model.forward = torch.compile(model.forward)`, as recipes have it."""
+        module = nn.Linear(3, 2)
+        compiled = torch.compile(module.forward, backend="eager")
+        compiled.get_compiler_config = lambda: {"triton.cudagraphs": True}
+        if when == "before":
+            module.forward = compiled
+        guard = guard_module(module)
+        if when == "after":
+            module.forward = compiled
+        with guard.context("inference"), torch.no_grad(), pytest.warns(LensNetHazard):
+            kept = guard.module(X)
+            guard.module(2 * X)
+        assert kept.shape == (2, 2)
+        assert [call.compiled.cuda_graphs for call in guard.calls] == [True, True]
+
     def test_a_view_of_an_output(self, guard):
         """It is the memory that counts."""
         with torch.no_grad(), pytest.warns(LensNetHazard):
@@ -201,7 +218,9 @@ class TestBlame:
                 kept = [guard.module(X), guard.module(2 * X), guard.module(3 * X)]
                 (_, first), (second, by) = guard._compiled._written
                 refused = {storage.cdata for storage in second.storages}
-                monkeypatch.setattr(hazards, "is_overwritten", lambda s: s.cdata in refused)
+                monkeypatch.setattr(
+                    hazards, "is_overwritten", lambda o: getattr(o, "cdata", None) in refused
+                )
                 raise RuntimeError(self.ERROR)
         (note,) = caught.value.__notes__
         assert note.startswith("lensnet_guard: the output of call 2 of critic at ")
@@ -216,6 +235,20 @@ class TestBlame:
         numbers = [re.findall(r"call (\d+)", note) for note in caught.value.__notes__]
         assert numbers == [["1", "2"], ["2", "3"]]
         assert len(kept) == 3
+
+    @pytest.mark.parametrize("read", [lambda kept: kept, lambda kept: kept[0]], ids=["it", "view"])
+    def test_torch_took_the_storage_and_nobody_was_blamed(self, guard, read):
+        """As it does on a GPU with a tensor that it writes over: whoever holds it is told."""
+        with torch.no_grad(), pytest.warns(LensNetHazard), pytest.raises(RuntimeError) as caught:
+            with guard.context("inference"):
+                output = guard.module(X)
+                kept = read(output)
+                guard.module(2 * X)
+                output.set_()
+                raise RuntimeError(self.ERROR)
+        (note,) = caught.value.__notes__
+        assert re.findall(r"call (\d+)", note) == ["1", "2"]
+        assert kept is not None
 
     def test_an_output_that_was_dropped_is_not_blamed(self, guard):
         """Nobody can have read it."""

@@ -477,6 +477,21 @@ class TestWrongArguments:
             f"only an nn.Module can be guarded, not {type(module).__name__}"
         )
 
+    @pytest.mark.parametrize("mode", ["enforce", "observe", "off"])
+    @pytest.mark.parametrize(
+        "module", [nn.ModuleList([nn.Linear(3, 2)]), nn.ModuleDict({"a": nn.Linear(3, 2)})]
+    )
+    def test_a_module_without_a_forward_was_guarded_for_nothing(self, module, mode):
+        """No call of it could ever be counted, and its parts were refused."""
+        before = [type(part) for part in module.modules()]
+        with pytest.raises(TypeError) as caught:
+            guard_module(module, mode=mode)
+        assert str(caught.value) == (
+            f"a {type(module).__name__} has no forward, so there is no call of it to count. Guard "
+            "the modules in it one by one"
+        )
+        assert [type(part) for part in module.modules()] == before
+
     def test_guard_module_twice(self):
         """A guarded module is not guarded again."""
         guard = guard_module(nn.Linear(1, 1), name="critic")

@@ -401,6 +401,88 @@ class TestLensnetGuard:
         )
         result.assert_outcomes(passed=2)
 
+    @pytest.mark.parametrize(
+        "expected",
+        [
+            "with pytest.raises(NoContext): guard.module(X)",
+            "with pytest.raises(NoContext) as caught: guard.module(X)",
+            "with pytest.raises(Exception, match='Linear was used'): guard.module(X)",
+            "pytest.raises(NoContext, guard.module, X)",
+        ],
+    )
+    def test_a_helper_that_expects_a_violation_failed_the_test(self, run, expected):
+        """A function, a base class, another file: `pytest.raises` is the test's, wherever it is."""
+        result = run(
+            f"""
+            def refused(guard):
+                {expected}
+
+            class Base:
+                def refused(self, guard):
+                    refused(guard)
+
+            class TestClass(Base):
+                def test_in_a_class(self, lensnet_guard):
+                    self.refused(lensnet_guard(nn.Linear(3, 2)))
+
+            def test_alone(lensnet_guard):
+                refused(lensnet_guard(nn.Linear(3, 2)))
+
+            def test_in_a_thread(lensnet_guard):
+                guard = lensnet_guard(nn.Linear(3, 2))
+                thread = threading.Thread(target=refused, args=(guard,))
+                thread.start()
+                thread.join()
+            """
+        )
+        result.assert_outcomes(passed=3)
+
+    def test_a_helper_that_expects_one_violation_of_two(self, run):
+        """The swallowed one still fails the test, also inside `pytest.raises`."""
+        result = run(
+            """
+            def refused(guard, before):
+                with pytest.raises(NoContext):
+                    before(guard)
+                    guard.module(X)
+
+            def test_swallowed(lensnet_guard):
+                refused(lensnet_guard(nn.Linear(3, 2)), sneaky)
+
+            def test_expected(lensnet_guard):
+                refused(lensnet_guard(nn.Linear(3, 2)), id)
+            """
+        )
+        result.assert_outcomes(failed=1, passed=1)
+        result.stdout.fnmatch_lines(["1 violation did not reach the test: swallowed on the way*"])
+
+    def test_a_helper_that_expects_something_else(self, run):
+        """Its `pytest.raises` fails as ever, and is the same class afterwards."""
+        result = run(
+            """
+            leave = pytest.RaisesExc.__exit__
+
+            def test(lensnet_guard):
+                with pytest.raises(ZeroDivisionError):
+                    lensnet_guard(nn.Linear(3, 2)).module(X)
+
+            def test_nothing(lensnet_guard):
+                with pytest.raises(ZeroDivisionError):
+                    pass
+
+            def test_after():
+                assert pytest.RaisesExc.__exit__ is leave
+            """
+        )
+        result.assert_outcomes(failed=2, passed=1)
+        result.stdout.fnmatch_lines(
+            [
+                "E  *lensnet_guard.errors.NoContext: Linear was used in a thread that has*",
+                ">  *with pytest.raises(ZeroDivisionError):",
+                "E  *Failed: DID NOT RAISE*ZeroDivisionError*",
+            ]
+        )
+
     def test_in_a_hypothesis_test(self, run):
         """The function that Hypothesis runs is the test too."""
         result = run(

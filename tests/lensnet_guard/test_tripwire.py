@@ -3,7 +3,9 @@
 import abc
 import contextlib
 import copy
+import functools
 import gc
+import inspect
 import pickle
 import re
 import weakref
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from lensnet_guard import BypassedGuard, CallPolicy, guard_module, guard_of, lensnet_guard
+from lensnet_guard.armed_class import ArmedMeta
 from lensnet_guard.tripwire import Inside, Tripwire
 
 X = torch.ones(2, 3)
@@ -257,6 +260,140 @@ class TestLegalRuns:
         assert outer.violations == ()
 
 
+class Forwarding(nn.Module):
+    """Sets its attributes on the module inside, as Lightning Fabric's wrapper does."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+        self.__dict__["ready"] = True
+
+    def __setattr__(self, name, value):
+        if "ready" in self.__dict__:
+            setattr(self.inside, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+def hooked(module, *args):
+    return module.old_forward(*args)
+
+
+def bound_forward(module):
+    module.forward = module.forward
+
+
+def hooked_forward(module):
+    """What accelerate's add_hook_to_module does."""
+    module.old_forward = module.forward
+    module.forward = functools.update_wrapper(functools.partial(hooked, module), module.old_forward)
+
+
+def everywhere(put):
+    def put_everywhere(lens):
+        for part in lens.modules():
+            if type(part) is not nn.ModuleList and type(part) is not nn.ModuleDict:
+                put(part)
+
+    return put_everywhere
+
+
+OWN_FORWARDS = {
+    "a bound method": bound_forward,
+    "a hook": hooked_forward,
+    "bound methods on all parts": everywhere(bound_forward),
+    "hooks on all parts": everywhere(hooked_forward),
+    "a hook on a part": lambda lens: hooked_forward(lens.blocks[1].linear),
+}
+COPIES = {
+    "of the proxy": lambda guard: copy.deepcopy(guard.module),
+    "of a copy": lambda guard: copy.deepcopy(copy.deepcopy(guard.module)),
+    "of the guard": lambda guard: copy.deepcopy(guard).module,
+    "of an owner": lambda guard: copy.deepcopy({"lens": guard.module})["lens"],
+    "a pickle": lambda guard: pickle.loads(pickle.dumps(guard.module)),
+}
+
+
+def moved_by(module, run):
+    """How far an output moves with the last bias of the module."""
+    with torch.no_grad():
+        before = run()
+        module.extras["norm"].bias.add_(100)
+        return (run() - before).mean().item()
+
+
+class TestForwardOnTheInstance:
+    """A copy of a module with a forward of its own ran the weights of the original."""
+
+    @pytest.mark.parametrize("mode", ["enforce", "observe"])
+    @pytest.mark.parametrize("way", COPIES)
+    @pytest.mark.parametrize("own", OWN_FORWARDS)
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_copies_run_their_own_weights(self, lens, own, way, mode, when):
+        """Whether it was put there before the module was guarded or after."""
+        if when == "before":
+            OWN_FORWARDS[own](lens)
+        guard = guard_module(lens, mode=mode)
+        if when == "after":
+            OWN_FORWARDS[own](lens)
+        copied = COPIES[way](guard)
+        mine = guard_of(copied)
+        with mine.context("inference"), guard.context("inference"):
+            assert moved_by(copied, lambda: copied(X)) == pytest.approx(100, abs=1e-3)
+            assert moved_by(copied, lambda: guard.module(X)) == 0
+        assert (guard.violations, mine.violations) == ((), ())
+        guard.uninstall()
+        with mine.context("inference"):
+            assert moved_by(copied, lambda: copied(X)) == pytest.approx(100, abs=1e-3)
+            assert lens(X).mean().item() == pytest.approx(0, abs=1e-3)
+
+    @pytest.mark.parametrize("own", OWN_FORWARDS)
+    def test_copies_of_the_raw_module(self, lens, own):
+        """Refused as ever; when the guard is gone they run their own weights as well."""
+        OWN_FORWARDS[own](lens)
+        guard = guard_module(lens)
+        copied, part = copy.deepcopy(lens), copy.deepcopy(lens.blocks[1])
+        for run in (copied, part, copy.copy(lens)):
+            with pytest.raises(BypassedGuard):
+                run(X)
+        guard.uninstall()
+        assert moved_by(copied, lambda: copied(X)) == pytest.approx(100, abs=1e-3)
+        with torch.no_grad():
+            part.linear.bias.fill_(100)
+            assert part(X).mean() > lens.blocks[1](X).mean() + 50
+
+    @pytest.mark.parametrize("own", OWN_FORWARDS)
+    def test_shallow_copies_run_what_the_control_runs(self, lens, own):
+        """The submodules of the original, which it shares."""
+        OWN_FORWARDS[own](lens)
+        guard = guard_module(lens)
+        copied = copy.copy(guard.module)
+        with guard_of(copied).context("inference"):
+            assert moved_by(lens, lambda: copied(X)) == pytest.approx(100, abs=1e-3)
+
+    @pytest.mark.parametrize("own", OWN_FORWARDS)
+    def test_pickles_hold_the_forward_alone(self, lens, own):
+        """A raw module is saved as if it were not guarded."""
+        OWN_FORWARDS[own](lens)
+        plain = pickle.dumps(lens)
+        guard = guard_module(lens)
+        loaded = pickle.loads(pickle.dumps(lens))
+        assert type(loaded) is Lens
+        assert moved_by(loaded, lambda: loaded(X)) == pytest.approx(100, abs=1e-3)
+        guard.uninstall()
+        assert len(pickle.dumps(lens)) == len(plain)
+
+    def test_its_signature(self, lens):
+        """Trainers read from it what columns of a data set the model takes."""
+        hooked_forward(lens)
+        control = inspect.signature(lens.forward)
+        guard = guard_module(lens)
+        assert inspect.signature(lens.forward) == inspect.signature(guard.module.forward) == control
+
+
 def guard_free(lens):
     return pickle.loads(pickle.dumps(lens))
 
@@ -322,15 +459,13 @@ class TestUninstall:
         assert guard_of(lens) is again
 
     def test_a_class_that_changed_meanwhile(self, guard, lens):
-        """What somebody else put there is left, with a warning."""
+        """What somebody else put there is left, unarmed."""
 
         class Other(Lens):
             pass
 
         lens.__class__ = Other
-        message = "the class of a guarded Lens was changed to Other meanwhile; it is left as it is"
-        with pytest.warns(RuntimeWarning, match=message):
-            guard.uninstall()
+        guard.uninstall()
         assert type(lens) is Other
         assert type(lens.blocks[0]) is Block
 
@@ -360,6 +495,41 @@ class TestUninstall:
         guard.uninstall()
         assert lens.__dict__["forward"] is forward
 
+    def test_a_module_with_a_setattr_of_its_own_was_changed_for_good(self):
+        """Fabric's hands what it is given to the module inside: both got the other's class."""
+        outer = Forwarding(Block())
+        inner = outer.inside
+        guard = guard_module(outer)
+        assert (type(outer).__name__, type(inner).__name__) == ("Forwarding", "Block")
+        with guard.context("inference"):
+            assert guard.module(X).shape == X.shape
+        for raw in (outer, inner):
+            with pytest.raises(BypassedGuard):
+                raw(X)
+        guard.uninstall()
+        assert (type(outer), type(inner)) == (Forwarding, Block)
+        assert outer(X).shape == X.shape
+
+    def test_what_cannot_be_armed_is_left_as_it_was(self):
+        """The parts before it stayed armed, and no guard answered for them."""
+
+        class Closed(type):
+            def mro(cls):
+                if len(cls.__bases__) > 1:
+                    raise RuntimeError("no subclasses")
+                return super().mro()
+
+        class Last(nn.Linear, metaclass=Closed):
+            pass
+
+        module = nn.Sequential(Block(), Last(3, 3))
+        module[0].forward = module[0].forward
+        before = snapshot(module)
+        with pytest.raises(RuntimeError, match="no subclasses"):
+            guard_module(module)
+        assert snapshot(module) == before
+        assert not any(isinstance(type(part), ArmedMeta) for part in module.modules())
+
     def test_a_forward_that_was_replaced_meanwhile_is_left(self, lens):
         """It is no longer the guard's to restore."""
         lens.forward = lens.forward
@@ -371,12 +541,13 @@ class TestUninstall:
 
 class TestClasses:
     def test_look_the_same(self, guard, lens):
-        """Name, text, isinstance, and the signature of forward."""
+        """Name, text, isinstance, and forward, which is the original's where it is read."""
         assert type(lens).__name__ == "Lens"
         assert type(lens).__qualname__ == Lens.__qualname__
         assert isinstance(lens, Lens)
         assert repr(lens) == repr(guard_free(lens))
-        assert type(lens).forward.__wrapped__ is Lens.forward
+        assert type(lens).forward is Lens.forward
+        assert inspect.signature(lens.forward) == inspect.signature(Lens().forward)
 
     def test_pickles_are_of_the_original_class(self, guard, lens):
         """What is saved is not armed, and loads where there is no guard."""

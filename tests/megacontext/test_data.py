@@ -1,11 +1,14 @@
 """The corpus: real files, held-out files, fixed windows."""
 
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megacontext.data import load_corpus
+from megacontext.tokenizer import ByteTokenizer, Tokens
 
 
 @pytest.fixture
@@ -69,8 +72,42 @@ class TestLoadCorpus:
             "needs more than 200; give more files or shorten --sequence-tokens"
         )
         (tmp_path / "empty").mkdir()
-        with pytest.raises(ValueError, match="the training part of 0 files has 0 bytes"):
+        (tmp_path / "empty" / "link").symlink_to(folder)
+        with pytest.raises(ValueError) as raised:
             load_corpus([tmp_path / "empty"], min_tokens=10)
+        assert str(raised.value) == (
+            f"there are no files in {tmp_path / 'empty'}: hidden ones, and folders behind links, "
+            "are not read; give others, or what the links lead to"
+        )
+
+    def test_a_pipe_was_told_as_no_such_file(self, tmp_path: Path) -> None:
+        """A resumed run could not read it again, so it is refused; nothing waits for a writer."""
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ValueError) as raised:
+            load_corpus([tmp_path / "pipe"], min_tokens=10)
+        assert str(raised.value) == (
+            f"{tmp_path / 'pipe'} is no file and no folder, and a resumed run must read its text "
+            "again: save it as a file"
+        )
+
+    @pytest.mark.parametrize(("size", "token"), [(4, 300), (256, 256), (256, -1), (70_000, 70_000)])
+    def test_tokens_beyond_the_vocabulary_wrapped_around(
+        self, folder: Path, size: int, token: int
+    ) -> None:
+        """300 became 44. A tokenizer that makes what it says it does not is refused."""
+
+        class Lying(ByteTokenizer):
+            vocab_size = size
+
+            def encode(self, pieces: Iterable[bytes]) -> Iterator[Tokens]:
+                yield np.array([1, token] * 10)
+
+        with pytest.raises(ValueError) as raised:
+            load_corpus([folder], min_tokens=10, tokenizer=Lying())
+        low, high = min(1, token), max(1, token)
+        assert str(raised.value) == (
+            f"tokens of Lying must lie in [0, {size}), but run from {low} to {high}"
+        )
 
 
 class TestBatches:

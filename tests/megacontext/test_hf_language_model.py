@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from tests.megacontext.test_controller import RefuseWaiting
 from torch import Tensor
 
 import megacontext
-from megacontext import MCConfig, MCController, SessionConfig
+from megacontext import MCConfig, MCController, SessionConfig, hf_language_model
 from megacontext.hf_language_model import language_model_sizes
 from megacontext.pretrained import load_model
 from megacontext.run_folder import RunFolder
@@ -93,15 +95,27 @@ def plain(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return starts, torch.ones_like(starts)
 
 
+class TestNames:
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    def test_of_the_cache_in_another_version_of_the_library(self, name: str) -> None:
+        """Every model of transformers 4 and of the first versions 5 was refused."""
+        parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+
+        def forward() -> None: ...
+
+        forward.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
+        assert hf_language_model._cache_name(SimpleNamespace(forward=forward)) == name
+
+
 class TestReading:
     def test_plain_tokens_give_the_models_own_logits(
         self, model: Any, tmp_path: Path, tokens: Tensor
     ) -> None:
-        """Bit by bit, also in training mode: there is no dropout."""
+        """To rounding, also in training mode: there is no dropout."""
         mc = MCController(config_of(tmp_path / "model")).train()
         with torch.no_grad():
             logits = mc.language_model(mc.language_model.embed(tokens), *plain(tokens))
-            assert logits.equal(model(tokens).logits)
+            torch.testing.assert_close(logits, model(tokens).logits, rtol=0, atol=1e-6)
         scale = float(mc.language_model.scale)
         assert scale == 2**-6  # near 0.02
         assert 0.5 < float(mc.language_model.embed(tokens).detach().std()) < 2

@@ -240,7 +240,7 @@ class TestTensorBoard:
         assert not (tmp_path / "run").exists()
         command = ["train", "--run-dir", str(tmp_path / "run"), "--text", *TEXT, "--tensorboard"]
         result = CliRunner().invoke(main, command)
-        assert result.exit_code == 2
+        assert result.exit_code == 3
         assert "lensnet-guard[tensorboard]" in " ".join(result.stderr.split())
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megacontext.preference import (
+    _quantile,
     budget_loss,
     make_pairs,
     make_plain_pairs,
@@ -191,3 +192,11 @@ class TestMetrics:
         metrics = preference_metrics(worth, pairs, torch.ones(1, 4, dtype=torch.bool))
         assert float(metrics["preference_agreement"]) == 1
         assert float(metrics["preference_corr"]) > 0.9
+
+
+class TestQuantile:
+    @pytest.mark.parametrize("number", [1, 2, 20, 21])
+    def test_is_torchs(self, number: int) -> None:
+        """Of any number of values; torch's own made the host wait for the device on 2.7."""
+        values = torch.randn(number, generator=torch.Generator().manual_seed(number))
+        torch.testing.assert_close(_quantile(values, 0.95), torch.quantile(values, 0.95))

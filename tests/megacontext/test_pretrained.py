@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megacontext import MCConfig, MCController
-from megacontext.pretrained import load_model, usable_device
+from megacontext.files import DamagedFileError
+from megacontext.pretrained import load_model, read_run, usable_device
 from megacontext.run_folder import RunFolder
 
 
@@ -28,6 +29,30 @@ class TestLoadModel:
         with pytest.raises(FileNotFoundError) as raised:
             load_model(tmp_path / "run")
         assert str(raised.value) == f"{tmp_path / 'run'} has no checkpoint yet; train it first"
+
+    @pytest.mark.parametrize("state", [{}, {"model": {}}, [1]])
+    def test_a_checkpoint_of_something_else(
+        self, tmp_path: Path, config: MCConfig, state: object
+    ) -> None:
+        """Is named, and what to do."""
+        folder = RunFolder(tmp_path / "run")
+        folder.create({"model": vars(config), "train": {}, "source": {}})
+        torch.save(state, folder.checkpoint)
+        with pytest.raises(DamagedFileError, match=r"checkpoint\.pt is damaged \(.*put the orig"):
+            load_model(tmp_path / "run")
+
+    @pytest.mark.parametrize("part", ["model", "train"])
+    def test_a_configuration_that_makes_no_run(
+        self, tmp_path: Path, config: MCConfig, part: str
+    ) -> None:
+        """Its fields are unknown, or their values: the file is named, not the class alone."""
+        saved = {"model": vars(config), "train": {}, "source": {}} | {part: {"wide": 1}}
+        folder = RunFolder(tmp_path / "run")
+        folder.create(saved)
+        with pytest.raises(DamagedFileError) as raised:
+            read_run(folder)
+        assert str(raised.value).startswith(f"{folder.config} is damaged (")
+        assert "unexpected keyword argument 'wide'" in str(raised.value)
 
 
 class TestUsableDevice:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megacontext.files import DamagedFileError
 from megacontext.run_folder import RunFolder
 
 CONFIG = {"model": {"d_model": 8}, "train": {}, "source": {}}
@@ -51,12 +52,24 @@ class TestCreate:
         names = {path.name for path in (tmp_path / "run").iterdir()}
         assert names == {"config.json", "metrics.jsonl", "checkpoint.pt"}
 
-    @pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": null}'])
-    def test_a_damaged_configuration_is_named(self, folder: RunFolder, content: str) -> None:
+    @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"model": null}', b"\xff\xfe", b"7"])
+    def test_a_damaged_configuration_is_named(self, folder: RunFolder, content: bytes) -> None:
         """Whatever an editor did to it."""
-        folder.config.write_text(content)
-        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        folder.config.write_bytes(content)
+        with pytest.raises(DamagedFileError, match=r"config\.json is damaged \(.*put the original"):
             folder.read_config()
+
+    def test_a_disk_that_is_full_left_half_a_folder(self, tmp_path: Path) -> None:
+        """That no run could begin in, and none go on."""
+        tokenizer = tmp_path / "tokenizer.json"
+        tokenizer.write_text("{}")
+        there = tmp_path / "there"
+        there.mkdir()
+        for path in (there, tmp_path / "new"):
+            with pytest.raises(OSError, match=r"vocab\.json"):
+                RunFolder(path).create(CONFIG, [tokenizer, tmp_path / "vocab.json"])
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["there", "tokenizer.json"]
+        assert list(there.iterdir()) == []
 
     def test_two_processes_cannot_train_in_one_folder(self, folder: RunFolder) -> None:
         """Two resumed runs would write the same checkpoint."""
@@ -88,6 +101,40 @@ class TestMetrics:
             file.write('{"step": 2, "lo')
         assert folder.read_metrics() == [{"step": 1}]
 
+    @pytest.mark.parametrize(
+        ("line", "found"),
+        [
+            (b"hello", "Expecting value: line 1 column 1 (char 0)"),
+            (b"", "Expecting value: line 1 column 1 (char 0)"),
+            (b'{"\xe9": 1}', "'utf-8' codec can't decode byte"),
+            (b"[]", "it is no object with a step"),
+            (b'{"loss": 1}', "it is no object with a step"),
+            (b'{"step": null}', "it is no object with a step"),
+            (b'{"step": 2, "loss": "low"}', "loss is no number"),
+        ],
+    )
+    def test_a_damaged_line_is_named(self, folder: RunFolder, line: bytes, found: str) -> None:
+        """Whatever it holds; and the file is as it was."""
+        folder.append_metrics({"step": 1})
+        with folder.metrics.open("ab") as file:
+            file.write(line + b"\n")
+        before = folder.metrics.read_bytes()
+        with pytest.raises(DamagedFileError) as raised:
+            folder.drop_metrics_after(1)
+        assert str(raised.value).startswith(f"line 2 of {folder.metrics} is damaged ({found}")
+        assert str(raised.value).endswith("); take that line out")
+        assert folder.metrics.read_bytes() == before
+
+    def test_a_full_disk_is_named(self, folder: RunFolder) -> None:
+        """With the state of the file, and what to do."""
+        folder.metrics.symlink_to("/dev/full")
+        with pytest.raises(OSError) as raised:
+            folder.append_metrics({"step": 1})
+        assert raised.value.strerror == (
+            f"cannot write {folder.metrics}: No space left on device; the lines before are kept, "
+            "so make room and try again"
+        )
+
     def test_steps_after_the_checkpoint_are_forgotten(self, folder: RunFolder) -> None:
         """A resumed run does them again."""
         for step in (1, 2, 3):
@@ -110,7 +157,15 @@ class TestCheckpoint:
     def test_a_damaged_checkpoint_is_named(self, folder: RunFolder, content: bytes) -> None:
         """Instead of a traceback from inside the unpickler."""
         folder.checkpoint.write_bytes(content)
-        with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
+        with pytest.raises(DamagedFileError, match=r"checkpoint\.pt is damaged \(.*put the orig"):
+            folder.load_checkpoint(torch.device("cpu"))
+
+    @pytest.mark.parametrize("size", [1, 100, 5_000, 100_000, -1_000, -10])
+    def test_a_checkpoint_that_is_cut_off_is_named(self, folder: RunFolder, size: int) -> None:
+        """Where decides what the library raises: at 5,000 bytes an OSError, without a name."""
+        folder.save_checkpoint({"weights": torch.zeros(200, 200)})
+        folder.checkpoint.write_bytes(folder.checkpoint.read_bytes()[:size])
+        with pytest.raises(DamagedFileError, match=r"checkpoint\.pt is damaged \(.*put the orig"):
             folder.load_checkpoint(torch.device("cpu"))
 
     def test_a_lost_checkpoint_is_no_fresh_start(self, folder: RunFolder) -> None:
@@ -133,9 +188,11 @@ class TestCheckpoint:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"cannot write .*checkpoint\.pt: No space left"):
             folder.save_checkpoint({"step": 2})
         assert folder.load_checkpoint(torch.device("cpu")) == {"step": 1}
+        names = sorted(path.name for path in folder.path.iterdir())
+        assert names == ["checkpoint.pt", "config.json"], "what was half-written fills the disk"
 
     def test_the_configuration_is_plain_json(self, folder: RunFolder) -> None:
         """For people and other programs."""

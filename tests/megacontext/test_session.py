@@ -533,7 +533,9 @@ class TestResume:
         ("name", "content", "message"),
         [
             ("session.json", "{", "session.json is damaged (Expecting property name"),
-            ("session.json", "[]", "session has format None, and this version reads 1"),
+            ("session.json", "[]", "session.json is damaged (it is no object); put the original"),
+            ("session.json", "{}", "session.json is damaged; put the original back"),
+            ("session.json", "\xff", "session.json is damaged ('utf-8' codec can't decode byte"),
             ("session.json", '{"format": 9}', "session has format 9, and this version reads 1"),
             ("session.json", '{"format": 1}', "session.json is damaged; put the original back"),
             ("focus.json", "", "focus.json is damaged (Expecting value"),
@@ -550,7 +552,7 @@ class TestResume:
         self, mc: MCController, folder: Path, name: str, content: str, message: str
     ) -> None:
         """With the file, and what to do."""
-        (folder / name).write_text(content)
+        (folder / name).write_text(content, encoding="latin-1")
         with pytest.raises(ValueError) as raised:
             mc.resume_inference_session(folder)
         assert message in str(raised.value)

@@ -108,6 +108,60 @@ class TestCorpus:
         assert 3 < tokens.unigram_entropy() < np.log(300)
 
 
+def words(path: Path, vocab_size: int, ids: dict[str, int]) -> Path:
+    """A model that embeds so many tokens, and a tokenizer of whole words with such ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"<unk>": 0, **ids}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>").save_pretrained(
+        path
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+class TestIdsBeyondTheNumberOfTokens:
+    @pytest.fixture
+    def text(self, tmp_path: Path) -> Path:
+        path = tmp_path / "text"
+        path.write_text("alpha beta gamma " * 600)
+        return path
+
+    def test_they_wrapped_around(self, tmp_path: Path, text: Path) -> None:
+        """Four tokens, the last of which has id 300: it became 44, another word or none."""
+        path = words(tmp_path / "model", 512, {"alpha": 1, "beta": 2, "gamma": 300})
+        tokenizer = tokenizer_of(str(path))
+        assert tokenizer.vocab_size == 301
+        corpus = load_corpus([text], 96, tokenizer)
+        assert corpus.training.dtype == np.uint16
+        assert set(corpus.training.tolist()) == {1, 2, 300}
+        decode = tokenizer.decoder()
+        assert b"".join(map(decode, corpus.training[:3].tolist())) == b"alpha beta gamma"
+
+    @pytest.mark.parametrize("size", [3, 300])
+    def test_a_model_that_does_not_embed_them(self, tmp_path: Path, text: Path, size: int) -> None:
+        """Is refused, whether the text has them or not, before a folder is made."""
+        path = words(tmp_path / "model", size, {"alpha": 1, "beta": 2, "omega": 300})
+        arguments = ["train", "--run-dir", tmp_path / "run", "--text", text]
+        code, _, err = run(*arguments, "--language-model", path, *SMALL)
+        assert code == 3
+        assert err == (
+            f"Error: the language model in {path} embeds {size} tokens, and the tokenizer beside "
+            "it has ids up to 300: put the tokenizer there that the model was trained with, or "
+            "give the model more embeddings (model.resize_token_embeddings(301))\n"
+        )
+        assert not (tmp_path / "run").exists()
+
+
 class TestCommands:
     def test_train_evaluate_and_generate(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

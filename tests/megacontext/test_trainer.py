@@ -20,7 +20,8 @@ from megacontext import MCConfig, MCController
 from megacontext.optimization import update
 from megacontext.run_folder import RunFolder
 from megacontext.train_config import TrainConfig
-from megacontext.trainer import StepReport, train
+from megacontext.train_result import StepReport, TrainingStopped
+from megacontext.trainer import train
 
 TEXT = (str(Path(megacontext.__file__).parent),)
 
@@ -207,6 +208,49 @@ class TestResume:
         (tmp_path / "run" / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"the text has changed since .* was begun"):
             train(tmp_path / "run", resume=True)
+
+
+class TestStop:
+    @pytest.mark.parametrize(("asked", "step"), [(1, 0), (2, 1), (5, 4)])
+    def test_a_run_that_is_stopped_goes_on_bit_by_bit(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig, asked: int, step: int
+    ) -> None:
+        """It has a checkpoint of the step it was stopped after, and its log has an end."""
+        answers = iter(range(1, 100))
+        with pytest.raises(TrainingStopped) as raised:
+            train(tmp_path / "cut", model, settings, stop=lambda: next(answers) >= asked)
+        assert str(raised.value) == f"stopped after step {step}, and saved in {tmp_path / 'cut'}"
+        state = RunFolder(tmp_path / "cut").load_checkpoint(torch.device("cpu"))
+        assert state is not None
+        assert state["step"] == step
+        assert read_verdict(tmp_path / "cut").ended
+        train(tmp_path / "cut", resume=True)
+        train(tmp_path / "whole", model, settings)
+        first, second = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+        assert all(torch.equal(first[name], second[name]) for name in second)
+        rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("cut", "whole")]
+        assert rows[0] == rows[1]
+
+    def test_after_the_last_step_there_is_nothing_to_stop(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig
+    ) -> None:
+        """The run is whole."""
+        answers = iter(range(1, 100))
+        result = train(tmp_path / "run", model, settings, stop=lambda: next(answers) > 6)
+        assert result.verdict.clean
+        assert next(answers) == 8
+
+    def test_while_the_language_model_learns_alone(
+        self, tmp_path: Path, model: MCConfig, settings: TrainConfig
+    ) -> None:
+        """It is saved there."""
+        settings = dataclasses.replace(settings, lm_steps=4, lm_batch_size=2)
+        answers = iter(range(1, 100))
+        with pytest.raises(TrainingStopped, match="stopped after step 2, and saved in"):
+            train(tmp_path / "cut", model, settings, stop=lambda: next(answers) == 3)
+        state = RunFolder(tmp_path / "cut").load_checkpoint(torch.device("cpu"))
+        assert state is not None
+        assert (state["lm_step"], state["step"]) == (2, 0)
 
 
 class TestLanguageModelAlone:

@@ -52,6 +52,20 @@ def no_gradients():
         yield
 
 
+class TestTokens:
+    @pytest.mark.parametrize("token", [-1, 50, 300])
+    def test_one_that_is_not_embedded_wrapped_around(self, folder: Path | None, token: int) -> None:
+        """In the narrow type of the column. Nothing of it is appended."""
+        store = make_store(folder)
+        store.append(some_tokens(9))
+        with pytest.raises(ValueError) as raised:
+            store.append(np.array([7, token]))
+        low, high = min(7, token), max(7, token)
+        assert str(raised.value) == f"tokens must lie in [0, 50), but run from {low} to {high}"
+        assert len(store) == 9
+        assert store.tokens(np.arange(9)).tolist() == some_tokens(9).tolist()
+
+
 class TestGrowth:
     @settings(max_examples=40)
     @given(st.lists(st.integers(1, 90), min_size=1, max_size=8))

@@ -97,18 +97,23 @@ class TrainingWCVariationAllocator:
         while units:
             while span is not None and span_units[span] > units:
                 span = next(spans, None)
+            if span is None:
+                break
             while block is not None and block_lods[block] == 2:
                 block = next(blocks, None)
-            if span is not None and (next(wants_lod2) or block is None):
+            if next(wants_lod2) or block is None:
                 block_lods[span * k : (span + 1) * k] = 2
                 units -= span_units[span]
                 span = next(spans, None)
-            elif block is not None:
+            else:
                 block_lods[block] = 1
                 units -= 1
                 if block // k < num_spans:
                     span_units[block // k] -= 1
                 block = next(blocks, None)
+        if units:  # no span fits any more: what is left to draw are the next blocks, all at once
+            left = np.array([block, *blocks])
+            block_lods[left[block_lods[left] == 0][:units]] = 1
         return from_block_lods(block_lods, num_tokens, k)
 
     def _random_numbers(self, number: int) -> np.random.Generator:

@@ -37,3 +37,6 @@ def main() -> None:
 
     Example: megacontext train --run-dir runs/first --steps 100
     """
+    from megacontext.cli.streams import open_streams  # rich, which the help does not need
+
+    open_streams()

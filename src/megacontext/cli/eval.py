@@ -2,19 +2,20 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megacontext import ablation
-from megacontext.config import MCConfig
+from megacontext.cli.endings import EXIT_CODES, plain_endings, usage_errors
+from megacontext.cli.streams import PipeConsole
 from megacontext.evaluation import (
     LENSNET,
     Evaluation,
@@ -22,24 +23,29 @@ from megacontext.evaluation import (
     evaluate,
     gap_closed,
 )
+from megacontext.files import write_atomically
 from megacontext.overview import draw_evaluation
-from megacontext.pretrained import load_model, usable_device
-from megacontext.run_folder import RunFolder, write_atomically
+from megacontext.pretrained import load_model, read_run, usable_device
+from megacontext.run_folder import RunFolder
 from megacontext.sources import load_source
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import StepReport
+from megacontext.train_result import StepReport
 
 
-@click.command("eval", context_settings={"show_default": True})
+@click.command("eval", context_settings={"show_default": True}, epilog=EXIT_CODES)
 @click.option(
     "--run-dir",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     required=True,
     help="Folder of a trained run; eval.json and eval.png go there.",
 )
-@click.option("--sequences", default=256, help="Held-out sequences.")
+@click.option("--sequences", type=click.IntRange(min=1), default=256, help="Held-out sequences.")
 @click.option("--seed", default=1000, help="Of the sequences and of everything random.")
-@click.option("--oracle-draws", default=64, help="Random cuts of which the oracle takes the best.")
+@click.option(
+    "--oracle-draws",
+    type=click.IntRange(min=1),
+    default=64,
+    help="Random cuts of which the oracle takes the best.",
+)
 @click.option("--device", default="cpu", help="Torch device, such as cpu or cuda.")
 @click.option(
     "--ablate",
@@ -67,7 +73,7 @@ def command(
     """Compare ways to pick a working context, LensNet among them, at equal length.
 
     Prints a table with 95 % bootstrap intervals, paired by sequence, and writes eval.json and
-    eval.png (with --ablate, ablations.json). Exit codes: 0 done, 2 wrong usage, 130 interrupted.
+    eval.png (with --ablate, ablations.json).
 
     \b
     Examples:
@@ -77,19 +83,18 @@ def command(
     """
     if steps is not None and not ablate:
         raise click.UsageError("--steps is of the trainings of --ablate; leave it out, or add that")
-    console = Console(stderr=as_json, highlight=False)
-    try:
+    console = PipeConsole(stderr=as_json, highlight=False)
+    with plain_endings():
+        folder = RunFolder(run_dir)
+        with usage_errors():
+            folder.require_run()
+            where = usable_device(device)
         if ablate:
-            result = _ablate(console, RunFolder(run_dir), steps, sequences, seed)
+            result = _ablate(console, folder, steps, sequences, seed)
         else:
-            result = _evaluate(console, RunFolder(run_dir), sequences, seed, oracle_draws, device)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise click.UsageError(str(error)) from error
-    except KeyboardInterrupt:
-        console.print("Interrupted.")
-        sys.exit(130)
-    if as_json:
-        click.echo(json.dumps(result))
+            result = _evaluate(console, folder, sequences, seed, oracle_draws, where)
+        if as_json:
+            click.echo(json.dumps(result))
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,11 @@ def _interval(interval: Sequence[float], sign: str = "") -> str:
 
 
 def _evaluate(
-    console: Console, folder: RunFolder, sequences: int, seed: int, draws: int, device: str
+    console: Console, folder: RunFolder, sequences: int, seed: int, draws: int, device: torch.device
 ) -> dict[str, Any]:
-    saved = folder.read_config()["train"]
-    mc = load_model(folder.path, usable_device(device))
-    source = load_source(TrainConfig.from_json(saved), mc.config)
+    settings = read_run(folder).settings
+    mc = load_model(folder.path, device)
+    source = load_source(settings, mc.config)
     with _progress(console) as progress:
         task = progress.add_task("sequences", total=sequences)
         evaluation = evaluate(
@@ -169,7 +174,7 @@ def _evaluate(
     console.print(table)
     result = {
         "run_dir": str(folder.path),
-        "data": saved["data"],
+        "data": settings.data,
         "sequences": sequences,
         "seed": seed,
         "oracle_draws": draws,
@@ -188,9 +193,8 @@ def _evaluate(
 def _ablate(
     console: Console, folder: RunFolder, steps: int | None, sequences: int, seed: int
 ) -> dict[str, Any]:
-    saved = folder.read_config()
-    model = MCConfig(**saved["model"])
-    settings = TrainConfig.from_json(saved["train"])
+    run = read_run(folder)
+    settings = run.settings
     if steps is not None:
         settings = dataclasses.replace(settings, steps=steps)
     results: list[ablation.AblationResult] = []
@@ -204,7 +208,7 @@ def _ablate(
                 console.print(f"{text}, {step.steps} steps done", soft_wrap=True)
 
         results += ablation.ablate(
-            model,
+            run.model,
             settings,
             folder.path / "ablations",
             sequences=sequences,

@@ -14,12 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor
 
-from lensnet_guard import LensNetViolation
+from megacontext.cli.endings import EXIT_CODES, plain_endings, usage_errors
+from megacontext.cli.streams import PipeConsole
 from megacontext.controller import MCController
 from megacontext.focus_strip import focus_legend, focus_strip, tokens_per_character
 from megacontext.pretrained import load_model, usable_device
+from megacontext.run_folder import RunFolder
 from megacontext.sampling import SamplingRules, sample_token
+from megacontext.session import Session
 from megacontext.session_config import SessionConfig
+from megacontext.session_folder import require_free, require_session
 from megacontext.session_report import FocusEvent
 from megacontext.text_stream import TextStream
 from megacontext.tokenizer import Tokenizer, tokenizer_of
@@ -33,7 +37,7 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     return click.option(name, default=default, show_default=True, help=text)
 
 
-@click.command("generate", context_settings={"show_default": True})
+@click.command("generate", context_settings={"show_default": True}, epilog=EXIT_CODES)
 @click.option(
     "--run-dir",
     type=click.Path(path_type=Path),
@@ -80,8 +84,6 @@ def command(run_dir: Path, device: str, **options: Any) -> None:
 
     The text streams to stdout; the budget and every refocus are told on stderr.
 
-    Exit codes: 0 done, 1 LensNet was called where it may not be, 2 wrong usage, 130 interrupted.
-
     \b
     Examples:
       megacontext generate --run-dir runs/first --text "def main("
@@ -89,38 +91,35 @@ def command(run_dir: Path, device: str, **options: Any) -> None:
       megacontext generate --run-dir runs/first --prompt log.txt --tree-store disk --session-dir s
       megacontext generate --run-dir runs/first --session-dir s --resume
     """
-    console = Console(stderr=True, highlight=False)
-    try:
-        _check_usage(click.get_current_context())
-        mc = load_model(run_dir, usable_device(device))
+    console = PipeConsole(stderr=True, highlight=False)
+    where = options["session_dir"]
+    again = f"Continue with: --session-dir {where} --resume" if where is not None else ""
+    with plain_endings(lambda: again):
+        with usage_errors():
+            _check_usage(click.get_current_context())
+            RunFolder(run_dir).require_run()
+            on = usable_device(device)
+        mc = load_model(run_dir, on)
         tokenizer = tokenizer_of(mc.config.language_model)
-        if mc.config.vocab_size < tokenizer.vocab_size:
-            raise ValueError(
-                f"{run_dir} was not trained on {tokenizer.unit}: its vocab_size is "
-                f"{mc.config.vocab_size}, and text needs {tokenizer.vocab_size}"
-            )
-        _Generation(mc, tokenizer, console, options).run()
-    except BrokenPipeError:  # whoever read the text has read enough
-        raise
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise click.UsageError(str(error)) from error
-    except LensNetViolation as violation:
-        console.print(f"{type(violation).__name__}: {violation}", markup=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        where = options["session_dir"]
-        again = f" Continue with: --session-dir {where} --resume" if where is not None else ""
-        console.print(f"\nInterrupted.{again}", markup=False, soft_wrap=True)
-        sys.exit(130)
+        with usage_errors():
+            if mc.config.vocab_size < tokenizer.vocab_size:
+                raise ValueError(
+                    f"{run_dir} was not trained on {tokenizer.unit}: its vocab_size is "
+                    f"{mc.config.vocab_size}, and text needs {tokenizer.vocab_size}"
+                )
+            generation = _Generation(mc, tokenizer, console, options)
+        generation.run()
 
 
 def _check_usage(ctx: click.Context) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that do not go together, and folders that are not what they should be.
 
     Raises:
-        ValueError: saying which.
+        ValueError, FileNotFoundError, FileExistsError: saying which.
     """
     given = ctx.params
+    if given["text"] == "":
+        raise ValueError("--text is empty, and a session begins with at least one token")
     if given["prompt"] is not None and given["text"] is not None:
         raise ValueError("give --prompt or --text, not both")
     if given["resume"]:
@@ -132,11 +131,14 @@ def _check_usage(ctx: click.Context) -> None:
         if changed:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)
             raise ValueError(f"a resumed session keeps its settings, so leave out {flags}")
+        require_session(given["session_dir"])
         return
     if given["prompt"] is None and given["text"] is None:
         raise ValueError("give a --prompt or a --text to continue, or --resume a session")
     if (given["tree_store"] == "disk") != (given["session_dir"] is not None):
         raise ValueError("--tree-store disk and --session-dir belong together: give both")
+    if given["session_dir"] is not None:
+        require_free(given["session_dir"])
 
 
 class _Generation:
@@ -152,6 +154,10 @@ class _Generation:
         self._max_tokens = options["max_tokens"]
         if self._max_tokens < 0:
             raise ValueError(f"--max-tokens must not be negative, but is {self._max_tokens}")
+        values = {f.name: options[f.name] for f in dataclasses.fields(SessionConfig)}
+        self._settings = SessionConfig(**values)
+        if not options["resume"]:
+            Session.check(mc, self._settings)
         self._text: list[str] = []
         self._told = 0  # refocuses that were told
         self._drawn_scale = 0  # tokens of a character in the last legend
@@ -182,7 +188,6 @@ class _Generation:
             for chunk in self._prompt():
                 logits = self._mc.inference_step(chunk)
             return logits
-        settings = {f.name: options[f.name] for f in dataclasses.fields(SessionConfig)}
         size = os.path.getsize(options["prompt"]) if options["prompt"] not in (None, "-") else None
         show = self._console.is_terminal and options["text"] is None
         with Progress(
@@ -199,7 +204,7 @@ class _Generation:
                 self._prompt(),
                 tree_store=options["tree_store"],
                 path=options["session_dir"],
-                settings=SessionConfig(**settings),
+                settings=self._settings,
                 progress=lambda done: progress.update(task, completed=done),
             )
 
@@ -220,7 +225,7 @@ class _Generation:
     def _print(self, text: str) -> None:
         self._text.append(text)
         if not self._options["as_json"]:
-            click.echo(text, nl=False)
+            _write(text)
 
     def _tell(self) -> None:
         """Tell the refocuses that were not told yet, and where the budget stands."""
@@ -230,7 +235,7 @@ class _Generation:
             return
         self._told = report.lensnet_calls
         if sys.stdout.isatty() and "".join(self._text[-1:])[-1:] not in ("", "\n"):
-            click.echo()  # the text goes on below
+            _write("\n")  # the text goes on below
         for event in events:
             self._console.print(_event_line(event, report.wc_length), style="dim", soft_wrap=True)
         if self._options["show_focus"]:
@@ -238,11 +243,12 @@ class _Generation:
 
     def _draw(self) -> None:
         cut, width = self._mc.inference_cut, self._console.width
+        ascii_only = self._console.options.ascii_only
         each = tokens_per_character(cut, width)
         if each != self._drawn_scale:
-            self._console.print(focus_legend(each), soft_wrap=True)
+            self._console.print(focus_legend(each, ascii_only=ascii_only), soft_wrap=True)
             self._drawn_scale = each
-        self._console.print(focus_strip(cut, width))
+        self._console.print(focus_strip(cut, width, ascii_only=ascii_only))
 
     def _end(self, tokens: int) -> None:
         report = self._mc.inference_report()
@@ -254,9 +260,9 @@ class _Generation:
                 "stopped": self._stream.stopped,
                 "report": dataclasses.asdict(report),
             }
-            click.echo(json.dumps(result))
+            _write(json.dumps(result) + "\n")
             return
-        click.echo()
+        _write("\n")
         if not self._options["quiet"]:
             entries = ", ".join(f"{n} LOD{lod}" for lod, n in enumerate(report.entries_by_lod))
             self._console.print(
@@ -275,6 +281,12 @@ def _event_line(event: FocusEvent, wc_length: int) -> str:
         f"{event.collapsed} collapsed{lost}; {event.after} of {wc_length} entries, "
         f"from token {event.first_token:,} on"
     )
+
+
+def _write(text: str) -> None:
+    """Let whoever reads have the text at once, in the encoding of the stream."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:

@@ -13,14 +13,22 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lensnet_guard import LensNetViolation, RankStopped
+from megacontext.cli.endings import EXIT_CODES, Termination, plain_endings, usage_errors
+from megacontext.cli.streams import PipeConsole
 from megacontext.config import MCConfig
-from megacontext.hf_language_model import PRETRAINED_RATE, language_model_sizes
-from megacontext.metric_sinks import MetricSinkError
+from megacontext.distributed import device_name
+from megacontext.hf_language_model import (
+    PRETRAINED_RATE,
+    check_language_model,
+    language_model_sizes,
+)
+from megacontext.pretrained import usable_device
+from megacontext.run_folder import RunFolder
 from megacontext.settings import SETTINGS
 from megacontext.tokenizer import has_tokenizer
 from megacontext.train_config import TrainConfig
-from megacontext.trainer import StepReport, TrainResult, train
+from megacontext.train_result import StepReport, TrainResult
+from megacontext.trainer import train
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Config = TypeVar("_Config", MCConfig, TrainConfig)
@@ -31,7 +39,7 @@ def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command
     return click.option(name, default=default, show_default=True, help=text)
 
 
-@click.command("train", context_settings={"show_default": True})
+@click.command("train", context_settings={"show_default": True}, epilog=EXIT_CODES)
 @click.option(
     "--run-dir",
     type=click.Path(path_type=Path),
@@ -121,7 +129,7 @@ def command(
 ) -> None:
     """Train, on text or on facts far back, and end with a verdict from the guard's log.
 
-    Exit codes: 0 the invariant held, 1 it did not, 2 wrong usage, 130 interrupted.
+    SIGTERM ends it after the step that it is in, with a checkpoint.
 
     \b
     Examples:
@@ -137,48 +145,59 @@ def command(
         _refuse_settings(click.get_current_context())
     given = {name: options[name] for name in options if _is_given(name)}
     if text:
-        given["text"] = tuple(str(path.resolve()) for path in text)
+        given["text"] = tuple(str(path.absolute()) for path in text)
     model, settings = SETTINGS[setting]
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that tells
-    console = Console(stderr=as_json, highlight=False, quiet=not first)
-    try:
+    console = PipeConsole(stderr=as_json, highlight=False, quiet=not first)
+
+    def advice() -> str:
+        if not (run_dir / "config.json").exists():
+            return ""
+        return (
+            f"The log is in {run_dir}; the last checkpoint is kept.\n"
+            f"Continue with: megacontext train --run-dir {run_dir} --resume"
+        )
+
+    with plain_endings(advice if first else lambda: ""), Termination() as termination:
+        with usage_errors():
+            if language_model is not None:
+                given = _of_language_model(language_model.resolve()) | given
+            model, settings = _replace(model, given), _replace(settings, given)
+            _check(RunFolder(run_dir), model, settings, resume)
         if language_model is not None:
-            given = _of_language_model(language_model.resolve()) | given
             own = has_tokenizer(str(language_model))
             reads = "its tokenizer's tokens" if own else "bytes, for it has no tokenizer"
             console.print(f"{language_model} reads text as {reads}", markup=False, soft_wrap=True)
         with _Display(console) as display:
             result = train(
                 run_dir,
-                _replace(model, given),
-                _replace(settings, given),
+                model,
+                settings,
                 resume=resume,
                 profile=profile,
                 report=display,
+                stop=termination,
             )
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise click.UsageError(str(error)) from error
-    except (FloatingPointError, MetricSinkError) as error:
-        console.print(str(error), markup=False, soft_wrap=True)
-        sys.exit(1)
-    except RankStopped:  # the guard has said which rank did, and why
-        sys.exit(1)
-    except LensNetViolation as violation:
-        console = Console(stderr=as_json, highlight=False)  # it may be this rank's alone
-        console.print(f"{type(violation).__name__}: {violation}", markup=False, soft_wrap=True)
-        console.print(f"The log is in {run_dir}; the last checkpoint is kept.", markup=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        again = f"megacontext train --run-dir {run_dir} --resume"
-        begun = (run_dir / "config.json").exists()
-        console.print(f"Interrupted.{f' Continue with: {again}' if begun else ''}", markup=False)
-        sys.exit(130)
-    held = result.verdict.clean and set(result.verdict.calls_per_micro_step) == {1}
-    if as_json and first:
-        click.echo(json.dumps(_result_json(result, held)))
-    elif not as_json:
-        _print_result(console, result, profile)
+        held = result.verdict.clean and set(result.verdict.calls_per_micro_step) == {1}
+        if as_json and first:
+            click.echo(json.dumps(_result_json(result, held)))
+        elif not as_json:
+            _print_result(console, result, profile)
     sys.exit(0 if held else 1)
+
+
+def _check(folder: RunFolder, model: MCConfig, settings: TrainConfig, resume: bool) -> None:
+    """Refuse what cannot be meant, before anything is done.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: see `train`.
+    """
+    if resume:
+        folder.require_run()
+        return
+    folder.require_new()
+    usable_device(device_name(settings.device))
+    check_language_model(model)
 
 
 def _is_given(name: str) -> bool:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lensnet_guard import (
     BudgetExceeded,
     BudgetUnmet,
+    BypassedGuard,
     CallPolicy,
     UnsanctionedCall,
     guard_module,
@@ -21,6 +22,7 @@ from lensnet_guard import (
 
 pytest.importorskip("lightning")
 
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -401,6 +403,56 @@ class Unwrapping(SingleDeviceStrategy):
         super().setup(trainer)
         model = self.lightning_module
         model.reference = model.reference.__wrapped__
+
+
+class TestFabric:
+    """A module that Fabric had set up was destroyed by a guard, and not repaired by its end."""
+
+    @pytest.fixture
+    def fabric(self):
+        return Fabric(accelerator="cpu", devices=1)
+
+    @pytest.mark.parametrize("mode", ["enforce", "observe"])
+    def test_a_module_that_was_set_up_is_guarded_and_given_back(self, fabric, mode):
+        """It trains as without a guard; behind its guard's back neither it nor the user's runs."""
+        raw = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+        module = fabric.setup(raw)
+        x, before = torch.ones(2, 3), [type(part) for part in module.modules()]
+        control = module(x)
+        guard = guard_module(module, policy=KL, mode=mode)
+        with guard.context("training"), guard.micro_step(0), guard.sanctioned("kl"):
+            output = guard.module(x)
+        assert torch.equal(output, control)
+        fabric.backward(output.sum())
+        assert raw[0].weight.grad is not None
+        for behind in (module, raw, raw[0]):
+            with pytest.raises(BypassedGuard) if mode == "enforce" else contextlib.nullcontext():
+                behind(x)
+        assert (guard.count(), guard.violation_count) == (1, 3)
+        guard.uninstall()
+        assert [type(part) for part in module.modules()] == before
+        assert type(raw) is nn.Sequential
+        assert torch.equal(module(x), control)
+
+    def test_a_guarded_module_can_be_set_up(self, fabric):
+        """The other way round."""
+        guard = guard_module(nn.Linear(3, 1), policy=KL)
+        module = fabric.setup(guard.module)
+        with guard.context("training"), guard.micro_step(0), guard.sanctioned("kl"):
+            fabric.backward(module(torch.ones(2, 3)).sum())
+        assert guard.count() == 1
+
+    def test_several_modules_of_a_list(self, fabric):
+        """The list itself has no call to count; its modules have."""
+        critics = nn.ModuleList(fabric.setup(nn.Linear(3, 1)) for _ in range(2))
+        with pytest.raises(TypeError, match="a ModuleList has no forward"):
+            guard_module(critics)
+        guards = [guard_module(critic, policy=KL) for critic in critics]
+        for guard in guards:
+            with guard.context("inference"):
+                assert guard.module(torch.ones(2, 3)).shape == (2, 1)
+            guard.uninstall()
+        assert [type(critic).__name__ for critic in critics] == ["_FabricModule"] * 2
 
 
 class TestLostGuards:

@@ -55,7 +55,7 @@ class TestEval:
         assert not list(tmp_path.iterdir())
         code, _, err = run("eval", "--run-dir", trained, "--sequences", 0)
         assert code == 2
-        assert "an evaluation needs sequences" in err
+        assert "Invalid value for '--sequences': 0 is not in the range x>=1." in err
         code, _, err = run("eval", "--run-dir", trained, "--device", "abacus")
         assert code == 2
         assert "device 'abacus' cannot be used here" in err

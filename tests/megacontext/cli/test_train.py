@@ -90,11 +90,11 @@ class TestTrain:
             return build_tree(self, tokens, *rest)  # type: ignore[arg-type]
 
         monkeypatch.setattr(MCController, "build_tree", peeking)
-        code, out, _ = train(tmp_path / "run")
+        code, out, err = train(tmp_path / "run")
         assert code == 1
-        assert "UnsanctionedCall: LensNet was called in training outside its sanctioned" in out
-        assert "The log is in" in out
-        assert "Traceback" not in out
+        assert "UnsanctionedCall: LensNet was called in training outside its sanctioned" in err
+        assert f"The log is in {tmp_path / 'run'}; the last checkpoint is kept.\n" in err
+        assert "Traceback" not in out + err
 
 
 class TestWrongUsage:

@@ -1,0 +1,95 @@
+"""Files that are written whole or not at all, and errors that name the file."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DamagedFileError(ValueError):
+    """A file does not hold what it should; the message names it, and says what to do."""
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when the block ends.
+
+    Whatever stops it, a kill included, leaves the old file or the new one. It is written to
+    ``path`` and ``.tmp``, of which only a kill leaves anything.
+
+    Args:
+        sync: force it to the device, so that a power cut loses nothing either.
+
+    Raises:
+        OSError: it cannot be written; named, and what was there is kept.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):  # a full disk must not stay so because of what is of no use
+            temporary.unlink()
+        cause = _os_error(error)
+        if cause is not None:
+            raise cannot_write(path, cause) from error
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one.
+
+    Raises:
+        OSError: see `replacing`.
+    """
+    with replacing(path) as file:
+        file.write(data)
+
+
+def cannot_write(path: Path, error: OSError, state: str = "what was there is kept") -> OSError:
+    """An error of the same number that names the file and its state, and says what to do."""
+    text = f"cannot write {path}: {error.strerror}; {state}"
+    if error.errno in _FULL:
+        text += ", so make room and try again"
+    return OSError(error.errno, text)
+
+
+@contextmanager
+def reading(what: Path | str, advice: str) -> Iterator[None]:
+    """Around what reads a file and takes it apart: whatever is wrong with it becomes one error.
+
+    Args:
+        what: the file, or a place in it.
+        advice: what to do about it.
+
+    Raises:
+        DamagedFileError: for any exception of the block but those which say that the file cannot be
+            opened, or that there is no memory.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, DamagedFileError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        found = next(iter(str(error).splitlines()), type(error).__name__).rstrip(":. ")
+        raise DamagedFileError(f"{what} is damaged ({found}); {advice}") from error
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The failed write behind an exception: torch.save may end in an error of its own over it."""
+    behind: BaseException | None = error
+    while isinstance(behind, RuntimeError):
+        behind = behind.__cause__ or behind.__context__
+    return behind if isinstance(behind, OSError) else None
