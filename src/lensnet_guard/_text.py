@@ -1,6 +1,7 @@
 """Words that more than one module writes. Light to import."""
 
 import json
+import os
 from datetime import datetime, timezone
 from typing import Any
 
@@ -19,6 +20,14 @@ def moment(seconds: float | None) -> str:
     except (OverflowError, ValueError, OSError):  # a damaged line's idea of a time
         at = None
     return f"{at:%Y-%m-%d %H:%M:%S} UTC" if at else "at an unknown time"
+
+
+def short_path(path: str) -> str:
+    """Relative to the working directory when it lies below it, so that a terminal can open it."""
+    try:
+        return path.removeprefix(os.getcwd() + os.sep)
+    except FileNotFoundError:  # the working directory is gone
+        return path
 
 
 def json_line(value: Any) -> bytes:

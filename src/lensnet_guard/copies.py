@@ -26,13 +26,19 @@ def reduced(guard: "Guard", module: nn.Module) -> tuple[Any, ...]:
     """What pickle keeps of a guarded module: the raw one, and its contract."""
     log = guard._history.log
     # A worker process logs beside its parent; a file on disk says nothing of logs.
-    folder = log.folder if log is not None and get_spawning_popen() is not None else None
-    return rebuild, (folder, type(guard), module, guard.policy, guard.mode, guard.name)
+    spawning = get_spawning_popen() is not None
+    place = (log.folder, log.pid) if log is not None and spawning else None
+    return rebuild, (place, type(guard), module, guard.policy, guard.mode, guard.name)
 
 
-def rebuild(folder: Path | None, kind: type["Guard"], *contract: Any) -> Any:
-    """Unpickle a guarded module."""
+def rebuild(place: tuple[Path, int] | None, kind: type["Guard"], *contract: Any) -> Any:
+    """Unpickle a guarded module.
+
+    Args:
+        place: the log's folder, and the process that logs to it.
+    """
     guard = kind(*contract)
-    if folder is not None:
-        guard.start_log(folder)
+    if place is not None:
+        folder, parent = place
+        guard._history.start_log(folder, guard._header(), parent)
     return guard.module

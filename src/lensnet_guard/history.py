@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lensnet_guard._text import short_path
 from lensnet_guard.context import Position
 from lensnet_guard.errors import add_note
 from lensnet_guard.log import RunLog
@@ -150,8 +151,13 @@ class History(Source):
 
     # Where it all goes -------------------------------------------------------------------------
 
-    def start_log(self, folder: str | os.PathLike[str], header: dict[str, Any]) -> None:
-        """Log to a folder from now on.
+    def start_log(
+        self,
+        folder: str | os.PathLike[str],
+        header: dict[str, Any],
+        parent: int | None = None,
+    ) -> None:
+        """Log to a folder from now on, as a worker of ``parent`` if that is given.
 
         Raises:
             TypeError: ``folder`` is not a path.
@@ -159,7 +165,7 @@ class History(Source):
         """
         if self.log is not None and not self.log.closed:
             raise ValueError(f"{self.module} already logs to {self.log.folder}")
-        self.write_to(RunLog(folder, {"module": self.module, **header}))
+        self.write_to(RunLog(folder, {"module": self.module, **header}, parent))
         self._owns_log = True
 
     def write_to(self, log: RunLog) -> None:
@@ -182,4 +188,5 @@ class History(Source):
     def name_log(self, error: BaseException) -> None:
         """Say on an exception that is on its way out where its call is written down."""
         if self.log is not None and self.log.path is not None:
-            add_note(error, f"lensnet_guard: the calls of {self.module} are in {self.log.path}")
+            path = short_path(str(self.log.path))
+            add_note(error, f"lensnet_guard: the calls of {self.module} are in {path}")

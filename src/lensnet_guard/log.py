@@ -11,6 +11,7 @@ OpenTelemetry where it has one.
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import socket
@@ -22,6 +23,7 @@ import weakref
 from collections.abc import Callable, MutableMapping
 from functools import lru_cache
 from importlib.metadata import version
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +50,19 @@ class RunLog(Sink):
             where it is now, whatever directory the process changes to.
         header: fields of the ``run.begin`` line, besides host, process, rank and versions; its
             ``module`` stands in ``run.end`` too.
+        parent: the process that this one is a worker of. Its file is opened for the first line, as
+            in a fork: what opens one while it is unpickled does not know yet where it is.
 
     Raises:
         TypeError: ``folder`` is not a path.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], header: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        header: dict[str, Any],
+        parent: int | None = None,
+    ) -> None:
         self.folder = absolute(folder)
         import structlog  # it brings rich, which takes longer to import than the whole guard
 
@@ -68,14 +77,21 @@ class RunLog(Sink):
             wrapper_class=structlog.BoundLogger,
             context_class=dict,
         ).bind()
-        self._first_pid = os.getpid()
-        self._open()
+        self._begun_in = os.getpid()
+        self._file = LogFile(self.folder, parent or self._begun_in)
+        if parent is None:
+            self._open()
         _logs.add(self)
 
     @property
     def path(self) -> Path | None:
         """The file that is being written; None when there is none."""
         return self._file.path
+
+    @property
+    def pid(self) -> int:
+        """The process that has opened the file: this one, or that which it descends from."""
+        return self._file.pid
 
     @property
     def lost_lines(self) -> int:
@@ -164,7 +180,7 @@ class RunLog(Sink):
         with self._lock:  # so that no other thread writes to a number that is a new file by then
             if mine:
                 self._keep_up(look=True)
-            if mine and self._file.open:
+            if mine and self._file.is_open:
                 self.write(
                     "run.end",
                     module=self._header["module"],
@@ -184,13 +200,19 @@ class RunLog(Sink):
     def _open(self) -> None:
         self._sums = {"micro_steps": 0, "calls": 0, "inference_calls": 0, "violations": 0}
         rank = os.environ.get("RANK", "0")
-        self._file = LogFile(self.folder, rank)
+        pid, worker_of = os.getpid(), multiprocessing.parent_process()
+        parent = self._file.pid if self._file.pid != pid else worker_of and worker_of.pid
+        self._file = LogFile(self.folder, pid)
+        self._file.open(rank)
+        if worker_of is not None:  # it leaves by os._exit, which runs no finalizers but these
+            Finalize(self, _close, (weakref.ref(self),), exitpriority=-100)
         process = {
             "host.name": socket.gethostname(),
-            "process.pid": self._file.pid,
+            "process.pid": pid,
             "service.instance.id": _process_id(),
             "process.command_args": sys.argv,
-            "process.forked": self._file.pid != self._first_pid,
+            "process.parent_pid": parent,
+            "process.forked": pid != self._begun_in,
             "rank": rank,
             "versions": {
                 "python": platform.python_version(),
@@ -228,6 +250,11 @@ class RunLog(Sink):
 
     def _write_line(self, line: bytes) -> None:
         self._file.write(line)
+
+
+def _close(log: "weakref.ref[RunLog]") -> None:
+    if (open_log := log()) is not None:
+        open_log.close()
 
 
 @lru_cache(maxsize=1)

@@ -45,16 +45,18 @@ class LogFile:
     When another log holds that file (of a live process, or of another guard in this one), the name
     is ``lensnet.rank<R>.pid<PID>.jsonl``, then ``lensnet.rank<R>.pid<PID>.2.jsonl`` and so on.
 
+    Args:
+        pid: of the process that writes it; a fork must leave it alone.
+
     Attributes:
         path: of the current file; None when there is none.
         lost_lines: lines that could not be written, or went with a file that somebody removed.
-        pid: of the process that has opened it; a fork must leave it alone.
     """
 
-    def __init__(self, folder: Path, rank: str) -> None:
+    def __init__(self, folder: Path, pid: int) -> None:
         self.path: Path | None = None
         self.lost_lines = 0
-        self.pid = os.getpid()
+        self.pid = pid
         self._folder = folder
         self._fd: int | None = None
         self._size = 0
@@ -62,10 +64,13 @@ class LogFile:
         self._look_at = 0.0
         self._torn = False
         self._warned = False
+
+    def open(self, rank: str) -> None:
+        """Take the first free name; the folder is made when missing."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             for name in _file_names(re.sub(r"[^\w-]", "_", rank), self.pid):
-                if self._take(folder / name):
+                if self._take(self._folder / name):
                     break
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             self._warn(error)
@@ -94,7 +99,7 @@ class LogFile:
             self._warn(error)
 
     @property
-    def open(self) -> bool:
+    def is_open(self) -> bool:
         """Whether lines can be written."""
         return self._fd is not None
 

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import wrapt
 
+from lensnet_guard._text import short_path
+
 if TYPE_CHECKING:
     from lensnet_guard.compiled import CompileState
 
@@ -39,7 +41,7 @@ class Frame(NamedTuple):
     function: str
 
     def __str__(self) -> str:
-        return f"{_short_path(self.file)}:{self.line} in {self.function}"
+        return f"{short_path(self.file)}:{self.line} in {self.function}"
 
 
 @dataclass(slots=True, eq=False)
@@ -242,14 +244,6 @@ def _symbolise(code: CodeType, instruction: int) -> Frame:
         line,
         getattr(code, "co_qualname", code.co_name),
     )
-
-
-def _short_path(path: str) -> str:
-    """Relative to the working directory when it lies below it, so that a terminal can open it."""
-    try:
-        return path.removeprefix(os.getcwd() + os.sep)
-    except FileNotFoundError:  # the working directory is gone
-        return path
 
 
 class _Named(NamedTuple):

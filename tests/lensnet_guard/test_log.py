@@ -670,8 +670,8 @@ class TestAnotherWorkingDirectory:
     def test_a_pickle_took_the_name_along(self, moved_guard, tmp_path, monkeypatch):
         """What a spawned worker is sent is the folder, not a name that means another one there."""
         monkeypatch.setattr(copies, "get_spawning_popen", lambda: True)
-        folder = moved_guard.module.__reduce_ex__(4)[1][0]
-        assert folder == tmp_path / "began" / "runs" / "42"
+        folder, parent = moved_guard.module.__reduce_ex__(4)[1][0]
+        assert (folder, parent) == (tmp_path / "began" / "runs" / "42", os.getpid())
 
     def test_evidence(self, scorer, x, tmp_path, monkeypatch):
         """What is written after the fact goes where it was asked for."""

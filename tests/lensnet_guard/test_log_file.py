@@ -241,8 +241,10 @@ class TestTidiedAway:
 class TestLogFile:
     def test_names(self, tmp_path):
         """The first free one: by rank, by process, by number."""
-        files = [LogFile(tmp_path, "3") for _ in range(3)]
-        pid = files[0].pid
+        pid = os.getpid()
+        files = [LogFile(tmp_path, pid) for _ in range(3)]
+        for file in files:
+            file.open("3")
         assert [file.path.name for file in files] == [
             "lensnet.rank3.jsonl",
             f"lensnet.rank3.pid{pid}.jsonl",
@@ -259,7 +261,8 @@ class TestLogFile:
 
     def test_after_the_end(self, tmp_path):
         """A line for a closed file is lost, and counted."""
-        file = LogFile(tmp_path, "0")
+        file = LogFile(tmp_path, os.getpid())
+        file.open("0")
         file.close()
         file.write(b"{}\n")
         assert file.lost_lines == 1

@@ -20,6 +20,7 @@ from lensnet_guard import (
     lensnet_guard,
 )
 from lensnet_guard.history import RING_RECORDS
+from lensnet_guard.postmortem import analyse
 
 SCOPE = "preference_scorer"
 THREADS = 16
@@ -515,6 +516,46 @@ class TestDataLoaderWorkers:
         """`except LensNetViolation` around the loop catches what happens in a worker."""
         result = run_python(REFUSED, "fork")
         assert result.stdout.splitlines()[0] == "NoContext", result.stderr
+
+
+EPOCHS = """
+import sys, torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from lensnet_guard import guard_module, guard_of
+
+class Items(Dataset):
+    def __init__(self, critic, context):
+        self.critic, self.context = critic, context
+    def __len__(self):
+        return 2
+    def __getitem__(self, index):
+        with guard_of(self.critic).context(self.context):
+            return self.critic(torch.ones(1, 3)).detach()
+
+if __name__ == "__main__":
+    guard = guard_module(nn.Linear(3, 2), mode="observe")
+    for context in ("training", "inference"):
+        guard.start_log("log")
+        with guard.context("inference"):
+            guard.module(torch.ones(1, 3))
+        items = Items(guard.module, context)
+        list(DataLoader(items, num_workers=2, multiprocessing_context=sys.argv[1]))
+        guard.end_log()
+"""
+
+
+class TestWorkersInThePostMortem:
+    @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+    def test_workers_of_the_very_same_run_were_an_earlier_one(self, run_python, tmp_path, method):
+        """Nor has anybody died: a worker's log says whose it is, and ends as its process does."""
+        result = run_python(EPOCHS, method)
+        assert result.returncode == 0, result.stderr
+        analysis = analyse([tmp_path / "log"])
+        assert analysis.verdict.startswith("2 violations in 2 workers, the first UnsanctionedCall")
+        (parent,) = {run.pid for run in analysis.runs if run.parent is None}
+        assert [run.parent for run in analysis.runs if run.pid != parent] == [parent] * 4
+        assert [run.state for run in analysis.runs] == ["ended"] * 6
 
 
 class TestFork:

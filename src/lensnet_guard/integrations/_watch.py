@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lensnet_guard import CallPolicy, Guard, guard_module, guard_of, lensnet_guard
-from lensnet_guard._text import count
+from lensnet_guard._text import count, short_path
 from lensnet_guard.errors import add_note
 from lensnet_guard.integrations._place import GuardLost, Place, find, locate
 from lensnet_guard.log_file import absolute
@@ -245,7 +245,9 @@ class Watch:
         if path is None and folder is not None:
             path = guard.evidence(self._began_in / folder)
         if path is not None:
-            add_note(error, f"lensnet_guard: the calls of {guard.name} are in {path}")
+            add_note(
+                error, f"lensnet_guard: the calls of {guard.name} are in {short_path(str(path))}"
+            )
 
     def _find(self, guard: Guard) -> Place:
         place = find(self._root, guard)

@@ -126,6 +126,7 @@ class _Reading:
         run = self.run
         run.rank = text(event.get("rank")) or "?"
         run.pid = whole(event.get("process.pid"))
+        run.parent = whole(event.get("process.parent_pid"))
         run.process = text(event.get("service.instance.id"))
         run.forked = event.get("process.forked") is True
         run.host = text(event.get("host.name")) or "?"

@@ -89,6 +89,7 @@ class Run:
         cut_off_calls: training calls in micro-steps that never ended.
         steps: step and number of every training micro-step, one after the other.
         forked: a worker forked from the process that had opened the log.
+        parent: the pid of the process that a worker was forked or spawned by; None for the first.
         micro_step_calls: calls that ran in every training micro-step, in order; in observe mode
             the violations among them too.
         in_flight: calls that had begun and not ended when the log stopped.
@@ -141,6 +142,7 @@ class Run:
     lost_lines: int = 0
     dropped_segments: bool = False
     forked: bool = False
+    parent: int | None = None
     process: str | None = None
 
     @property
@@ -154,7 +156,15 @@ class Run:
     @property
     def state(self) -> str:
         """How it stands with the run, in a word."""
-        return "ended" if self.ended else "still running" if self.running else "died"
+        if self.ended or self.running:
+            return "ended" if self.ended else "still running"
+        return "died" if self.died else "left without a word"
+
+    @property
+    def who(self) -> str:
+        """The process, and whose worker it is."""
+        worker = f" (a worker of {self.parent})" if self.parent is not None else ""
+        return f"process {self.pid}{worker} on {self.host}"
 
     @property
     def remarks(self) -> list[tuple[str, Notes]]:

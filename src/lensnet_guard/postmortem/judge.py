@@ -39,25 +39,44 @@ def judge(runs: _Runs, divergence: Divergence | None) -> tuple[str, int]:
 def current_runs(runs: _Runs) -> list[Run]:
     """The runs that no later process of their rank has taken the place of.
 
-    Guards of one process may have runs side by side, and so may workers forked from it.
+    Guards of one process may have runs side by side. Its workers belong to it: they take nobody's
+    place, and lose theirs with it.
     """
+    heads = _heads(runs)
     begun: dict[str, Run] = {}  # the newest of each rank
     after: dict[str, Run] = {}  # the newest of each log
+    until: dict[object, float] = {}  # the last line of each head
     for run in runs:
         if run.events:
             after[run.log] = run
-            newest = begun.get(run.rank)
-            if not run.forked and (newest is None or _start(newest) < _start(run)):
-                begun[run.rank] = run
-    return [run for run in runs if run.events and not _superseded(run, after[run.log], begun)]
+            head, newest = heads[id(run)], begun.get(run.rank)
+            if head == _process(run):
+                until[head] = max(until.get(head, 0.0), run.last or 0.0)
+                if not run.forked and (newest is None or _start(newest) < _start(run)):
+                    begun[run.rank] = run
+
+    def superseded(run: Run) -> bool:
+        head, newest = heads[id(run)], begun.get(run.rank)
+        last = until[head]
+        later = [newest] if newest is not None and last and _start(newest) > last else []
+        return any(heads[id(other)] != head for other in (*later, after[run.log]))
+
+    return [run for run in runs if run.events and not superseded(run)]
 
 
-def _superseded(run: Run, newest_in_log: Run, begun: dict[str, Run]) -> bool:
-    newest = begun.get(run.rank)
-    later = [newest] if newest is not None and run.last and _start(newest) > run.last else []
-    if newest_in_log is not run:
-        later.append(newest_in_log)
-    return any(other.process is None or other.process != run.process for other in later)
+def _heads(runs: _Runs) -> dict[int, object]:
+    """By the run's `id`, the process that it descends from, or its own when no log tells of one."""
+    heads: dict[int, object] = {}
+    newest: dict[tuple[str, str, int | None], Run] = {}  # pids come again: by the time of the run
+    for run in sorted(runs, key=_start):
+        known = newest.get((run.host, run.rank, run.parent)) if run.parent is not None else None
+        heads[id(run)] = heads[id(known)] if known is not None else _process(run)
+        newest[run.host, run.rank, run.pid] = run
+    return heads
+
+
+def _process(run: Run) -> object:
+    return run.process or id(run)
 
 
 def _start(run: Run) -> float:
@@ -88,8 +107,11 @@ def _violations(runs: _Runs, current: _Runs) -> str | None:
     if not violations:
         return None
     told = count(violations, "violation")
-    if not any(run.violation_count for run in current):
+    heads, guilty = _heads(runs), [run for run in current if run.violation_count]
+    if not guilty:
         told += " in an earlier run"
+    elif all(run.forked or heads[id(run)] != _process(run) for run in guilty):
+        told += f" in {count(len(guilty), 'worker')}"
     kept = [run.violations[0].call for run in runs if run.violations]
     if not kept:
         return f"{told}, in lines that are gone"

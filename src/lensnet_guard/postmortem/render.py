@@ -34,8 +34,8 @@ def render(analysis: Analysis, console: Console) -> None:
 def _head(run: Run) -> Text:
     seconds = f" after {run.last - run.started:.1f} s" if run.started and run.last else ""
     text = Text(f"\n{run.log}", "bold")
-    text.append(f"\n  {run.module}, mode {run.mode}, rank {run.rank}, process {run.pid}", "")
-    text.append(f" on {run.host}; began {moment(run.started)}, {run.state}{seconds}\n", "")
+    text.append(f"\n  {run.module}, mode {run.mode}, rank {run.rank}, {run.who}", "")
+    text.append(f"; began {moment(run.started)}, {run.state}{seconds}\n", "")
     text.append(f"  {count(run.training_calls, 'training call')} in ", "")
     text.append(f"{count(run.micro_steps, 'micro-step')}, ", "")
     text.append(f"{count(run.inference_calls, 'inference call')}, ", "")

@@ -115,7 +115,7 @@ def _run(run: Run) -> Iterator[str]:
     took = f" after {run.last - run.started:.1f} s" if run.started and run.last else ""
     yield f"<h2>{escape(run.log)}</h2>"
     yield _paragraph(
-        f"{run.module}, mode {run.mode}, rank {run.rank}, process {run.pid} on {run.host}; "
+        f"{run.module}, mode {run.mode}, rank {run.rank}, {run.who}; "
         f"began {moment(run.started)}, {run.state}{took}"
     )
     numbers = (

@@ -251,4 +251,4 @@ except NoContext:
 """
         )
         assert result.stdout == "refused\n"
-        assert result.stderr.count(f"cannot write the log in {tmp_path}/run") == 1
+        assert result.stderr.count(f"cannot write the log in {tmp_path / 'run'}") == 1

@@ -195,6 +195,73 @@ class TestForks:
         assert verdict(died(), worker)[1] == 1
 
 
+class TestWorkers:
+    """Processes that a run has forked or spawned are part of it, whenever they began."""
+
+    def worker(self, *, parent=7, process="w", started=2.0, **fields):
+        fields = {"pid": 8, "last": started + 1, **fields}
+        return run(f"lensnet.rank0.pid{process}", started, process, parent=parent, **fields)
+
+    @pytest.mark.parametrize("forked", [True, False])
+    def test_violations_in_an_earlier_run(self, forked):
+        """As of the next epoch's workers, or of its log, the ones before were told as that."""
+        guilty = {"violation_count": 2, "violations": [Violation(CALL, None, ())]}
+        runs = [
+            run(pid=7),
+            self.worker(forked=forked, **guilty),
+            run(pid=7, started=10.0),
+            self.worker(process="v", started=11.0, forked=forked),
+        ]
+        told = "2 violations in 1 worker, the first UnsanctionedCall at train.py:5 in step"
+        assert verdict(*runs) == (told, 1)
+        assert current_runs(runs) == runs
+
+    def test_in_the_file_of_their_parent(self):
+        """A worker that goes on after its parent's log has ended finds that name free."""
+        runs = [violated(pid=7), run(started=9.0, process="w", pid=8, parent=7)]
+        assert current_runs(runs) == runs
+        assert verdict(*runs)[0].startswith("2 violations, the first")
+
+    def test_they_took_the_place_of_their_parent(self):
+        """Its death was forgiven when it had spawned somebody before."""
+        runs = [died(pid=7), self.worker(started=9.0)]
+        assert verdict(*runs) == ("the process died outside any call of critic", 1)
+
+    def test_they_heal_with_their_parent(self):
+        """The run that goes on is another's, with workers of its own."""
+        runs = [
+            died(pid=7),
+            self.worker(ended=False, in_flight=[CALL]),
+            run("z", started=20.0, process="b", pid=9),
+            self.worker(parent=9, process="v", started=21.0),
+        ]
+        assert current_runs(runs) == runs[2:]
+        assert verdict(*runs) == ("clean; 2 earlier runs died", 0)
+
+    def test_workers_of_workers(self):
+        """Belong to the first of them."""
+        runs = [run(pid=7), self.worker(), self.worker(parent=8, process="v", started=9.0, pid=9)]
+        assert current_runs(runs) == runs
+
+    def test_pids_come_again(self):
+        """A restarted container gives its processes the numbers of those before."""
+        runs = [
+            died(pid=7),
+            self.worker(ended=False, in_flight=[CALL]),
+            run(started=20.0, process="b", pid=7),
+            self.worker(process="v", started=21.0),
+        ]
+        assert current_runs(runs) == runs[2:]
+
+    @pytest.mark.parametrize("other", [{"host": "else"}, {"rank": "1"}, {"started": 8.0}])
+    def test_another_process_of_that_number(self, other):
+        """On another host, of another rank, or later: that is not the parent, and no run of its."""
+        guilty = {"violation_count": 1, "violations": [Violation(CALL, None, ())]}
+        stranger = run("y", **{"pid": 7, "process": "b", **other})
+        told, _ = verdict(stranger, self.worker(started=7.0, last=20.0, **guilty))
+        assert told == "1 violation, the first UnsanctionedCall at train.py:5 in step"
+
+
 def test_sites_are_no_verdict() -> None:
     """Calls that were made and allowed are only counted."""
     clean = run()
