@@ -47,7 +47,7 @@ def rank_of_two(device: torch.device) -> dict[str, Any]:
                     guard.module(torch.ones(4, 8, device=device)).sum().backward()
                 equal += 1
     except RankDivergence as error:
-        diverged = str(error).splitlines()[0]
+        diverged = type(error).__name__
     return {"refusal": refusal, "equal": equal, "diverged": diverged}
 
 

@@ -52,7 +52,7 @@ def while_recording(device: torch.device, folder: Path) -> dict[str, Any]:
     notes = getattr(error, "__notes__", [])
     return {
         "raised": "has been overwritten by a subsequent run" in str(error),
-        "error": None if error is None else str(error).splitlines()[0],
+        "error": first_sentence(error),
         "blame": notes,
         "blamed_lines": blamed_lines(notes),
         "hazards": hazards,
@@ -106,7 +106,7 @@ def while_accumulating(device: torch.device) -> dict[str, Any]:
                     guard.module(torch.randn(4, 64, device=device)).square().mean().backward()
         except RuntimeError as raised:
             error = raised
-    return {"error": error and str(error).splitlines()[0], "blame": getattr(error, "__notes__", [])}
+    return {"error": first_sentence(error), "blame": getattr(error, "__notes__", [])}
 
 
 class catching:  # noqa: N801  # a context manager that reads like a verb
@@ -121,6 +121,11 @@ class catching:  # noqa: N801  # a context manager that reads like a verb
     def __exit__(self, *error: Any) -> None:
         self._caught.__exit__(*error)
         self.found += [str(w.message) for w in self._warned if w.category is LensNetHazard]
+
+
+def first_sentence(error: BaseException | None) -> str | None:
+    """What torch says, without the stack that it says it with."""
+    return None if error is None else str(error).partition(" Stack trace")[0].splitlines()[0]
 
 
 def phase(guard: Guard) -> str | None:

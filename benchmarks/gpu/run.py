@@ -356,7 +356,7 @@ def table(result: dict[str, Any]) -> str:
     for check in result["checks"].values():
         for line in check["lines"]:
             cells = (line["what"], line["found"], line["required"])
-            mark = MARKS[line["holds"]] if line["required"] else ""
+            mark = MARKS[line["holds"]] if line["required"] or line["holds"] is not None else ""
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + f" | {mark} |")
     return "\n".join(lines) + "\n"
 

@@ -155,9 +155,14 @@ def build_violation(
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Add a note to an exception, once, where Python has notes (3.10 has none)."""
-    if hasattr(error, "add_note") and note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
+    """Add a note to an exception, once.
+
+    Python 3.10 has no notes and prints none. They are kept by the same name all the same, where
+    pytest and other tools look for them.
+    """
+    notes = getattr(error, "__notes__", [])
+    if note not in notes:
+        error.__notes__ = [*notes, note]  # type: ignore[attr-defined, unused-ignore]
 
 
 def _sanction(policy: "CallPolicy") -> str:

@@ -97,7 +97,6 @@ class TestSwallowed:
             assert caught.value is ledger.violations[0]
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are 3.11+")
 class TestNotes:
     def notes_on(self, error, *violations):
         ledger = MicroStep(0, 0, {})

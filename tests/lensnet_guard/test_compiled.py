@@ -1,6 +1,7 @@
 """What a record tells of compilation and CUDA graphs, field by field, and from the log."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -205,9 +206,8 @@ class TestInTheLog:
         (run,) = analyse([log]).runs
         assert run.phases == {"recording": 1}
         assert [note.partition(" at ")[0] for note in run.compilations.kept] == ["call 1", "call 2"]
-        assert run.compilations.kept[1].endswith(
-            "in call.<locals>.call compiled 1 graph; inputs float32[1, 3] cpu"
-        )
+        what = "call compiled 1 graph; inputs float32[1, 3] cpu"
+        assert re.search(rf" in (call\.<locals>\.)?{re.escape(what)}$", run.compilations.kept[1])
 
     def test_a_call_in_flight_says_what_torch_was_doing(self, log):
         """A crash in a CUDA graph leaves the state that it began with."""
@@ -260,6 +260,7 @@ class TestOnCuda:
             guard.module(X.cuda())
             pending.append(guard.calls[-1].compiled.pending_backward)
             loss.backward()
+            guard.module.zero_grad()  # or the next backward adds to memory of the graph's
         assert pending[-1] is True
 
     def test_live_outputs_of_replays(self, guard):

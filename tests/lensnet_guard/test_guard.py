@@ -504,7 +504,6 @@ class TestSwallowedViolations:
             self.swallow(guard, x)
         assert [r.reason for r in guard.violations] == ["UnsanctionedCall"]
 
-    @pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are 3.11+")
     def test_is_noted_on_an_unrelated_exception(self, guard, x):
         """Another exception is not replaced; it tells of the violation, once."""
         with guard.context("training"), pytest.raises(ValueError, match="mine") as caught:
@@ -517,7 +516,6 @@ class TestSwallowedViolations:
             "often than its budget allows."
         ]
 
-    @pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are 3.11+")
     def test_is_not_noted_on_an_exception_that_shows_it(self, guard, x):
         """An exception raised from the violation shows it in its traceback already."""
         with guard.context("training"), pytest.raises(ValueError, match="mine") as caught:

@@ -1,17 +1,21 @@
 """CUDA graphs on a machine without: a backend that writes every output to the same buffer."""
 
+import contextlib
 import copy
+import importlib
 import json
 import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from lensnet_guard import LensNetHazard, guard_module, hazards
+from lensnet_guard._torch_internals import GraphTree
 from lensnet_guard.postmortem import analyse
 from lensnet_guard.postmortem.report import render_report
 
@@ -39,7 +43,7 @@ class TestHazard:
         with torch.no_grad(), pytest.warns(LensNetHazard) as caught:
             kept = guard.module(X)
             guard.module(2 * X)
-        (warning,) = caught
+        (warning,) = (w for w in caught if w.category is LensNetHazard)
         assert warning.filename == __file__  # the line of the second call
         pattern = (
             r"critic: an output of call 1 at \S+test_hazards\.py:\d+ in \S+ is still in use as "
@@ -97,6 +101,61 @@ class TestHazard:
             guard.module(2 * X)
         assert kept is not None
 
+    def test_a_mark_does_not_save_the_output_of_the_same_step(self, graphed_guard):
+        """It lets the second call write over the first one's output, also one with grad."""
+        with graphed_guard.context("inference"), graphed_guard.micro_step(3):
+            with pytest.warns(LensNetHazard) as caught:
+                torch.compiler.cudagraph_mark_step_begin()
+                kept = graphed_guard.module(X)
+                torch.compiler.cudagraph_mark_step_begin()
+                graphed_guard.module(2 * X)
+        (warning,) = (w for w in caught if w.category is LensNetHazard)
+        assert re.fullmatch(
+            r"critic: an output of call 1 at \S+:\d+ in \S+ is still in use as call 2 at "
+            r"\S+:\d+ in \S+ starts after a mark in the same micro-step\. The module is compiled "
+            r"with CUDA graphs, and cudagraph_mark_step_begin lets the second call write over it\. "
+            r"Copy what is still needed, put both calls into one batch, or mark where the "
+            r"micro-step begins only",
+            str(warning.message),
+        )
+        assert kept.shape == (2, 2)
+
+    def test_marks_between_steps(self, graphed_guard):
+        """What is left of the last step when the next one begins was meant to go."""
+        kept = []
+        with graphed_guard.context("inference"):
+            for step in range(3):
+                torch.compiler.cudagraph_mark_step_begin()
+                with graphed_guard.micro_step(step):
+                    kept = [graphed_guard.module(X), kept]
+
+    def test_calls_after_one_mark(self, graphed_guard):
+        """Until the next mark torch keeps their outputs apart."""
+        with torch.no_grad(), graphed_guard.context("inference"), graphed_guard.micro_step():
+            torch.compiler.cudagraph_mark_step_begin()
+            kept = [graphed_guard.module(X), graphed_guard.module(2 * X)]
+        assert len(kept) == 2
+
+    @pytest.mark.parametrize("where", ["in the options", "in the configuration", "in the graphs"])
+    def test_outputs_that_torch_copies(self, guard, monkeypatch, where):
+        """`cudagraph_trees_generation_cloning="user_visible"`, since torch 2.14: no hazard."""
+        option = "cudagraph_trees_generation_cloning"
+        if where == "in the options":
+            options = {"triton.cudagraphs": True, f"triton.{option}": "user_visible"}
+            monkeypatch.setattr(hazards, "compiler_options", lambda _: options)
+        with torch.no_grad():
+            kept = guard.module(X)
+            if where == "in the graphs":
+                live = frozenset(s.cdata for s in guard._compiled._outputs[0].storages)
+                tree = GraphTree("execution", False, live, cloned=True)
+                monkeypatch.setattr(hazards, "graph_tree", lambda _: tree)
+            elif where == "in the configuration":
+                config = SimpleNamespace(triton=SimpleNamespace(**{option: "user_visible"}))
+                monkeypatch.setitem(sys.modules, "torch._inductor.config", config)
+            guard.module(2 * X)
+        assert kept is not None
+        assert not guard._compiled._written
+
     def test_a_module_without_cuda_graphs(self):
         """Eager or compiled otherwise, every call has memory of its own."""
         for compile_it in (lambda m: None, lambda m: m.compile(backend="eager")):
@@ -143,7 +202,7 @@ class TestBlame:
         "Error: accessing tensor output of CUDAGraphs that has been overwritten by a subsequent "
         "run. Stack trace: unknown"
     )
-    WHERE = r"\S+test_hazards\.py:\d+ in TestBlame\.overwritten"
+    WHERE = r"\S+test_hazards\.py:\d+ in (?:TestBlame\.)?overwritten"
 
     def test_torchs_error_gets_both_calls(self, guard):
         """Torch names the producer at most, the guard also the call that wrote over it."""
@@ -260,6 +319,24 @@ class TestBlame:
                 raise RuntimeError(self.ERROR)
         assert not hasattr(caught.value, "__notes__")
 
+    def test_an_overwritten_gradient_is_blamed_on_no_call(self, guard, tmp_path):
+        """Torch 2.14 says so; a backward pass made it, and no call that gave out an output."""
+        error = self.ERROR.replace("tensor output", "gradient tensor output")
+        guard.start_log(tmp_path)
+        with torch.no_grad(), pytest.warns(LensNetHazard), pytest.raises(RuntimeError) as caught:
+            with guard.context("inference"):
+                kept = guard.module(X)
+                guard.module(2 * X)
+                raise RuntimeError(error)
+        guard.end_log()
+        assert caught.value.__notes__[0] == (
+            "lensnet_guard: what was overwritten is a gradient, made by a backward pass, and no "
+            "output of a call of critic"
+        )
+        assert not any("was overwritten by call" in note for note in caught.value.__notes__)
+        assert '"event":"overwritten"' not in (tmp_path / "lensnet.rank0.jsonl").read_text()
+        assert kept is not None
+
     def test_other_errors_are_left_alone(self, guard):
         """The guard does not guess."""
         with pytest.raises(RuntimeError) as caught, guard.context("inference"):
@@ -289,3 +366,28 @@ class TestOnCuda:
                 guard.module(2 * x)
                 kept.sum().item()
         assert any("was overwritten by call" in note for note in caught.value.__notes__)
+
+    @pytest.mark.parametrize("compiled_with", ["the option", "a mark"])
+    def test_what_is_copied_and_what_a_mark_overwrites(self, compiled_with):
+        """The option of torch 2.14 keeps an output as it is; a second mark in a step does not."""
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        option = "cudagraph_trees_generation_cloning"
+        cloned = compiled_with == "the option"
+        if cloned and not hasattr(importlib.import_module("torch._inductor.config").triton, option):
+            pytest.skip("needs torch 2.14")
+        module = nn.Linear(3, 2).cuda()
+        options = {"triton.cudagraphs": True}
+        module.compile(options=options | ({f"triton.{option}": "user_visible"} if cloned else {}))
+        guard, x = guard_module(module), X.cuda()
+        warned = contextlib.nullcontext() if cloned else pytest.warns(LensNetHazard)
+        with warned, torch.no_grad(), guard.context("inference"):
+            for step in range(3):
+                with guard.micro_step(step):
+                    kept = guard.module(x)
+                    expected = kept.clone()
+                    if not cloned:
+                        torch.compiler.cudagraph_mark_step_begin()
+                    guard.module(2 * x)
+                    if cloned:
+                        assert torch.equal(kept, expected)

@@ -1,12 +1,22 @@
 """Activation checkpointing: a recompute belongs to its call; all else in backward is a call."""
 
+import contextlib
+import functools
+import gc
+import importlib
 import json
 import threading
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from lensnet_guard import (
     BudgetExceeded,
@@ -163,6 +173,174 @@ class TestRecompute:
         loss.backward()
         del loss
         assert len(guard._recomputes._calls) == 0
+
+
+class TestOtherCheckpoints:
+    """Each way in which torch checkpoints a call; all are recomputes of that call."""
+
+    @staticmethod
+    def selective():
+        def policy(ctx, op, *args, **kwargs):
+            saved = op == torch.ops.aten.addmm.default
+            return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return functools.partial(create_selective_checkpoint_contexts, policy)
+
+    def test_selective(self, guard, x):
+        """Some results are kept, the rest is run again."""
+        with guard.context("training"), guard.sanctioned(SCOPE):
+            out = checkpoint(guard.module, x, use_reentrant=False, context_fn=self.selective())
+        out.exp().sum().backward()
+        assert [kind for kind, *_ in kinds(guard)] == ["call", "recompute"]
+        assert guard.calls[1].recompute_of == 1
+
+    def test_without_early_stop(self, guard, x):
+        """The call runs again to its end."""
+        with guard.context("training"), guard.sanctioned(SCOPE), set_checkpoint_early_stop(False):
+            loss = checkpoint(guard.module, x, use_reentrant=False).sum()
+        loss.backward()
+        assert kinds(guard)[1:] == [("recompute", 1, "returned")]
+
+    def test_sequential(self, guard, x, reentrant):
+        """In a segment of a longer model, and after it."""
+        layers = [nn.Linear(3, 3), guard.module, nn.Linear(2, 2), nn.Linear(2, 1)]
+        with guard.context("training"), guard.sanctioned(SCOPE):
+            out = checkpoint_sequential(layers, 2, x, use_reentrant=reentrant)
+        out.sum().backward()
+        assert [(kind, of) for kind, of, _ in kinds(guard)] == [("call", None), ("recompute", 1)]
+
+    @pytest.mark.parametrize("outer", [False, True])
+    def test_of_the_other_kind_inside(self, guard, x, outer, reentrant):
+        """Whichever kind is within whichever."""
+
+        def inner(x):
+            return checkpoint(guard.module, x, use_reentrant=reentrant)
+
+        checkpointed_loss(guard, x, outer, inner).backward()
+        assert guard.violations == ()
+        assert {of for _, of, _ in kinds(guard)[1:]} == {1}
+
+    def test_of_a_partial_of_checkpoint(self, guard, x):
+        """No line of anybody's stands between the two."""
+        inner = functools.partial(checkpoint, guard.module, use_reentrant=False)
+        checkpointed_loss(guard, x, False, inner).backward()
+        assert {of for _, of, _ in kinds(guard)[1:]} == {1}
+
+    def test_with_hooks_inside(self, guard, x):
+        """Those of the checkpoint are not on top then."""
+
+        def run(x):
+            with torch.autograd.graph.save_on_cpu():
+                return guard.module(x)
+
+        checkpointed_loss(guard, x, False, run).backward()
+        assert guard.violations == ()
+
+    def test_a_saved_tensor_that_is_read(self, guard, x):
+        """It recomputes outside any backward pass, as often as it is read."""
+
+        def run(x):
+            return guard.module(x).exp()
+
+        with guard.context("training"), guard.sanctioned(SCOPE):
+            out = checkpoint(run, x, use_reentrant=False)
+        for _ in range(2):
+            assert out.grad_fn._saved_result.shape == (4, 2)
+        assert [of for _, of, _ in kinds(guard)] == [None, 1, 1]
+
+    def test_a_function_that_reads_saved_tensors(self, guard, x):
+        """A user's backward asks for what torch then recomputes."""
+
+        class Square(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x * x
+
+            @staticmethod
+            def backward(ctx, grad):
+                return 2 * grad * ctx.saved_tensors[0]
+
+        checkpointed_loss(guard, x, False, lambda x: Square.apply(guard.module(x))).backward()
+        assert kinds(guard)[1:] == [("recompute", 1, "returned")]
+
+    def test_compiled_autograd(self, guard, x):
+        """The backward pass is compiled, and recomputes in Python."""
+        torch._dynamo.reset()
+        loss = checkpointed_loss(guard, x, reentrant=False)
+        compile_it = torch.compile(backend="eager")
+        with importlib.import_module("torch._dynamo.compiled_autograd")._enable(compile_it):
+            loss.backward()
+        assert [(kind, of) for kind, of, _ in kinds(guard)] == [("call", None), ("recompute", 1)]
+
+
+class TestComposable:
+    """``torch.distributed._composable.checkpoint`` opens a checkpoint by hooks on a module."""
+
+    @pytest.fixture
+    def composable(self):
+        return importlib.import_module("torch.distributed._composable").checkpoint
+
+    def test_of_the_module_itself(self, composable, scorer, x):
+        """It opens inside the call, so that torch does not show which call is repeated."""
+        guard = guard_module(composable(scorer))
+        with guard.context("training"), guard.micro_step():
+            with guard.sanctioned(SCOPE):
+                loss = guard.module(x).sum()
+            loss.backward()
+        assert kinds(guard) == [
+            *(("call", None, "returned"), ("recompute", None, "stopped early")),
+        ]
+        assert guard.calls[1].caller.function.endswith("test_of_the_module_itself")
+        with pytest.raises(BypassedGuard), guard.context("training"):
+            scorer(x)
+
+    def test_of_a_part(self, composable, scorer, x):
+        """A part that runs again is of the call."""
+        composable(scorer.linear)
+        guard = guard_module(scorer)
+        with guard.context("training"), guard.sanctioned(SCOPE):
+            loss = guard.module(x).exp().sum()
+        loss.backward()
+        assert kinds(guard) == [("call", None, "returned")]
+
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_of_a_model_around_it(self, composable, guard, x, nested):
+        """The call is known by the model's checkpoint, also under another one inside."""
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.critic = nn.Linear(3, 3), guard.module
+
+            def forward(self, x):
+                hidden = self.first(x).exp()
+                if nested:
+                    return checkpoint(self.critic, hidden, use_reentrant=False)
+                return self.critic(hidden)
+
+        model = composable(Model())
+        with guard.context("training"), guard.sanctioned(SCOPE):
+            loss = model(x).exp().sum()
+        loss.backward()
+        assert guard.violations == ()
+        assert {of for _, of, _ in kinds(guard)[1:]} == {1}
+
+
+class TestRefusedUnderACheckpoint:
+    def test_the_violation_kept_its_frames_alive(self, guard, x, reentrant):
+        """Up to torch 2.13 those held saved-tensor hooks up, for whatever came after."""
+        gc.collect()
+        gc.disable()
+        try:
+            for settled in (False, True):
+                block = guard.micro_step() if settled else contextlib.nullcontext()
+                with contextlib.suppress(UnsanctionedCall), guard.context("training"), block:
+                    checkpoint(guard.module, x, use_reentrant=reentrant)
+            seen = x.exp()  # would be packed by a hook that was left
+            assert seen.grad_fn._saved_result.data_ptr() == seen.data_ptr()
+        finally:
+            gc.enable()
 
 
 class TestTheModulesOwnCheckpoints:

@@ -252,7 +252,6 @@ class TestBudget:
         verdict = guarded.verdict
         assert (verdict.micro_steps, verdict.inference_calls, verdict.violations) == (10, 1, 0)
 
-    @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
     def test_an_exception_tells_of_a_violation_that_was_swallowed_before(self, make):
         """It may well be what came of it."""
         guarded, critic, *_ = make()
@@ -271,9 +270,8 @@ class TestBudget:
             train(guarded, critic, optimizer, data, critic)
         path = tmp_path / "lensnet.rank0.jsonl"
         assert '"reason":"UnsanctionedCall"' in path.read_text()
-        if sys.version_info >= (3, 11):
-            note = f"lensnet_guard: the calls of critic are in {path}"
-            assert caught.value.__notes__ == [note]
+        note = f"lensnet_guard: the calls of critic are in {path}"
+        assert caught.value.__notes__ == [note]
 
     def test_with_a_log_that_is_named(self, make, tmp_path):
         """No second file is written."""
@@ -281,10 +279,9 @@ class TestBudget:
         with pytest.raises(ZeroDivisionError) as caught, guarded:
             train(guarded, critic, optimizer, data, lambda _: 1 / 0)
         guarded.guard.end_log()
-        if sys.version_info >= (3, 11):
-            path = tmp_path / "log" / "lensnet.rank0.jsonl"
-            note = f"lensnet_guard: the calls of critic are in {path}"
-            assert caught.value.__notes__ == [note]
+        path = tmp_path / "log" / "lensnet.rank0.jsonl"
+        note = f"lensnet_guard: the calls of critic are in {path}"
+        assert caught.value.__notes__ == [note]
 
     def test_the_log_moved_with_the_process(self, tmp_path, monkeypatch):
         """A relative folder is the one where the loop was set up."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import sys
 
 import pytest
 import torch
@@ -350,9 +349,8 @@ class TestEvidence:
         assert (verdict.micro_steps, verdict.calls, verdict.inference_calls) == (1, 1, 1)
         assert verdict.violations == 1
         path = tmp_path / "lensnet.rank0.jsonl"
-        if sys.version_info >= (3, 11):
-            note = f"lensnet_guard: the calls of reference are in {path}"
-            assert caught.value.__notes__ == [note]
+        note = f"lensnet_guard: the calls of reference are in {path}"
+        assert caught.value.__notes__ == [note]
 
     def test_with_a_log_that_is_named_once(self, fit, tmp_path):
         """On an exception that has nothing to do with the guard, too."""
@@ -366,9 +364,8 @@ class TestEvidence:
         path = tmp_path / "log" / "lensnet.rank0.jsonl"
         assert '"run.end"' in path.read_text()
         assert not (tmp_path / "lensnet.rank0.jsonl").exists()
-        if sys.version_info >= (3, 11):
-            note = f"lensnet_guard: the calls of reference are in {path}"
-            assert caught.value.__notes__ == [note]
+        note = f"lensnet_guard: the calls of reference are in {path}"
+        assert caught.value.__notes__ == [note]
 
 
 class TestModes:

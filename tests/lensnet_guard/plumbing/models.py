@@ -1,6 +1,7 @@
 """Modules and helpers of the plumbing tests."""
 
 import io
+import sys
 
 import torch
 from torch import nn
@@ -105,6 +106,11 @@ def only_call(guard):
     assert (record.kind, record.verdict, record.outcome) == ("call", "allow", "returned")
     assert "/plumbing/" in record.caller.file
     return record.caller.function
+
+
+def named(qualname):
+    """A function's name as a frame tells it, in Python 3.10 without the class."""
+    return qualname if sys.version_info >= (3, 11) else qualname.rpartition(".")[2]
 
 
 def is_refused(run, *args):

@@ -10,6 +10,7 @@ from tests.lensnet_guard.plumbing.models import (
     Model,
     X,
     is_refused,
+    named,
     only_call,
     train,
 )
@@ -33,14 +34,14 @@ class TestDataParallel:
         """The critic inside a DDP model trains, and the record names the model's own line."""
         model = DistributedDataParallel(Model(guard.module))
         assert train(guard, model)
-        assert only_call(guard) == "Model.forward"
+        assert only_call(guard) == named("Model.forward")
         assert model.module.critic is guard.module
 
     def test_around_the_proxy(self, guard):
         """DDP of the guarded module itself calls the proxy."""
         model = DistributedDataParallel(guard.module)
         assert train(guard, model)
-        assert only_call(guard) == "train"
+        assert only_call(guard) == named("train")
         with pytest.raises(NoContext):
             model(X)
 
@@ -49,7 +50,7 @@ class TestDataParallel:
         model = DistributedDataParallel(critic)
         guard = guard_module(model)
         assert train(guard, guard.module)
-        assert only_call(guard) == "train"
+        assert only_call(guard) == named("train")
         assert is_refused(model, X)
         assert is_refused(critic, X)
 
@@ -72,7 +73,7 @@ class TestDataParallel:
         model = DistributedDataParallel(Model(guard.module))
         with pytest.raises(UnsanctionedCall) as caught, guard.context("training"):
             model(X)
-        assert caught.value.record.caller.function == "Model.forward"
+        assert caught.value.record.caller.function == named("Model.forward")
         with guard.context("training"), guard.sanctioned(SCOPE):
             model(X).sum().backward()
         assert guard.count() == 1
@@ -90,7 +91,7 @@ class TestFullySharded1:
         policy = unit and ModuleWrapPolicy({unit})
         model = self.wrap(Model(guard.module), auto_wrap_policy=policy)
         assert train(guard, model)
-        assert only_call(guard) == "Model.forward"
+        assert only_call(guard) == named("Model.forward")
         held = model.module.critic
         assert type(held.module if unit is Critic else held) is GuardedModule
 
@@ -120,7 +121,7 @@ class TestFullySharded2:
         """Sharded, then guarded: one call recorded, everything trained."""
         guard = guard_module(self.shard(critic, mesh))
         assert train(guard, guard.module)
-        assert only_call(guard) == "train"
+        assert only_call(guard) == named("train")
         assert is_refused(critic, X)
         assert is_refused(critic.blocks[0], X)
 
@@ -129,13 +130,13 @@ class TestFullySharded2:
         guard = guard_module(self.shard(critic, mesh))
         model = fully_shard(Model(guard.module), mesh=mesh)
         assert train(guard, model)
-        assert only_call(guard) == "Model.forward"
+        assert only_call(guard) == named("Model.forward")
 
     def test_model_around_a_guarded_module_that_is_not_sharded_itself(self, guard, mesh):
         """The parent's own unit takes the guarded module's parameters in."""
         model = fully_shard(Model(guard.module), mesh=mesh)
         assert train(guard, model)
-        assert only_call(guard) == "Model.forward"
+        assert only_call(guard) == named("Model.forward")
 
     def test_methods_and_names(self, critic, mesh):
         """The proxy is an FSDPModule and has its methods; the state has the names it had."""

@@ -5,7 +5,15 @@ import pickle
 
 import pytest
 import torch
-from tests.lensnet_guard.plumbing.models import REFUSAL, Doubled, X, is_refused, only_call, train
+from tests.lensnet_guard.plumbing.models import (
+    REFUSAL,
+    Doubled,
+    X,
+    is_refused,
+    named,
+    only_call,
+    train,
+)
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -33,7 +41,7 @@ class TestParametrizations:
         before = critic.head.parametrizations.weight.original0 if norm == "weight_norm" else None
         before = before.detach().clone() if before is not None else None
         train(guard, guard.module)
-        assert only_call(guard) == "train"
+        assert only_call(guard) == named("train")
         if before is not None:
             assert not torch.equal(critic.head.parametrizations.weight.original0, before)
         assert is_refused(critic.head, X)
@@ -107,7 +115,7 @@ class TestParametrizations:
             norm(guard.module.head)
         assert guard.module.head.weight.shape == (2, 3)
         train(guard, guard.module)
-        assert only_call(guard) == "train"
+        assert only_call(guard) == named("train")
 
 
 class TestPruning:

@@ -12,6 +12,7 @@ from tests.lensnet_guard.plumbing.models import (
     Tied,
     X,
     is_refused,
+    named,
     only_call,
     saved_and_loaded,
     train,
@@ -92,7 +93,7 @@ class TestContainers:
         for _ in range(depth - 1):
             model = nn.Sequential(model)
         assert train(guard, model)
-        assert only_call(guard) == "train"
+        assert only_call(guard) == named("train")
 
     def test_several_guarded_modules_in_one(self):
         """Each keeps its own book, in lists, dicts and sequences."""
@@ -138,7 +139,7 @@ class TestFunctionalCall:
         with guard.context("training"), guard.sanctioned(SCOPE):
             scores = torch.func.functional_call(guard.module, zeros, (X,))
         assert (scores == 0).all()
-        assert only_call(guard) == "TestFunctionalCall.test_on_the_proxy"
+        assert only_call(guard) == named("TestFunctionalCall.test_on_the_proxy")
         with pytest.raises(UnsanctionedCall), guard.context("training"):
             torch.func.functional_call(guard.module, zeros, (X,))
         assert (guard.module.head.weight != 0).any()
@@ -149,7 +150,7 @@ class TestFunctionalCall:
         zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         with guard.context("inference"):
             assert (torch.func.functional_call(model, zeros, (X,)) == 0).all()
-        assert only_call(guard) == "Model.forward"
+        assert only_call(guard) == named("Model.forward")
 
     def test_under_grad(self, guard, critic):
         """A functional gradient of the call is one call."""
@@ -205,7 +206,7 @@ class TestTiedWeights:
         with pytest.raises(BypassedGuard, match=r"^Tied was run .*: emb was run alone\.") as caught:
             model(self.TOKENS)
         assert "CallPolicy(shared_submodules=...)" in str(caught.value)
-        assert caught.value.record.caller.function == "LanguageModel.forward"
+        assert caught.value.record.caller.function == named("LanguageModel.forward")
 
     @pytest.mark.parametrize(
         "duplicate",
