@@ -36,7 +36,8 @@ LIBRARIES = ("lightning", "accelerate", "transformers")
 SUITE = ["tests/lensnet_guard"]
 INTERNALS = [  # all that reads what torch does not promise
     *("test_torch_internals.py", "test_recompute.py", "test_compile.py", "test_compiled.py"),
-    *("test_hazards.py", "test_tripwire.py", "test_proxy.py", "plumbing"),
+    *("test_hazards.py", "test_tripwire.py", "test_armed_class.py", "test_untested.py"),
+    *("test_proxy.py", "plumbing"),
 ]
 TRAINING = ("--steps", "6", "--batch-size", "2", "--warmup-steps", "2", "--log-interval", "2")
 MAKE_S, TESTS_S, TRAINING_S = 1_800, 5_400, 900  # what each may take
