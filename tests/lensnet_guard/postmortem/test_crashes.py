@@ -119,7 +119,7 @@ class TestKilled:
         result = run_python(ZYGOTE + 'train("run", Victim(3, lambda: 1 / 0))\n')
         assert result.returncode == 1
         assert "ZeroDivisionError: division by zero" in result.stderr
-        note = f"lensnet_guard: the calls of victim are in {tmp_path}/run/lensnet.rank0.jsonl"
+        note = "lensnet_guard: the calls of victim are in run/lensnet.rank0.jsonl"
         assert note in result.stderr
         (run,) = analyse([tmp_path / "run"]).runs
         assert (run.ended, run.in_flight, run.training_calls) == (True, [], 3)
@@ -143,7 +143,7 @@ class TestKilled:
         )
         assert "NoContext" in result.stderr
         error = json.loads((tmp_path / "error.json").read_text())
-        note = f"lensnet_guard: the calls of Linear are in {tmp_path}/run/lensnet.rank0.jsonl"
+        note = "lensnet_guard: the calls of Linear are in run/lensnet.rank0.jsonl"
         assert note in error["message"]["extraInfo"]["py_callstack"]
 
 
