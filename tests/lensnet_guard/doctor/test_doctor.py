@@ -27,7 +27,7 @@ TAKEN = {
         "    classes = {part: type(part) for part in module.modules()}\n"
         "    guard = guard_module(module, **how)\n"
         "    for part, own in classes.items():\n"
-        "        object.__setattr__(part, '__class__', own)\n"
+        "        vars(object)['__class__'].__set__(part, own)\n"
         "    return guard\n"
         "lensnet_guard.guard_module = unarmed",
         "the module itself is let through",
