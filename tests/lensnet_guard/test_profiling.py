@@ -136,7 +136,7 @@ class TestNone:
             assert in_range(record, print) is not print
         assert in_range(record, print) is print
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.jit")
     def test_in_a_traced_graph(self, guard, traced):
         """A name with a number in it made torch.jit.trace refuse its own graph."""
         with traced() as spans, guard.context("inference"):
