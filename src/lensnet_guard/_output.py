@@ -25,8 +25,10 @@ def show(text: str | bytes) -> None:
     if out is None:  # closed before the program started
         return
     try:
-        if isinstance(text, bytes):
+        if isinstance(text, bytes) and hasattr(out, "buffer"):
             out.buffer.write(text)
+        elif isinstance(text, bytes):  # a stream of text alone, as in notebooks
+            out.write(text.decode())
         else:
             encoding = out.encoding or "utf-8"
             out.write(text.encode(encoding, "backslashreplace").decode(encoding))

@@ -3,8 +3,8 @@
 Torch's own functions are known by the files that its public ones are in, and a checkpoint by the
 kind of object that it is: one of a class of those files, which torch holds while it runs the
 checkpoint's forward and while it runs that again. Names of private functions and variables, which
-change from one torch to the next, are not used. Read from torch 2.7, 2.9, 2.11, 2.13, 2.14 and
-2.15: torch/utils/checkpoint.py, torch/autograd/graph.py and
+change from one torch to the next, are not what a frame is known by. Read from torch 2.7, 2.9, 2.11,
+2.13, 2.14 and 2.15: torch/utils/checkpoint.py, torch/autograd/graph.py and
 torch/distributed/_composable/checkpoint_activation.py.
 """
 
@@ -43,22 +43,27 @@ def losses() -> list[str]:
     return told
 
 
-def _public() -> Iterator[CodeType]:
-    """The public functions under which a checkpoint's forward runs."""
+def _file(module: str) -> str:
+    """The source of a module of torch's, whoever has replaced functions in it meanwhile."""
+    return str(sys.modules[module].__file__)
+
+
+# By file, and not by what stands there now: many a script sets torch.utils.checkpoint.checkpoint.
+_FILES = frozenset((_file(checkpointing.__name__),))
+
+
+def _public() -> Iterator[CodeType | None]:
+    """The public functions under which a checkpoint's forward runs, as far as they are torch's."""
     for name in ("checkpoint", "checkpoint_sequential"):
-        yield inspect.unwrap(getattr(checkpointing, name)).__code__
-    yield checkpointing.CheckpointFunction.forward.__code__
+        yield getattr(inspect.unwrap(getattr(checkpointing, name)), "__code__", None)
+    yield getattr(checkpointing.CheckpointFunction.forward, "__code__", None)
 
 
-_FORWARD = frozenset(_public())
-_FILES = frozenset(code.co_filename for code in _FORWARD)
+_FORWARD = frozenset(code for code in _public() if code and code.co_filename in _FILES)
 _UTILS = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep + "utils" + os.sep
 # The engine is started from these, whatever its private starter is called.
-_ENGINE_FILES = frozenset(
-    inspect.unwrap(function).__code__.co_filename
-    for function in (torch.autograd.backward, torch.autograd.graph.increment_version)
-)
-_MODULE_FILE = nn.Module.__call__.__code__.co_filename
+_ENGINE_FILES = frozenset((_file("torch.autograd"), _file("torch.autograd.graph")))
+_MODULE_FILE = _file(nn.Module.__module__)
 _COMPOSABLE = "torch.distributed._composable.checkpoint_activation"
 
 _Role = Literal["engine", "checkpoints", "module"]

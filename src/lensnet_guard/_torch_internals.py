@@ -1,4 +1,4 @@
-"""What is read from torch's private API, apart from checkpoints and three names of `tripwire`.
+"""What is read from torch's private API, but for checkpoints and a few names of the tripwire's.
 
 Each function says which torch it was read from. Where torch has changed it answers "unknown", and
 `UntestedTorch` says once what cannot be told apart any more.
@@ -14,7 +14,7 @@ import torch
 import torch.autograd.profiler as _profiler
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lensnet_guard.untested import tell_untested
+from lensnet_guard.untested import UntestedTorch, tell_untested
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -33,6 +33,14 @@ def losses() -> list[str]:
     return told
 
 
+def _tell(loss: str) -> None:
+    """Tell a loss in the midst of a call: where warnings are errors, on stderr."""
+    try:
+        tell_untested([loss])
+    except UntestedTorch as told:
+        print(told, file=sys.stderr)
+
+
 def _read(module: str, path: str, unknown: Any, loss: str) -> Any:
     """A name of a module of torch's that is loaded; importing one takes long.
 
@@ -48,7 +56,7 @@ def _read(module: str, path: str, unknown: Any, loss: str) -> Any:
         return unknown
     for name in path.split("."):
         if not hasattr(found, name):
-            tell_untested([f"{loss} ({module}.{path} is gone)"])
+            _tell(f"{loss} ({module}.{path} is gone)")
             return unknown
         found = getattr(found, name)
     return found
@@ -64,12 +72,13 @@ def compiler_options(module: torch.nn.Module) -> Mapping[str, object] | None:
     in_place: Any = getattr(module, _COMPILED_IN_PLACE, None)
     tell = getattr(in_place, "get_compiler_config", vars(module).get("get_compiler_config"))
     if tell is None and (forward := vars(module).get("forward")) is not None:
-        behind = getattr(forward, "__wrapped__", forward)
-        tell = getattr(forward, "get_compiler_config", getattr(behind, "get_compiler_config", None))
+        behind = getattr(forward, "__dict__", {}).get("__wrapped__", forward)
+        own = (getattr(f, "__dict__", {}).get("get_compiler_config") for f in (forward, behind))
+        tell = next(filter(None, own), None)  # in its dict: a mock answers to every name
     if tell is None:
         if in_place is None:
             return None
-        tell_untested(["how a module is compiled (get_compiler_config is gone)"])
+        _tell("how a module is compiled (get_compiler_config is gone)")
         return {}
     options = tell()
     return options if isinstance(options, Mapping) else {}
@@ -134,7 +143,7 @@ def graph_tree(device: torch.device) -> GraphTree | None:
     except KeyError:
         return None
     except AttributeError as error:
-        tell_untested([f"what CUDA graphs do with outputs ({_TREES}: {error})"])
+        _tell(f"what CUDA graphs do with outputs ({_TREES}: {error})")
         return None
 
 
@@ -154,7 +163,7 @@ def is_overwritten(output: torch.Tensor | StorageWeakRef) -> bool:
     except RuntimeError as error:
         return OVERWRITTEN in str(error)
     except AttributeError as error:
-        tell_untested([f"which output was overwritten ({error})"])
+        _tell(f"which output was overwritten ({error})")
     return False
 
 
@@ -205,7 +214,7 @@ def default_store(prefix: str) -> Any:
     except RuntimeError:
         return None
     except AttributeError as error:
-        tell_untested([f"what other ranks do ({error})"])
+        _tell(f"what other ranks do ({error})")
         return None
 
 

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 _MISSING = object()
-_KEPT_PATCHES = 64  # of a class; they nest no deeper
+_KEPT_PATCHES = 16  # of a class; they nest no deeper
 
 
 class Arms(Protocol):
@@ -97,7 +98,7 @@ class ArmedMeta(type):
         return type.__subclasscheck__(cls._lensnet_original, subclass)
 
     def __eq__(cls, other: object) -> bool:  # type(part) == nn.Linear, as torch's own docs write
-        return other is cls or other is cls._lensnet_original
+        return isinstance(other, type) and original_of(other) is cls._lensnet_original
 
     # Its own hash all the same: torch keeps dicts from classes to the subclasses it has made of
     # them, and one made of the original would take the tripwire off.
@@ -136,7 +137,8 @@ class ArmedMeta(type):
     def _patch(cls, name: str, value: object) -> None:
         before = vars(cls._lensnet_original).get(name, _MISSING)
         _put(cls._lensnet_original, name, value)
-        cls._lensnet_patches.append(_Patch(name, before, value))
+        if not (isinstance(before, torch.Tensor) or isinstance(value, torch.Tensor)):  # a cache
+            cls._lensnet_patches.append(_Patch(name, before, value))
 
     def _take_back(cls, patch: _Patch | None) -> None:
         if patch is not None:

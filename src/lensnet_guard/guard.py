@@ -223,7 +223,14 @@ class Guard:
         detail = ""
         if reason == "UnsanctionedCall" and scope in self.policy.sanctioned_callers:
             detail = ": its sanctioned caller runs outside any micro-step, where no budget counts"
-        return self._refuse("call", reason, here, frame, scope, inputs, detail)
+        record = self._refuse("call", reason, here, frame, scope, inputs, detail)
+        self._remember(record, frame)
+        return record
+
+    def _remember(self, record: CallRecord, frame: FrameType | None) -> None:
+        """An observed violation too is recomputed: that is no second one."""
+        with self._history.lock:
+            self._recomputes.remember(record, frame)
 
     def _run_behind(
         self,
@@ -241,6 +248,8 @@ class Guard:
             reason = decide(here.context, sanctioned=False, budget_left=0, bypass=True)
             detail = describe_part(self._raw, part)
             record = self._refuse("bypass", reason, here, frame, here.scope, inputs, detail)
+            if part is self._raw:
+                self._remember(record, frame)
         return self._execute(record, run, args, kwargs)
 
     def _repeat_behind(

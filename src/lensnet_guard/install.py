@@ -55,7 +55,7 @@ def guard_module(
             f"this {type(module).__name__} is part of a {type(tripwire.module).__name__} that is "
             "guarded already; guard the part first, and then the whole"
         )
-    if not runs(module):
+    if not runs(module) and type(module).__call__ is nn.Module.__call__:
         raise TypeError(
             f"a {type(module).__name__} has no forward, so there is no call of it to count. Guard "
             "the modules in it one by one"

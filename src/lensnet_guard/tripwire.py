@@ -9,6 +9,7 @@ miss ``_call_impl``; a ``forward`` on the instance would make a copy run the ori
 
 import copy
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -170,11 +171,13 @@ class Tripwire:
     def _armed_class(self, original: Any) -> type:
         """A subclass of the same name that asks first, and otherwise is the original."""
         inside, tripwire = self._inside, self
+        static = isinstance(inspect.getattr_static(original, "forward"), staticmethod)
 
         def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
             run = original.forward
-            if type(run) is not FunctionType:  # a mock, say, which takes no self
-                return tripwire._run_own(part, _bind(run, part), args, kwargs)
+            if static or type(run) is not FunctionType:  # a mock, say, which takes no self
+                behind: Any = super(armed, part)
+                return tripwire._run_own(part, behind.forward, args, kwargs)
             if inside.here:
                 return run(part, *args, **kwargs)
             # No method: torch.compile cannot trace MethodType(...), nor in torch 2.7 __get__.
@@ -192,7 +195,8 @@ class Tripwire:
         __call__.__code__ = __call__.__code__.replace()
         # Without the function's attributes, by which torch.compile would look behind it.
         forward = functools.wraps(original.forward, updated=())(forward)
-        return armed_class(original, self, {"forward": forward, "__call__": __call__})
+        armed = armed_class(original, self, {"forward": forward, "__call__": __call__})
+        return armed  # named, for `forward` asks what stands behind it
 
 
 class _OwnForward:
@@ -222,11 +226,6 @@ class _OwnForward:
 
 # Goes past a module's own __setattr__: Fabric's hands what it is given to the module inside.
 _set_class: Callable[[nn.Module, type], None] = vars(object)["__class__"].__set__
-
-
-def _bind(function: Any, part: nn.Module) -> Any:
-    """A class's attribute as its instance has it."""
-    return function.__get__(part) if hasattr(type(function), "__get__") else function
 
 
 def armed_by(part: nn.Module) -> Tripwire | None:

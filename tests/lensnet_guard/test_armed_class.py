@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import pickle
+import weakref
 from unittest import mock
 
 import pytest
@@ -397,3 +399,59 @@ class TestPickles:
         assert loaded.stderr == ""
         refused = ["NoContext", "BypassedGuard", "BypassedGuard"] if what != "raw" else []
         assert loaded.stdout.splitlines() == [*refused, "(2, 3)"]
+
+
+class Static(nn.Module):
+    """A module whose forward takes no self, and a module around it."""
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+
+class TestOtherForwards:
+    @pytest.mark.parametrize("module", [Static(), nn.Sequential(Static())], ids=["it", "part"])
+    def test_a_static_forward_was_given_self(self, module):
+        """It computes what it computes without a guard, and is refused past it."""
+        guard = guard_module(module)
+        with guard.context("inference"):
+            assert guard.module(torch.ones(1)).item() == 2
+            with pytest.raises(BypassedGuard):
+                module(torch.ones(1))
+
+    def test_a_mock_on_the_instance_was_asked_how_it_is_compiled(self):
+        """It answers to every name."""
+        module = nn.Linear(1, 1)
+        module.forward = mock.MagicMock(return_value=torch.ones(1))
+        guard = guard_module(module)
+        with guard.context("inference"):
+            guard.module(1)
+        assert module.forward.__wrapped__.mock_calls == [mock.call(1)]
+        assert guard.calls[0].compiled is None
+
+
+class TestClasses:
+    def test_tensors_that_a_class_caches_were_kept(self):
+        """A mask that every forward makes anew, say: one at a time, as without a guard."""
+
+        class Caching(nn.Module):
+            def forward(self, x):
+                type(self).mask = torch.ones(3)
+                kept.append(weakref.ref(type(self).mask))
+                return x
+
+        kept = []
+        guard = guard_module(Caching())
+        with guard.context("inference"):
+            for _ in range(5):
+                guard.module(1)
+        gc.collect()
+        assert sum(reference() is not None for reference in kept) == 1
+
+    def test_two_guarded_modules_of_a_class_were_of_two(self):
+        """As a script that compares a policy with its reference would have it."""
+        first, second, other = nn.Linear(1, 1), nn.Linear(1, 1), nn.ReLU()
+        for module in (first, second, other):
+            guard_module(module)
+        assert type(first) == type(second)  # noqa: E721
+        assert type(first) != type(other)  # noqa: E721

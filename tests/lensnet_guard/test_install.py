@@ -492,6 +492,18 @@ class TestWrongArguments:
         )
         assert [type(part) for part in module.modules()] == before
 
+    def test_a_module_with_a_call_and_no_forward_was_refused(self):
+        """Its calls can be counted, and past the proxy there is nothing to arm."""
+
+        class CallOnly(nn.Module):
+            def __call__(self, x):
+                return 2 * x
+
+        guard = guard_module(CallOnly())
+        with guard.context("inference"):
+            assert guard.module(torch.ones(1)).item() == 2
+        assert guard.count() == 1
+
     def test_guard_module_twice(self):
         """A guarded module is not guarded again."""
         guard = guard_module(nn.Linear(1, 1), name="critic")

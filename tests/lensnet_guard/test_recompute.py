@@ -507,3 +507,80 @@ class TestThreads:
         assert len(calls) == len(recomputes) == 80
         assert sorted(r.recompute_of for r in recomputes) == sorted(calls)
         assert all(calls[r.recompute_of].thread == r.thread for r in recomputes)
+
+
+class TestReplacedFunctions:
+    """Scripts replace torch's public functions before they import the guard, and train on."""
+
+    TRAINING = """
+import torch
+from torch import nn
+from lensnet_guard import BypassedGuard, CallPolicy, guard_module
+
+class Trainer:
+    def __init__(self, how):
+        self.raw = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.guard = guard_module(self.raw, policy=CallPolicy({"score": 1}))
+        self.how = how
+
+    def step(self):
+        x = torch.ones(2, 4, requires_grad=True)
+        with self.guard.context("training"), self.guard.micro_step():
+            with self.guard.sanctioned("score"):
+                loss = tool.checkpoint(self.guard.module, x, **self.how).sum()
+            torch.autograd.backward(loss)
+        with self.guard.context("training"):
+            try:
+                self.raw[0](x)
+            except BypassedGuard:
+                print("refused", end=" ")
+        print([call.kind for call in self.guard.calls if call.kind != "bypass"])
+
+for reentrant in (False, True):
+    Trainer({"use_reentrant": reentrant}).step()
+"""
+
+    @pytest.mark.parametrize(
+        "replaced",
+        [
+            "functools.partial(checkpoint, preserve_rng_state=False)",
+            "lambda *args, **how: checkpoint(*args, **how)",
+        ],
+    )
+    def test_a_checkpoint_of_the_scripts_own(self, run_python, replaced):
+        """A partial stopped the import, and a wrapper made the script a file of torch's."""
+        result = run_python(
+            "import functools\nimport torch.utils.checkpoint as tool\n"
+            f"checkpoint = tool.checkpoint\ntool.checkpoint = {replaced}\n{self.TRAINING}"
+        )
+        assert result.stdout == "refused ['call', 'recompute']\n" * 2, result.stderr
+
+    def test_a_backward_of_the_scripts_own(self, run_python):
+        """It made the script's file one of the engine's, and every recompute was refused."""
+        result = run_python(
+            "import torch\nimport torch.utils.checkpoint as tool\n"
+            "backward = torch.autograd.backward\n"
+            "torch.autograd.backward = lambda *args, **how: backward(*args, **how)\n"
+            f"{self.TRAINING}"
+        )
+        assert result.stdout == "refused ['call', 'recompute']\n" * 2, result.stderr
+
+
+class TestObserved:
+    @pytest.mark.parametrize("bypass", [False, True], ids=["call", "bypass"])
+    def test_a_violation_was_counted_again_as_it_was_recomputed(self, reentrant, bypass):
+        """Each recompute is that of its own call, which was not to be and ran all the same."""
+        module = nn.Linear(4, 4)
+        guard = guard_module(module, policy=CallPolicy({"score": 1}), mode="observe")
+        x = torch.ones(2, 4, requires_grad=True)
+
+        def both(x):
+            first = module(x) if bypass else guard.module(x)
+            with guard.sanctioned("score"):
+                return guard.module(first)
+
+        with guard.context("training"), guard.micro_step():
+            checkpoint(both, x, use_reentrant=reentrant).sum().backward()
+        assert guard.violation_count == 1
+        recomputes = [call for call in guard.calls if call.kind == "recompute"]
+        assert [call.recompute_of for call in recomputes] == [1, 2]
