@@ -208,7 +208,7 @@ def default_store(prefix: str) -> Any:
     """
     try:
         distributed: Any = torch.distributed
-        store = distributed.distributed_c10d._get_default_store().clone()
+        store = _connection(distributed.distributed_c10d._get_default_store())
         store.set_timeout(timedelta(seconds=5))  # one that has vanished is waited for no longer
         return distributed.PrefixStore(prefix, store)
     except RuntimeError:
@@ -216,6 +216,16 @@ def default_store(prefix: str) -> Any:
     except AttributeError as error:
         _tell(f"what other ranks do ({error})")
         return None
+
+
+def _connection(store: Any) -> Any:
+    """One more to what a store is connected to; torch 2.7's stores do not make it themselves."""
+    if hasattr(store, "clone"):
+        return store.clone()
+    distributed: Any = torch.distributed
+    while isinstance(store, distributed.PrefixStore):
+        store = store.underlying_store
+    return distributed.TCPStore(store.host, store.port, wait_for_workers=False)
 
 
 def capturing() -> bool:

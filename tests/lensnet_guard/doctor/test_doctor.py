@@ -100,7 +100,7 @@ class TestDoctor:
         assert done.returncode == 1, done.stderr
         found = json.loads(done.stdout)
         assert found["holds"] is False
-        assert found["versions"]["torch"] == torch.__version__
+        assert torch.__version__.startswith(found["versions"]["torch"])  # or with what it is for
         assert found["versions"]["python"].startswith(sys.version.split()[0])
         rows = {row["name"]: row for row in found["mechanisms"]}
         for mechanism, (_, said) in TAKEN.items():

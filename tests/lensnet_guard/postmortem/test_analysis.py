@@ -62,7 +62,7 @@ class TestVerdict:
         analysis = analyse([tmp_path])
         assert analysis.exit_code == 1
         assert analysis.verdict.startswith("1 violation, the first UnsanctionedCall at ")
-        assert analysis.verdict.endswith("in TestVerdict.test_violations")
+        assert analysis.verdict.endswith("test_violations")
         (violation,) = analysis.runs[0].violations
         assert violation.allowed.seq == 1
         differences = [text.partition(":")[0] for text in violation.differences]
