@@ -104,6 +104,7 @@ class Tripwire:
             if original not in classes:
                 classes[original] = self._armed_class(original)
             part.__class__ = classes[original]
+            _touch(part)
             self._armed[id(part)] = part, original, own_forward
 
     def owns(self, part: nn.Module) -> bool:
@@ -319,6 +320,16 @@ def _reduce_armed(armed: Any) -> tuple[Any, ...]:
 
 def _itself(cls: type) -> type:
     return cls
+
+
+def _touch(module: nn.Module) -> None:
+    """Change the dict of a module, and change it back.
+
+    Code that torch 2.9 compiled before does not look at a class again whose instance has not
+    changed (``use_recursive_dict_tags_for_guards``), and would run on without a tripwire.
+    """
+    module.__dict__["_lensnet_touched"] = None
+    del module.__dict__["_lensnet_touched"]
 
 
 def _runs(module: nn.Module) -> bool:
