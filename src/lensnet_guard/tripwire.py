@@ -104,6 +104,7 @@ class Tripwire:
 
     def _arm(self, part: nn.Module) -> None:
         self.change_class(part, type(part))
+        _touch(part)
         self._armed[id(part)] = part
         if "forward" in part.__dict__:  # as accelerate's hooks leave behind
             run = part.__dict__["forward"]
@@ -248,6 +249,16 @@ def describe_part(module: nn.Module, part: nn.Module) -> str:
     names = {id(inner): name for name, inner in module.named_modules()}
     name = names.get(id(part), f"{type(part).__name__}, a copy or a former part,")
     return f": {name} was run alone" if name else ""
+
+
+def _touch(module: nn.Module) -> None:
+    """Change the dict of a module, and change it back.
+
+    Code that torch 2.9 compiled before does not look at a class again whose instance has not
+    changed (``use_recursive_dict_tags_for_guards``), and would run on without a tripwire.
+    """
+    module.__dict__["_lensnet_touched"] = None
+    del module.__dict__["_lensnet_touched"]
 
 
 def runs(module: nn.Module) -> bool:

@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from lensnet_guard import guard_module
 from lensnet_guard.profiling import in_range, range_name
 
+# What torch 2.11 says of the first profile of a process.
+pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
+
 SCOPE = "preference_scorer"
 X = torch.ones(2, 3)
 

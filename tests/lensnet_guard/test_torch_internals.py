@@ -15,6 +15,7 @@ from lensnet_guard import UntestedTorch, _torch_internals
 class TestStillThere:
     """Fails when a new torch has moved something: then the guard knows less."""
 
+    @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11
     def test_profiling(self):
         """From the start of a profile to its end."""
         assert _torch_internals.profiling() is False

@@ -1,7 +1,6 @@
 """Export, TorchScript and fx."""
 
 import copy
-import inspect
 import pickle
 import re
 
@@ -58,8 +57,8 @@ class TestExport:
 
     def test_strict(self, guard):
         """It wants one full graph, which a guarded call is not; the message says what to do."""
-        tells_why = "reason" in inspect.signature(torch.compiler.disable).parameters  # not in 2.7
-        why = re.escape(EAGER) if tells_why else "GuardedModule|in the outputs"
+        # Up to torch 2.9 the way leads round the proxy's graph break, to an error in torch itself.
+        why = f"{re.escape(EAGER)}|GuardedModule|Unexpectedly found .* in the outputs"
         with pytest.raises(Exception, match=why), guard.context("inference"):
             torch.export.export(guard.module, (X,), strict=True)
 
