@@ -14,6 +14,8 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def while_recording(device: torch.device, folder: Path) -> dict[str, Any]:
     guard = new_guard(device, log=folder)
     x = torch.randn(4, 64, device=device)
     error = None
-    with catching() as hazards, guard.context("inference"), torch.no_grad():
+    with hazards_told() as hazards, guard.context("inference"), torch.no_grad():
         try:
             with guard.context("inference"):
                 for _ in range(4):
@@ -67,7 +69,7 @@ def in_steady_execution(device: torch.device) -> dict[str, Any]:
     with guard.context("inference"), torch.no_grad():
         for _ in range(6):
             guard.module(x).sum().item()
-        with catching() as hazards:
+        with hazards_told() as hazards:
             kept = guard.module(x)
             before = kept.clone()
             guard.module(2 * x)
@@ -81,7 +83,7 @@ def in_steady_execution(device: torch.device) -> dict[str, Any]:
 def correct_use(device: torch.device) -> dict[str, Any]:
     """One call in a training step, validations without grad in between, outputs copied."""
     guard = new_guard(device)
-    with catching() as hazards:
+    with hazards_told() as hazards:
         for step in range(8):
             x = torch.randn(4, 64, device=device)
             with guard.context("training"), guard.micro_step(step), guard.sanctioned("scorer"):
@@ -99,7 +101,7 @@ def while_accumulating(device: torch.device) -> dict[str, Any]:
     """Gradients that torch left in a graph's memory, and that the next backward adds to."""
     guard = new_guard(device)
     error = None
-    with catching(), guard.context("training"):
+    with hazards_told(), guard.context("training"):
         try:
             for step in range(8):
                 with guard.micro_step(step), guard.sanctioned("scorer"):
@@ -109,18 +111,16 @@ def while_accumulating(device: torch.device) -> dict[str, Any]:
     return {"error": first_sentence(error), "blame": getattr(error, "__notes__", [])}
 
 
-class catching:  # noqa: N801  # a context manager that reads like a verb
-    """Collects the texts of hazards that are warned of."""
-
-    def __enter__(self) -> list[str]:
-        self._caught = warnings.catch_warnings(record=True)
-        self._warned, self.found = self._caught.__enter__(), []
+@contextmanager
+def hazards_told() -> Iterator[list[str]]:
+    """Collects the texts of hazards that are warned of, complete as the block ends."""
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        return self.found
-
-    def __exit__(self, *error: Any) -> None:
-        self._caught.__exit__(*error)
-        self.found += [str(w.message) for w in self._warned if w.category is LensNetHazard]
+        try:
+            yield told
+        finally:
+            told += [str(w.message) for w in warned if w.category is LensNetHazard]
 
 
 def first_sentence(error: BaseException | None) -> str | None:

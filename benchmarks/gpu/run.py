@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -303,6 +304,7 @@ def fetch() -> None:
 
 def unpack_missing(target: Path) -> list[str]:
     """Unpack the wheels of packages that this Python lacks, or has in an older release."""
+    least = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
     unpacked = []
     for wheel in sorted(WHEELS.glob("*.whl")):
         name, version = wheel.name.split("-")[:2]
@@ -310,13 +312,10 @@ def unpack_missing(target: Path) -> list[str]:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             found = ""
-        if not found or (name in OURS and _numbers(found) < _numbers(OURS[name])):
+        if not found or _numbers(found) < _numbers(least.get(name, "0")):
             zipfile.ZipFile(wheel).extractall(target)
             unpacked.append(f"{name} {version}")
     return unpacked
-
-
-OURS = {"wrapt": "2.0", "structlog": "25.1", "orjson": "3.10", "pytest": "8.3"}  # oldest that work
 
 
 def _numbers(version: str) -> tuple[int, ...]:

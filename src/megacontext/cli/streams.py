@@ -27,8 +27,9 @@ def open_streams() -> None:
 def silence(stream: TextIO) -> None:
     """Let what is left in a stream go nowhere: Python would complain of it at its end."""
     with suppress(OSError, ValueError):  # it is no file
-        number = stream.fileno()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        number, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 class PipeConsole(Console):
