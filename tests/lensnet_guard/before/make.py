@@ -1,4 +1,4 @@
-"""Made the files beside it, once, by commit b8ffdb3: `test_before.py` says what must be read from them.
+"""Made the files beside it, once, by commit b8ffdb3: `test_before` says what is read from them.
 
 Example: python make.py FOLDER
 """
