@@ -52,5 +52,6 @@ clean:
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	# test brings the extras of all that is tested: megacontext (with cli), lightning, hf, tensorboard
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev,docs]"
 	touch $@

@@ -148,6 +148,7 @@ def environment(setting: Setting) -> Path:
             file.flush()
             resolution = "lowest-direct" if setting.oldest else "highest"
             into = ["--python", str(python), "--resolution", resolution, "-c", file.name]
+            # test brings the extras of all that is tested: megacontext, lightning, hf, tensorboard
             uv("pip", "install", *into, "-r", "pyproject.toml", "--extra", "test")
         stamp.write_text(needed)
     ours = ["--no-deps", "--editable", str(ROOT)]  # at every run: its place

@@ -3,22 +3,26 @@
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lensnet_guard import __version__
+from lensnet_guard._extras import LIBRARIES
 
 ROOT = Path(__file__).parents[1]
+Execute = Callable[..., str]
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Output of a command that succeeds, without the PYTHONPATH that would hide what is missing."""
+def run(*command: str | Path, cwd: Path, code: int = 0, **environment: str) -> str:
+    """Output of a command that ends with this code; no PYTHONPATH hides what is missing."""
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -28,8 +32,32 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
         text=True,
         timeout=100,
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == code, done.stdout
     return done.stdout
+
+
+def required(texts: Iterable[str], extras: Iterable[str]) -> list[Requirement]:
+    """Those of some requirements that hold here, with these extras."""
+    found = map(Requirement, texts)
+    return [
+        r for r in found if not r.marker or any(r.marker.evaluate({"extra": e}) for e in extras)
+    ]
+
+
+def link(requirements: list[Requirement], folder: Path) -> None:
+    """Let a folder of packages have what is required, from the environment that runs this."""
+    todo, done = [*requirements], set[tuple[str, ...]]()
+    while todo:
+        requirement = todo.pop()
+        distribution = metadata.distribution(requirement.name)
+        key = (canonicalize_name(requirement.name), *sorted(requirement.extras))
+        if key not in done:
+            done.add(key)
+            todo += required(distribution.requires or (), ["", *requirement.extras])
+            tops = {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}
+            for top in tops:
+                if not (folder / top).exists():  # several share one, as those of CUDA do
+                    (folder / top).symlink_to(str(distribution.locate_file(top)))
 
 
 @pytest.fixture(scope="module")
@@ -47,26 +75,45 @@ def wheel(dist: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Runs a command of a fresh environment that has the wheel, in an empty folder.
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Execute]:
+    """Makes a fresh environment with the wheel and what that requires, and nothing else.
 
-    No network: what the wheel depends on is seen through a line of a ``.pth`` file, after the
-    environment's own packages. Such a line runs no ``.pth`` file of the folder that it names, so
-    an editable installation there stays unseen.
+    No network: pip installs the wheel alone, and what it requires are links to what is installed
+    here. That nothing is missing is pip's word. What is made runs a command of the environment, in
+    an empty folder.
     """
-    home = tmp_path_factory.mktemp("clean")
-    venv.create(home, with_pip=False)
-    (own,) = home.glob("lib/python*/site-packages")
-    (own / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "--quiet"]
-    # Not seen as an installation to be replaced: that one belongs to another environment.
-    run(*pip, "--no-deps", "--no-index", "--no-compile", "--ignore-installed", wheel, cwd=home)
-    empty = tmp_path_factory.mktemp("empty")
 
-    def execute(program: str, *arguments: str) -> str:
-        return run(home / "bin" / program, *arguments, cwd=empty, HOME=str(empty))
+    def make(*others: str, extras: tuple[str, ...] = ()) -> Execute:
+        home = tmp_path_factory.mktemp("clean")
+        venv.create(home, with_pip=False)
+        (own,) = home.glob("lib/python*/site-packages")
+        pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python"]
+        # Not seen as an installation to be replaced: that one belongs to another environment.
+        alone = ["--no-deps", "--no-index", "--no-compile", "--ignore-installed"]
+        run(*pip, "install", "--quiet", *alone, wheel, cwd=home)
+        (ours,) = metadata.distributions(name="lensnet-guard", path=[str(own)])
+        link([*required(ours.requires or (), ["", *extras]), *map(Requirement, others)], own)
+        run(*pip, "check", cwd=home)
+        empty = tmp_path_factory.mktemp("empty")
 
-    return execute
+        def execute(program: str, *arguments: str, code: int = 0) -> str:
+            return run(home / "bin" / program, *arguments, cwd=empty, code=code, HOME=str(empty))
+
+        return execute
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def installed(environment: Callable[..., Execute]) -> Execute:
+    """An environment with both commands, and pytest."""
+    return environment("pytest", extras=("megacontext",))
+
+
+@pytest.fixture(scope="module")
+def bare(environment: Callable[..., Execute]) -> Execute:
+    """An environment with the guard alone, and pytest."""
+    return environment("pytest")
 
 
 class TestSdist:
@@ -121,7 +168,7 @@ class TestChangelog:
 
 
 class TestInstalledWheel:
-    def test_is_what_runs(self, installed: Callable[..., str]) -> None:
+    def test_is_what_runs(self, installed: Execute) -> None:
         """Not the sources beside these tests; and type checkers see both markers."""
         code = (
             "import importlib.metadata, importlib.resources, lensnet_guard\n"
@@ -135,13 +182,142 @@ class TestInstalledWheel:
         assert typed == ["True", "True"]
 
     @pytest.mark.parametrize("program", ["lensnet-guard", "megacontext"])
-    def test_gives_both_commands(self, installed: Callable[..., str], program: str) -> None:
+    def test_gives_both_commands(self, installed: Execute, program: str) -> None:
         """Which tell their version, and what they can do."""
         assert installed(program, "--version") == f"{program}, version {__version__}\n"
         assert f"Usage: {program} [OPTIONS] COMMAND" in installed(program, "--help")
 
-    def test_gives_the_pytest_plugin(self, installed: Callable[..., str]) -> None:
+    def test_gives_the_pytest_plugin(self, installed: Execute) -> None:
         """Found by its entry point."""
         listed = installed("python", "-m", "pytest", "--fixtures")
         assert "assert_lensnet_calls -- " in listed
         assert "/clean" in listed.partition("assert_lensnet_calls -- ")[2].splitlines()[0]
+
+
+class TestGuardAlone:
+    """``pip install lensnet-guard``, where nothing else brings numpy, matplotlib, click or rich."""
+
+    NO_NUMPY = "ignore:Failed to initialize NumPy:UserWarning"  # torch's own, as it is imported
+
+    def test_brings_little(self, bare: Execute) -> None:
+        """What megacontext and the commands need is really not there."""
+        code = "import importlib.util, sys\nprint([*map(importlib.util.find_spec, sys.argv[1:])])"
+        assert bare("python", "-c", code, "numpy", "matplotlib", "rich", "click") == (
+            "[None, None, None, None]\n"
+        )
+
+    def test_guards(self, bare: Execute) -> None:
+        """Every public name is there, the log is written, what is illegal is refused in words."""
+        code = (
+            "import torch\n"
+            "from lensnet_guard import *\n"
+            "guard = guard_module(torch.nn.Linear(3, 2), log='run')\n"
+            "with guard.context('training'), guard.micro_step(0):\n"
+            "    with guard.sanctioned('preference_scorer'):\n"
+            "        guard.module(torch.ones(1, 3)).sum().backward()\n"
+            "print(guard.log_path.name)\n"
+            "with guard.context('training'):\n"
+            "    try:\n"
+            "        guard.module(torch.ones(1, 3))\n"
+            "    except UnsanctionedCall as violation:\n"
+            "        print(str(violation).splitlines()[0])\n"
+        )
+        assert bare("python", "-W", "error", "-W", self.NO_NUMPY, "-c", code) == (
+            "lensnet.rank0.jsonl\nLinear was called in training outside its sanctioned scope.\n"
+        )
+
+    def test_comparing_ranks_needed_numpy(self, bare: Execute) -> None:
+        """As torch's collectives for objects do: the second rank calls once more than the first."""
+        code = (
+            "import contextlib, os, torch, torch.distributed as dist\n"
+            "from lensnet_guard import CallPolicy, RankDivergence, compare_ranks, guard_module\n"
+            "rank = 0 if os.fork() else 1\n"
+            "store = dist.FileStore('store', 2)\n"
+            "dist.init_process_group('gloo', store=store, rank=rank, world_size=2)\n"
+            "policy = CallPolicy(scopes={'kl': 1 + rank})\n"
+            "guard = guard_module(torch.nn.Linear(3, 2), policy=policy)\n"
+            "try:\n"
+            "    with guard.context('training'), compare_ranks(guard), guard.micro_step(0):\n"
+            "        for _ in range(1 + rank):\n"
+            "            with guard.sanctioned('kl'):\n"
+            "                guard.module(torch.ones(1, 3))\n"
+            "except RankDivergence as divergence:\n"
+            "    told = str(divergence)\n"
+            "    assert 'rank 0       1 training calls in 1 ' in told, told\n"
+            "    assert 'rank 1       2 training calls in 1 ' in told, told\n"
+            "    print('told', flush=True)\n"
+            "if rank == 0:\n"
+            "    os.wait()\n"
+        )
+        assert bare("python", "-W", "ignore", "-c", code) == "told\ntold\n"
+
+    def test_has_the_pytest_plugin(self, bare: Execute) -> None:
+        """Found by its entry point; its fixtures, marker, log and summary work."""
+        test = (
+            "import torch, pytest\n"
+            "@pytest.mark.lensnet_calls(exact=1)\n"
+            "def test_it(lensnet_guard, assert_lensnet_calls):\n"
+            "    guard = lensnet_guard(torch.nn.Linear(3, 2))\n"
+            "    with guard.context('inference'), assert_lensnet_calls(n=1):\n"
+            "        guard.module(torch.ones(1, 3))\n"
+        )
+        write = f"from pathlib import Path; Path('test_it.py').write_text({test!r})"
+        bare("python", "-c", write)
+        warnings = ("-W", "error", "-W", self.NO_NUMPY)
+        printed = bare("python", "-m", "pytest", *warnings, "--lensnet-log", "log", "test_it.py")
+        assert "\nLensNet: 1 call in 1 test, 0 violations\n" in printed
+
+    @pytest.mark.parametrize(
+        ("program", "extra", "code"),
+        [("lensnet-guard", "cli", 2), ("megacontext", "megacontext", 3)],
+    )
+    def test_commands_say_what_to_install(
+        self, bare: Execute, program: str, extra: str, code: int
+    ) -> None:
+        """In one line, whatever they are asked for; as modules too."""
+        needed = ", ".join(n for n in LIBRARIES[extra] if n != "filelock")  # torch brings that one
+        line = f'{program} needs {needed}: pip install "lensnet-guard[{extra}]"\n'
+        assert bare(program, "--help", code=code) == line
+        assert bare("python", "-m", program.replace("-", "_"), code=code) == line
+
+    def test_names_of_megacontext_say_what_to_install(self, bare: Execute) -> None:
+        """Every one of them that needs it; the package itself is imported lazily."""
+        code = (
+            "import warnings; warnings.simplefilter('ignore')\n"
+            "import megacontext\n"
+            "for name in megacontext.__all__:\n"
+            "    try: print(getattr(megacontext, name).__name__)\n"
+            "    except ModuleNotFoundError as error: print(error)\n"
+        )
+        lines = bare("python", "-c", code).splitlines()
+        assert {line for line in lines if "needs" in line} == {
+            "megacontext needs numpy, matplotlib, click, rich: "
+            'pip install "lensnet-guard[megacontext]"'
+        }
+
+    def test_the_command_line_reads_logs_without_numpy(
+        self, environment: Callable[..., Execute]
+    ) -> None:
+        """With the extra named cli, which is not enough for megacontext."""
+        execute = environment(extras=("cli",))
+        code = (
+            "import torch, lensnet_guard as lg\nlg.guard_module(torch.nn.Linear(3, 2), log='run')"
+        )
+        execute("python", "-c", code)
+        assert execute("lensnet-guard", "postmortem", "run").startswith("verdict: clean")
+        assert execute("megacontext", "train", code=3) == (
+            'megacontext needs numpy, matplotlib: pip install "lensnet-guard[megacontext]"\n'
+        )
+
+
+class TestExtras:
+    @pytest.mark.parametrize("extra", LIBRARIES)
+    def test_bring_what_commands_ask_for(self, extra: str, wheel: Path) -> None:
+        """A library that is missing is looked for by the name of its distribution."""
+        with zipfile.ZipFile(wheel) as archive:
+            text = archive.read(f"lensnet_guard-{__version__}.dist-info/METADATA").decode()
+        texts = re.findall(r"^Requires-Dist: (.+)$", text, flags=re.MULTILINE)
+        always = required(texts, [""])
+        brought = [r.name for r in required(texts, [extra]) if str(r) not in map(str, always)]
+        assert sorted(brought) == sorted(LIBRARIES[extra])
+        assert {r.name for r in always} == {"torch", "wrapt", "structlog", "orjson"}

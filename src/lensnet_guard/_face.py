@@ -9,9 +9,11 @@ import ast
 from collections.abc import Callable
 from importlib import import_module
 
+from lensnet_guard._extras import require
+
 
 def attach(
-    package: str, file: str
+    package: str, file: str, *, extra: str | None = None
 ) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
     """What makes a package give out the names of its stub.
 
@@ -19,6 +21,8 @@ def attach(
         package: The package's ``__name__``.
         file: Its ``__file__``. The stub beside it holds a docstring, and lines such as
             ``from lensnet_guard.guard import Guard as Guard``.
+        extra: What of the installation the names need. Where a library of it is missing, whoever
+            asks for a name is told what to install.
 
     Returns:
         The package's ``__getattr__``, ``__dir__`` and ``__all__``.
@@ -35,7 +39,12 @@ def attach(
     def get(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        home = import_module(homes[name])
+        try:
+            home = import_module(homes[name])
+        except ModuleNotFoundError:
+            if extra is not None:
+                require(extra, package)
+            raise
         value = getattr(home, name)
         setattr(import_module(package), name, value)
         return value

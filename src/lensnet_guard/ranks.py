@@ -12,6 +12,7 @@ import faulthandler
 import itertools
 import operator
 import os
+import pickle
 import sys
 import threading
 import time
@@ -204,8 +205,7 @@ class Ranks(Sink):
         state = RankState(
             self._micro_steps, self._calls, *self._last, tuple(self._callers), leaving
         )
-        states: list[RankState] = [state] * self._world
-        dist.all_gather_object(states, state, group=self._group)
+        states = _gather(state, self._world, self._group)
         self._violate(
             "RankDivergence", "".join(f"\n  rank {n:<7} {s}" for n, s in enumerate(states))
         )
@@ -262,6 +262,17 @@ class Ranks(Sink):
             _say(f"rank {self._rank} still waits after {GRACE_S:.0f} s and is ended, here:")
             faulthandler.dump_traceback(sys.stderr)
             os._exit(1)
+
+
+def _gather(state: RankState, world: int, group: dist.ProcessGroup | None) -> list[RankState]:
+    """The states of all ranks, in their order. Torch's own way to gather objects needs numpy."""
+    data = pickle.dumps(state)
+    longest = torch.tensor(len(data))
+    dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
+    padded = torch.frombuffer(bytearray(data.ljust(int(longest), b"\0")), dtype=torch.uint8)
+    gathered = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(gathered, padded, group=group)
+    return [pickle.loads(bytes(one.tolist())) for one in gathered]  # no pickle reads past its end
 
 
 def _say(text: str) -> None:

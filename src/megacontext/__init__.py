@@ -6,4 +6,4 @@ command line lives in this package too, and shows its help without torch.
 
 from lensnet_guard._face import attach
 
-__getattr__, __dir__, __all__ = attach(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__, extra="megacontext")

@@ -1,5 +1,15 @@
-"""``python -m megacontext``."""
+"""``megacontext``, which is ``python -m megacontext`` too."""
 
-from megacontext.cli import main
+from lensnet_guard._extras import require_or_exit
 
-main()
+
+def main() -> None:
+    """Run the command line, for which the extra named megacontext must be installed."""
+    require_or_exit("megacontext", "megacontext", code=3)
+    from megacontext.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()
