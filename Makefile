@@ -1,6 +1,7 @@
 # Each target works alone on a machine with Python and make; .venv is made when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+VALID := $(BIN)/check-jsonschema --quiet --builtin-schema vendor
 
 .PHONY: demo eval bench gpu gpu-wheels matrix test check format docs dist clean
 
@@ -30,11 +31,16 @@ matrix: .venv/installed  ## the guard on every torch that is supported, into doc
 test: .venv/installed  ## every test, in parallel
 	$(BIN)/pytest -n auto
 
-check: .venv/installed  ## lint, format, types, import contracts
+check: .venv/installed  ## lint, format, types, import contracts, workflows and forms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/zizmor --quiet --offline --pedantic .github
+	$(VALID).github-workflows .github/workflows/*.yml
+	$(VALID).github-issue-forms .github/ISSUE_TEMPLATE/*_re*.yml
+	$(VALID).github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VALID).citation-file-format CITATION.cff
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

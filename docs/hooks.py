@@ -10,15 +10,21 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """README and changelog become pages, the examples become files that pages may link to."""
-    readme = (ROOT / "README.md").read_text()
-    readme = readme.replace("](docs/", "](").replace("](CHANGELOG.md", "](changelog.md")
-    files.append(File.generated(config, "index.md", content=readme))
-    changelog = (ROOT / "CHANGELOG.md").read_text()
-    files.append(File.generated(config, "changelog.md", content=changelog))
+    """The pages of the root become pages, the examples become files that pages may link to."""
+    for name, path in ROOT_PAGES.items():
+        page = (ROOT / name).read_text().replace("](docs/", "](")
+        for other, its_path in ROOT_PAGES.items():
+            page = page.replace(f"]({other}", f"]({its_path}")
+        files.append(File.generated(config, path, content=page))
     for example in sorted((ROOT / "examples").glob("*.py")):
         path = f"examples/{example.name}"
         files.append(File.generated(config, path, abs_src_path=str(example)))

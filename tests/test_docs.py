@@ -13,7 +13,7 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = {page.stem: blocks for page in PAGES if (blocks := blocks_of(page))}
 NOT_RUN = [block for blocks in BLOCKS.values() for block in blocks if block.not_run]
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -135,3 +136,11 @@ class TestInternals:
         """A renamed file would end the run on the newest torch."""
         folder = ROOT / matrix.SUITE[0]
         assert [name for name in matrix.INTERNALS if not (folder / name).exists()] == []
+
+
+class TestWorkflow:
+    def test_has_a_job_for_every_row(self, matrix: ModuleType) -> None:
+        """With that row's Python: the workflow cannot ask the script."""
+        workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+        jobs = re.findall(r'- {torch: "([\d.]+)", python: "([\d.]+)"}', workflow)
+        assert jobs == [(matrix.minor(setting), setting.python) for setting in matrix.MATRIX]

@@ -123,12 +123,13 @@ class TestSdist:
         assert path.name == f"lensnet_guard-{__version__}.tar.gz"
         with tarfile.open(path) as archive:
             packed = {name.partition("/")[2] for name in archive.getnames()}
-        folders = (".ci", "benchmarks", "docs", "examples", "src", "tests")
+        folders = (".ci", ".github", "benchmarks", "docs", "examples", "src", "tests")
         here = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file()]
         made = ("__pycache__", "wheels")  # the latter by make gpu-wheels
         expected = {str(f.relative_to(ROOT)) for f in here if f.parent.name not in made}
         expected |= {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml"}
         expected |= {"conftest.py", "constraints.txt", "mkdocs.yml"}
+        expected |= {"CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"}
         assert len(expected) > 100
         assert packed - expected == {"PKG-INFO", ".gitignore"}
         assert expected - packed == set()
@@ -165,6 +166,13 @@ class TestChangelog:
         """Whoever raises the version writes what changed."""
         changelog = (ROOT / "CHANGELOG.md").read_text()
         assert re.findall(r"^## (\S+)", changelog, flags=re.MULTILINE)[0] == __version__
+
+
+class TestCitation:
+    def test_is_of_this_version(self) -> None:
+        """That its form is right is looked at by ``make check``."""
+        citation = (ROOT / "CITATION.cff").read_text()
+        assert re.findall(r"^version: (\S+)$", citation, flags=re.MULTILINE) == [__version__]
 
 
 class TestInstalledWheel:
