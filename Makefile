@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 VALID := $(BIN)/check-jsonschema --quiet --builtin-schema vendor
 
-.PHONY: demo eval bench gpu gpu-wheels matrix test check format docs dist clean
+.PHONY: demo eval bench gpu gpu-wheels matrix test check format docs picture dist clean
 
 demo: .venv/installed  ## train LensNet on real text under the guard and show that the invariant held
 	rm -rf runs/demo
@@ -48,6 +48,9 @@ format: .venv/installed
 
 docs: .venv/installed  ## the site, in site/; any warning is an error. Needs Python 3.11
 	$(BIN)/mkdocs build --strict --quiet
+
+picture: .venv/installed  ## docs/architecture.svg and its table, from the imports in the code
+	$(BIN)/python docs/draw_architecture.py
 
 dist: .venv/installed  ## wheel and sdist, in dist/
 	rm -rf dist

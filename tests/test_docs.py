@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -122,6 +123,25 @@ class TestTestingPage:
         owner.critic = module
         with pytest.raises(TypeError, match=r"cannot assign .* as child module"):
             owner.critic = MagicMock(wraps=module)
+
+
+class TestArchitecture:
+    def test_is_what_the_code_imports(self) -> None:
+        """The picture and the table are those that the script would make now."""
+        pytest.importorskip("grimp", reason="the extra named dev is not installed")
+        command = [sys.executable, "docs/draw_architecture.py", "--check"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+
+    def test_the_walks_lead_past_modules_that_exist(self) -> None:
+        """Every name of one, with its folder, is a file of one of the packages."""
+        walks = (ROOT / "docs" / "architecture.md").read_text().partition("## Who imports")[0]
+        named = set(re.findall(r"`([a-z]+/\w+)", walks))
+        packages = [ROOT / "src" / "lensnet_guard", ROOT / "src" / "megacontext"]
+        assert len(named) > 30
+        assert [
+            n for n in sorted(named) if not any((p / f"{n}.py").exists() for p in packages)
+        ] == []
 
 
 class TestLinks:
