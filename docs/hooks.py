@@ -1,10 +1,7 @@
-"""What the site needs beside the pages in docs/: pages from elsewhere, docstrings read rightly."""
+"""What the site needs beside the pages in docs/: pages from elsewhere."""
 
-import re
 from pathlib import Path
-from typing import Any
 
-import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -33,17 +30,3 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links that lead out of docs/ lead to those."""
     return markdown.replace("](../README.md", "](index.md").replace("](../examples/", "](examples/")
-
-
-class NamesTogether(griffe.Extension):
-    """Lets one entry describe several attributes: ``temperature, advantage_scale: of the loss``."""
-
-    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Griffe takes what follows the first space for a type; these names have no such space."""
-        if obj.docstring is not None:
-            obj.docstring.value = re.sub(
-                r"^ +\w+(?:, \w+)+:",
-                lambda names: names[0].replace(", ", ",\N{NO-BREAK SPACE}"),
-                obj.docstring.value,
-                flags=re.MULTILINE,
-            )

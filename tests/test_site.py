@@ -73,11 +73,6 @@ class TestApi:
             *("assert_lensnet_calls", "assert_max_lensnet_calls", "lensnet_calls", "lensnet_guard")
         ]
 
-    def test_names_that_share_an_entry(self, site: Path) -> None:
-        """Are all names, none of them a type."""
-        page = (site / "api" / "megacontext.html").read_text()
-        assert ">temperature,\N{NO-BREAK SPACE}advantage_scale</span></code></b>" in page
-
 
 class TestPages:
     def test_link_to_nothing_outside(self, site: Path) -> None:
