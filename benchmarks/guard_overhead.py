@@ -85,7 +85,7 @@ def enforce_only() -> Runner:
         with ExitStack() as stack:
             stack.enter_context(guard.context("inference"))
             stack.enter_context(patch.object(guard._history, "add_call", Same(record)))
-            stack.enter_context(patch("lensnet_guard.guard.describe_inputs", Same(())))
+            stack.enter_context(patch("lensnet_guard.boundary.admission.describe_inputs", Same(())))
             return calls()
 
     return run

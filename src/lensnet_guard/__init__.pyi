@@ -13,11 +13,12 @@ from lensnet_guard.errors import RankStopped as RankStopped
 from lensnet_guard.errors import ReentrantCall as ReentrantCall
 from lensnet_guard.errors import UnsanctionedCall as UnsanctionedCall
 from lensnet_guard.guard import Guard as Guard
+from lensnet_guard.guard import guard_of as guard_of
 from lensnet_guard.hazards import LensNetHazard as LensNetHazard
 from lensnet_guard.install import guard_module as guard_module
 from lensnet_guard.install import lensnet_guard as lensnet_guard
 from lensnet_guard.policy import CallPolicy as CallPolicy
-from lensnet_guard.proxy import guard_of as guard_of
 from lensnet_guard.ranks import compare_ranks as compare_ranks
 from lensnet_guard.record import CallRecord as CallRecord
+from lensnet_guard.sinks import Sink as Sink
 from lensnet_guard.untested import UntestedTorch as UntestedTorch

@@ -79,14 +79,14 @@ def capture(
     if guard is None:
         add_to_all(captured)
     else:
-        guard._history.add_sink(captured)
+        guard.add_sink(captured)
     try:
         yield captured
     finally:
         if guard is None:
             remove_from_all(captured)
         else:
-            guard._history.remove_sink(captured)
+            guard.remove_sink(captured)
 
 
 def list_calls(calls: Sequence[CallRecord], *, full_stacks: bool = False) -> str:

@@ -116,6 +116,23 @@ class RankDivergence(LensNetViolation):
     )
 
 
+VIOLATIONS: Mapping[str, type[LensNetViolation]] = MappingProxyType(
+    {
+        violation.__name__: violation
+        for violation in (
+            UnsanctionedCall,
+            BudgetExceeded,
+            BudgetUnmet,
+            NoContext,
+            ReentrantCall,
+            BypassedGuard,
+            ContextSwitchRefused,
+            RankDivergence,
+        )
+    }
+)  # by the reason that a record gives
+
+
 class RankStopped(RuntimeError):
     """Another rank of a distributed run has raised, and says why."""
 
@@ -136,7 +153,7 @@ def build_violation(
         earlier: the calls that spent the budget.
         detail: what else the headline should say.
     """
-    violation: type[LensNetViolation] = globals()[str(record.reason)]
+    violation = VIOLATIONS[str(record.reason)]
     lines = [f"{violation.headline.format(module=record.module)}{detail}."]
     stack = record.stack()
     caller = stack.index(record.caller) if stack else 0

@@ -10,8 +10,7 @@ import pytest
 
 from lensnet_guard._text import count
 from lensnet_guard.capture import CapturedCalls, capture, list_calls
-from lensnet_guard.guard import Guard
-from lensnet_guard.proxy import guard_of
+from lensnet_guard.guard import Guard, guard_of
 from lensnet_guard.record import Context
 
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import threading
 from collections import Counter, deque
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,29 @@ _guards = itertools.count(1)
 
 # context, scope, step, micro_step
 _Where = tuple[Context | None, str | None, int | None, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What is refused, before there is a record of it.
+
+    Attributes:
+        kind: ``"call"``, ``"bypass"``, ``"micro_step"`` or ``"context"``.
+        reason: The name of the violation's class.
+        here: The blocks that are open.
+        frame: The innermost frame of the code that is refused, if it has one.
+        scope: The scope or sanctioned caller that applies.
+        inputs: What `describe_inputs` says of a call's arguments.
+        detail: What else the headline of the message says.
+    """
+
+    kind: Kind
+    reason: str | None
+    here: Position
+    frame: FrameType | None
+    scope: str | None
+    inputs: tuple[object, ...] = ()
+    detail: str = ""
 
 
 def _where(here: Position, scope: str | None) -> _Where:
@@ -105,21 +129,14 @@ class History(Source):
         self.calls.append(record)
         return record
 
-    def add_violation(
-        self,
-        kind: Kind,
-        reason: str | None,
-        here: Position,
-        scope: str | None,
-        frame: FrameType | None,
-        inputs: tuple[object, ...],
-    ) -> CallRecord:
+    def add_violation(self, refusal: Refusal) -> CallRecord:
         """Record a violation, and among the calls too when it was one."""
-        stack = capture_stack(frame, VIOLATION_FRAMES)
-        record = self._record(kind, reason, _where(here, scope), stack, inputs)
+        stack = capture_stack(refusal.frame, VIOLATION_FRAMES)
+        where = _where(refusal.here, refusal.scope)
+        record = self._record(refusal.kind, refusal.reason, where, stack, refusal.inputs)
         self.violation_count += 1
         self.violations.append(record)
-        if kind in ("call", "bypass"):
+        if refusal.kind in ("call", "bypass"):
             self.calls.append(record)
         return record
 

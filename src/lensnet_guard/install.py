@@ -9,22 +9,23 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from lensnet_guard.guard import Guard, Mode
+from lensnet_guard.boundary.admission import Mode
+from lensnet_guard.boundary.proxy import is_proxy
+from lensnet_guard.guard import Guard, M, guard_of
 from lensnet_guard.policy import CallPolicy
-from lensnet_guard.proxy import guard_of, is_proxy
 from lensnet_guard.tripwire import armed_by, runs
 
 _MISSING = object()
 
 
 def guard_module(
-    module: nn.Module,
+    module: M,
     *,
     policy: CallPolicy | None = None,
     mode: Mode | None = None,
     log: str | os.PathLike[str] | None = None,
     name: str | None = None,
-) -> Guard:
+) -> Guard[M]:
     """Guard a module: call ``guard.module`` from now on, never the raw module.
 
     Args:

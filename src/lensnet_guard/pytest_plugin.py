@@ -131,8 +131,8 @@ def lensnet_guard(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Gua
             installed = guarded(owner_or_module, attribute=attribute, **keywords)
             made = stack.enter_context(_without_verdict(installed))
             if made.mode == "enforce":
-                made._history.add_sink(raised)
-                stack.callback(made._history.remove_sink, raised)
+                made.add_sink(raised)
+                stack.callback(made.remove_sink, raised)
             return made
 
         try:

@@ -30,6 +30,7 @@ from lensnet_guard.guard import Guard
 from lensnet_guard.sinks import Sink
 
 if TYPE_CHECKING:
+    from lensnet_guard.budget import MicroStep
     from lensnet_guard.record import CallRecord
 
 POLL_S = 0.25  # between looks for what stopped another rank
@@ -87,13 +88,8 @@ def compare_ranks(guard: Guard, *, every: int = 1) -> Iterator[None]:
         RankDivergence: the ranks differ; names every rank's counts and callers.
         RankStopped: another rank raised; says what.
     """
-
-    def violate(reason: str, detail: str) -> None:
-        guard._violate(reason, guard._open.position(), detail)
-
-    ranks = Ranks(guard.name, every, violate)
-    guard._history.add_sink(ranks)
-    guard._ranks, outer = ranks, guard._ranks
+    ranks = Ranks(guard.name, every, guard.violate)
+    guard.add_sink(ranks)
     try:
         yield
         ranks.compare(leaving=True)
@@ -108,8 +104,7 @@ def compare_ranks(guard: Guard, *, every: int = 1) -> Iterator[None]:
             raise RankStopped(heard) from error
         raise
     finally:
-        guard._ranks = outer
-        guard._history.remove_sink(ranks)
+        guard.remove_sink(ranks)
         ranks.leave()
 
 
@@ -159,13 +154,14 @@ class Ranks(Sink):
                     self._callers.remove(caller)
                 self._callers.append(caller)
 
-    def settle(self, step: int | None, micro_step: int | None) -> None:
+    def settled(self, ledger: "MicroStep") -> None:
         """A training micro-step has ended, and did not raise: compare, when it is time to.
 
         Raises:
             RankDivergence, RankStopped: see `compare_ranks`.
         """
         self._micro_steps += 1
+        step, micro_step = ledger.step, ledger.micro_step
         self._last = (-1 if step is None else step, -1 if micro_step is None else micro_step)
         if self._micro_steps % self._every == 0:
             self.compare()

@@ -10,7 +10,7 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import repeat
@@ -140,6 +140,10 @@ _INTERNAL_PATHS = (
     os.path.dirname(os.path.abspath(wrapt.__file__)) + os.sep,
     os.path.abspath(contextlib.__file__),
 )
+
+
+# The running frame, or one so many calls further out. `inspect.currentframe` would cost a call.
+frame_up: Callable[..., FrameType] = sys._getframe  # documented, for all its name
 
 
 def capture_stack(frame: FrameType | None, limit: int) -> Stack:

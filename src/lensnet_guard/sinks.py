@@ -1,7 +1,7 @@
 """Sinks: whoever wants to be told of calls and violations as they happen. Light to import.
 
 A guard's log is a sink, and so is a test that counts calls. A sink listens to one guard
-(`History.add_sink`) or to all guards of the process, those to come included (`add_to_all`).
+(`Guard.add_sink`) or to all guards of the process, those to come included (`add_to_all`).
 """
 
 import os
@@ -37,6 +37,9 @@ class Sink:
         self, record: "CallRecord", earlier: "CallRecord", error: BaseException
     ) -> None:
         """Torch has raised ``error``: ``record`` wrote over an output of ``earlier``."""
+
+    def settled(self, ledger: "MicroStep") -> None:
+        """A training micro-step has made the calls that were due; what is raised leaves it."""
 
     def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
         """A micro-step has ended."""

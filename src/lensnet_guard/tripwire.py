@@ -10,7 +10,6 @@ miss ``_call_impl``; a ``forward`` on the instance would make a copy run the ori
 import copy
 import functools
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from types import FunctionType
@@ -24,6 +23,7 @@ from lensnet_guard._torch_checkpoints import recomputed_checkpoint
 from lensnet_guard._torch_internals import eager_only
 from lensnet_guard.armed_class import ArmedMeta, armed_class, original_of
 from lensnet_guard.armed_class import itself as _itself
+from lensnet_guard.record import frame_up
 
 # What torch prints where a guarded module stands in the way of a full graph.
 EAGER = (
@@ -140,14 +140,14 @@ class Tripwire:
         """A run that nobody admitted: refused, unless it is a part's in a recompute."""
         own = armed_by(part)
         if own is not None and own is not self:  # a guarded copy, by a bound method of before
-            return own._run_own(part, run, args, kwargs)
+            return own.run_own(part, run, args, kwargs)
         if self._refuse is None:  # a copy that has outlived the guard
             return run(*args, **kwargs)
-        if part is not self.module and recomputed_checkpoint(sys._getframe()) is not None:
+        if part is not self.module and recomputed_checkpoint(frame_up()) is not None:
             return self._run_inside(run, args, kwargs)
         return self._refuse(part, run, args, kwargs)
 
-    def _run_own(
+    def run_own(
         self, part: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
         """A run of a forward that is no function of the class: it asks first."""
@@ -165,7 +165,7 @@ class Tripwire:
     @eager_only(EAGER)
     def _compiled(self, part: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A compiled part called from outside: in a recompute it must run compiled again."""
-        if part is not self.module and recomputed_checkpoint(sys._getframe()) is not None:
+        if part is not self.module and recomputed_checkpoint(frame_up()) is not None:
             return self._run_inside(run, args, kwargs)
         return run(*args, **kwargs)
 
@@ -178,7 +178,7 @@ class Tripwire:
             run = original.forward
             if static or type(run) is not FunctionType:  # a mock, say, which takes no self
                 behind: Any = super(armed, part)
-                return tripwire._run_own(part, behind.forward, args, kwargs)
+                return tripwire.run_own(part, behind.forward, args, kwargs)
             if inside.here:
                 return run(part, *args, **kwargs)
             # No method: torch.compile cannot trace MethodType(...), nor in torch 2.7 __get__.
@@ -216,7 +216,7 @@ class _OwnForward:
         self.__wrapped__ = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tripwire._run_own(self.part, self.__wrapped__, args, kwargs)
+        return self.tripwire.run_own(self.part, self.__wrapped__, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_OwnForward":
         return _OwnForward(self.tripwire, *copy.deepcopy((self.part, self.__wrapped__), memo))

@@ -100,7 +100,7 @@ PATCHES = {
     "a wrapper of its own": wrapped_by_hand,
 }
 CLASSES = {
-    "type(raw)": lambda guard: type(guard._raw),
+    "type(raw)": lambda guard: type(guard.module.__wrapped__),
     "module.__class__": lambda guard: guard.module.__class__,
 }
 
@@ -119,7 +119,7 @@ class TestPatchedForAWhile:
             with guard.context("inference"):
                 assert torch.equal(guard.module(X), torch.zeros(2, 1))
             with pytest.raises(BypassedGuard):
-                guard._raw(X)
+                guard.module.__wrapped__(X)
         if patch == "a wrapper of its own" and cls is Heir:  # leaves it behind without a guard too
             assert cls.forward is Critic.forward
             del Heir.forward
@@ -128,21 +128,21 @@ class TestPatchedForAWhile:
         with guard.context("inference"):
             assert guard.module(X).shape == (2, 1)
         guard.uninstall()
-        assert guard._raw(X).shape == cls()(X).shape == (2, 1)
+        assert guard.module.__wrapped__(X).shape == cls()(X).shape == (2, 1)
 
     @pytest.mark.parametrize("patch", [p for p in PATCHES if p != "a wrapper of its own"])
     @pytest.mark.parametrize("name", ["__call__", "score", "inherited", "scale"])
     def test_anything_else(self, cls, guard, patch, name):
         """Own, inherited, static, and how a module is called."""
         own = dict(vars(cls))
-        with PATCHES[patch](type(guard._raw), name):
+        with PATCHES[patch](type(guard.module.__wrapped__), name):
             assert torch.equal(getattr(cls(), name)(X), torch.zeros(2, 1))
         assert dict(vars(cls)) == own
 
     @pytest.mark.parametrize("through", ["original", "armed"])
     def test_a_mock_is_called_as_without_a_guard(self, cls, guard, through):
         """It takes no self, for it is no function, and got one."""
-        target = cls if through == "original" else type(guard._raw)
+        target = cls if through == "original" else type(guard.module.__wrapped__)
         with mock.patch.object(target, "forward", return_value=X) as forward:
             with guard.context("inference"):
                 assert guard.module(X, scale=2) is X
@@ -151,7 +151,7 @@ class TestPatchedForAWhile:
     def test_one_patch_inside_another(self, cls, guard):
         """Each puts back what it found, the outer one still patched."""
         own = dict(vars(cls))
-        armed, other = type(guard._raw), cls()
+        armed, other = type(guard.module.__wrapped__), cls()
         with mock.patch.object(armed, "forward", lambda self, x: x + 1):
             with mock.patch.object(armed, "forward", lambda self, x: x + 2):
                 with mock.patch.object(armed, "score", zeros):
@@ -162,7 +162,7 @@ class TestPatchedForAWhile:
     def test_over_the_end_of_the_guard(self, cls, guard):
         """What was patched under a guard is put back without one."""
         own = dict(vars(cls))
-        with mock.patch.object(type(guard._raw), "forward", zeros):
+        with mock.patch.object(type(guard.module.__wrapped__), "forward", zeros):
             guard.uninstall()
             assert torch.equal(cls()(X), torch.zeros(2, 1))
         assert dict(vars(cls)) == own
@@ -171,29 +171,31 @@ class TestPatchedForAWhile:
         """Both are of the same class."""
         own = dict(vars(cls))
         second = guard_module(cls())
-        with mock.patch.object(type(guard._raw), "forward", lambda self, x: x + 1):
-            with mock.patch.object(type(second._raw), "forward", lambda self, x: x + 2):
+        with mock.patch.object(type(guard.module.__wrapped__), "forward", lambda self, x: x + 1):
+            with mock.patch.object(
+                type(second.module.__wrapped__), "forward", lambda self, x: x + 2
+            ):
                 assert torch.equal(cls()(X), X + 2)
             assert torch.equal(cls()(X), X + 1)
         assert dict(vars(cls)) == own
 
     def test_deleted_for_a_while(self, guard):
         """`monkeypatch.delattr`, of what the class has itself."""
-        cls = type(guard._raw)._lensnet_original
+        cls = type(guard.module.__wrapped__)._lensnet_original
         own = dict(vars(cls))
         with pytest.MonkeyPatch.context() as monkeypatch:
             if "score" in own:
-                monkeypatch.delattr(type(guard._raw), "score")
+                monkeypatch.delattr(type(guard.module.__wrapped__), "score")
                 assert torch.equal(cls().score(X), X + 1)
             else:
                 with pytest.raises(AttributeError, match="score"):
-                    monkeypatch.delattr(type(guard._raw), "score")
+                    monkeypatch.delattr(type(guard.module.__wrapped__), "score")
                 monkeypatch.undo = lambda: None  # as without a guard, it would raise once more
         assert dict(vars(cls)) == own
 
     def test_set_for_good(self, cls, guard):
         """It is set on the original, also for the time after the guard."""
-        type(guard._raw).added = 42
+        type(guard.module.__wrapped__).added = 42
         assert cls.added == 42
         guard.uninstall()
         assert cls.added == 42
@@ -203,7 +205,7 @@ class TestPatchedForAWhile:
     @pytest.mark.parametrize("way", ["closure", "__wrapped__"])
     def test_a_wrapper_around_the_guard_s_own_function(self, cls, guard, name, way):
         """It would call the guard, and the guard it: refused, and nothing is changed."""
-        own, armed = dict(vars(cls)), type(guard._raw)
+        own, armed = dict(vars(cls)), type(guard.module.__wrapped__)
         function = vars(armed)[name]
 
         def wrapper(self, *args):
@@ -221,11 +223,11 @@ class TestPatchedForAWhile:
 
     def test_what_was_patched_is_not_kept_for_ever(self, guard):
         """A class that is patched in every step holds no more than the newest patches."""
-        armed = type(guard._raw)
+        armed = type(guard.module.__wrapped__)
         for number in range(1_000):
             armed.number = number
         assert len(armed._lensnet_patches) < 100
-        del guard._raw.__class__._lensnet_original.number
+        del guard.module.__wrapped__.__class__._lensnet_original.number
 
 
 class Merged(Critic):
@@ -245,11 +247,13 @@ class Outer(nn.Module):
 
 
 ASSIGNMENTS = {
-    "to the module": lambda guard: setattr(guard._raw, "__class__", Merged),
+    "to the module": lambda guard: setattr(guard.module.__wrapped__, "__class__", Merged),
     "through the proxy": lambda guard: setattr(guard.module, "__class__", Merged),
-    "past setattr of the module": lambda guard: object.__setattr__(guard._raw, "__class__", Merged),
+    "past setattr of the module": lambda guard: object.__setattr__(
+        guard.module.__wrapped__, "__class__", Merged
+    ),
     "the armed class of another": lambda guard: setattr(
-        guard._raw, "__class__", type(guard_module(Merged())._raw)
+        guard.module.__wrapped__, "__class__", type(guard_module(Merged()).module.__wrapped__)
     ),
 }
 
@@ -264,16 +268,16 @@ class TestAssignedClass:
         guard = guard_module(Critic(), mode=mode)
         ASSIGNMENTS[way](guard)
         assert guard.module.__class__ == Merged
-        assert guard_of(guard._raw) is guard
+        assert guard_of(guard.module.__wrapped__) is guard
         with guard.context("inference"):
             assert torch.equal(guard.module(X), X + 5)
         assert guard.violations == ()
         with contextlib.suppress(BypassedGuard):
-            guard._raw(X)
+            guard.module.__wrapped__(X)
         (record,) = guard.violations
         assert record.reason == "BypassedGuard"
         guard.uninstall()
-        assert type(guard._raw) is Merged
+        assert type(guard.module.__wrapped__) is Merged
 
     def test_a_part(self):
         """Run alone it was let through in training."""
@@ -287,7 +291,7 @@ class TestAssignedClass:
     @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy])
     def test_a_copy_of_the_raw_module(self, make):
         """Stays a copy, and refused."""
-        copied = make(guard_module(Critic())._raw)
+        copied = make(guard_module(Critic()).module.__wrapped__)
         copied.__class__ = Merged
         with pytest.raises(BypassedGuard, match="a copy or a former part"):
             copied(X)
@@ -301,19 +305,19 @@ class TestAssignedClass:
         with guard.context("inference"):
             assert torch.equal(guard.module(X), Critic.forward(guard_free(guard), X))
         guard.uninstall()
-        assert type(guard._raw) is Critic
+        assert type(guard.module.__wrapped__) is Critic
 
     @pytest.mark.parametrize("other", [int, object, "Merged", None])
     def test_what_is_no_module(self, other):
         """Refused, and the module is what it was."""
         guard = guard_module(Critic())
-        armed = type(guard._raw)
+        armed = type(guard.module.__wrapped__)
         with pytest.raises(TypeError) as caught:
-            guard._raw.__class__ = other
+            guard.module.__wrapped__.__class__ = other
         assert str(caught.value) == (
             f"a guarded Critic can only become an nn.Module of another class, not {other!r}"
         )
-        assert type(guard._raw) is armed
+        assert type(guard.module.__wrapped__) is armed
 
     def test_a_lazy_layer(self):
         """It becomes another class when it first runs, and stays armed."""
@@ -321,20 +325,20 @@ class TestAssignedClass:
         with guard.context("inference"):
             guard.module(X)
         with pytest.raises(BypassedGuard):
-            guard._raw[0](X)
+            guard.module.__wrapped__[0](X)
         guard.uninstall()
-        assert type(guard._raw[0]) is nn.Linear
+        assert type(guard.module.__wrapped__[0]) is nn.Linear
 
 
 def guard_free(guard):
-    return pickle.loads(pickle.dumps(guard._raw))
+    return pickle.loads(pickle.dumps(guard.module.__wrapped__))
 
 
 class TestPickles:
     @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
     def test_of_the_original_class(self, guard, cls, protocol):
         """By every protocol."""
-        loaded = pickle.loads(pickle.dumps(guard._raw, protocol))
+        loaded = pickle.loads(pickle.dumps(guard.module.__wrapped__, protocol))
         assert (type(loaded), type(loaded.linear)) == (cls, nn.Linear)
         assert loaded(X).shape == (2, 1)
 
@@ -359,7 +363,7 @@ class TestPickles:
             module = guard.module
             what = {
                 "proxy": module,
-                "raw": guard._raw,
+                "raw": guard.module.__wrapped__,
                 "owner": {"critic": module},
                 "closure": lambda: module,
                 "guard": guard,

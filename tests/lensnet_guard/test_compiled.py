@@ -109,7 +109,7 @@ class TestFields:
         """Torch overwrites nothing until then: no hazard, and the output stays in use."""
         with torch.no_grad(), graphed_guard.context("inference"):
             kept = graphed_guard.module(X)
-        (output,) = graphed_guard._compiled._outputs
+        (output,) = graphed_guard._admission.compiled._outputs
         tree(pending_backward=True, live={output.storages[0].cdata})
         assert call().live_outputs == (1,)
         assert kept is not None
@@ -147,7 +147,7 @@ class TestFields:
 
     def test_cuda_graphs_skipped(self, call, graphed_guard, monkeypatch):
         """Functions for which torch gave up CUDA graphs in this call."""
-        module = graphed_guard._raw
+        module = graphed_guard.module.__wrapped__
         run = module._compiled_call_impl
 
         def give_up(x):
@@ -290,4 +290,8 @@ class TestOnCuda:
 
 
 def _cdata(guard):
-    return {storage.cdata for output in guard._compiled._outputs for storage in output.storages}
+    return {
+        storage.cdata
+        for output in guard._admission.compiled._outputs
+        for storage in output.storages
+    }

@@ -28,7 +28,7 @@ SCOPE = "preference_scorer"
 
 def where(guard):
     """Context, step and scope of here and now."""
-    position = guard._open.position()
+    position = guard._admission.open.position()
     ledger = position.micro_step
     return position.context, ledger and ledger.step, position.scope
 
@@ -129,7 +129,7 @@ class TestContext:
                 guard.module(x)
             with guard.context("training"), pytest.raises(BudgetExceeded):
                 guard.module(x)
-            guard._open.position().micro_step.violations.clear()
+            guard._admission.open.position().micro_step.violations.clear()
 
     def test_inference_inside_a_training_micro_step_is_refused(self, guard):
         """That is how a helper would slip through; what was open stays open."""
@@ -681,9 +681,9 @@ class TestCarry:
 
     def test_threads_between_reading_a_budget_and_spending_it(self, guard, x, monkeypatch):
         """Two calls that decide at the same moment cannot both spend the last unit."""
-        import lensnet_guard.guard as guard_module
+        from lensnet_guard.boundary import admission
 
-        decide, together = guard_module.decide, threading.Barrier(2)
+        decide, together = admission.decide, threading.Barrier(2)
 
         def slow_decide(*situation):
             reason = decide(*situation)
@@ -691,7 +691,7 @@ class TestCarry:
                 together.wait(timeout=0.3)  # both have decided, unless the lock keeps one out
             return reason
 
-        monkeypatch.setattr(guard_module, "decide", slow_decide)
+        monkeypatch.setattr(admission, "decide", slow_decide)
         outcomes = []
 
         def work():

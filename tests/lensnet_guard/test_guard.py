@@ -347,7 +347,7 @@ class TestBudgets:
             for wrong in ((number, 0), (0, number)):
                 with pytest.raises(TypeError, match="integer"):
                     guard.micro_step(*wrong).__enter__()
-            assert guard._open.position().micro_step is None
+            assert guard._admission.open.position().micro_step is None
 
     def test_yields_the_ledger(self, guard):
         """Both blocks give their micro-step, which tells what was spent."""

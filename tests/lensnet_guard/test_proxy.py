@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lensnet_guard import CallPolicy, LensNetViolation, NoContext, guard_module, guard_of
-from lensnet_guard.proxy import FLUENT_METHODS, GuardedModule
+from lensnet_guard.boundary.proxy import FLUENT_METHODS, GuardedModule
 
 # How each fluent method is called where a CPU is all there is.
 ARGUMENTS = {

@@ -172,7 +172,7 @@ class TestRecompute:
             loss = checkpointed_loss(guard, x, reentrant)
         loss.backward()
         del loss
-        assert len(guard._recomputes._calls) == 0
+        assert len(guard._admission._recomputes._calls) == 0
 
 
 class TestOtherCheckpoints:

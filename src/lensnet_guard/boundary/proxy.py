@@ -7,19 +7,17 @@ overridden here: fluent methods, copies and pickles. Runs of the raw module are 
 
 import copy
 import functools
-import sys
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol, cast
 
 import wrapt
 from torch import nn
 
 from lensnet_guard._torch_internals import eager_only
 from lensnet_guard.armed_class import refuse_scripting
-from lensnet_guard.copies import guarded_copy, reduced
-from lensnet_guard.tripwire import EAGER, guard_behind
-
-if TYPE_CHECKING:
-    from lensnet_guard.guard import Guard
+from lensnet_guard.record import frame_up
+from lensnet_guard.tripwire import EAGER
 
 # The methods of nn.Module that return self; a test compares this with torch's own annotations.
 FLUENT_METHODS = (
@@ -28,19 +26,46 @@ FLUENT_METHODS = (
 )
 
 
+class Keeper(Protocol):
+    """What a proxy asks of its guard."""
+
+    @property
+    def guard(self) -> object:
+        """The guard itself."""
+
+    @property
+    def name(self) -> str:
+        """The module's name in messages."""
+
+    def run(
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType | None,
+    ) -> Any:
+        """Admit and run one call; ``frame`` is that of the proxy's caller, if it has one."""
+
+    def copy(self, module: nn.Module, *, shallow: bool) -> Any:
+        """Guard a copy of the module: same contract, its own identity, counts and context."""
+
+    def reduce(self, module: nn.Module) -> tuple[Any, ...]:
+        """What pickle keeps of the guarded module: the raw one, and its contract."""
+
+
 class GuardedModule(wrapt.ObjectProxy[nn.Module]):
     """Proxy around an ``nn.Module`` whose calls its guard admits, records or refuses.
 
     Made by `lensnet_guard.guard_module`, not directly.
     """
 
-    def __init__(self, module: nn.Module, guard: "Guard") -> None:
+    def __init__(self, module: nn.Module, keeper: Keeper) -> None:
         super().__init__(module)
-        self._self_guard = guard
+        self._self_keeper = keeper  # by its prefix wrapt knows an attribute of the proxy's own
 
     @eager_only(EAGER)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._self_guard._run(self.__wrapped__, args, kwargs, sys._getframe().f_back)
+        return self._self_keeper.run(self.__wrapped__, args, kwargs, frame_up().f_back)
 
     @property
     def forward(self) -> Any:
@@ -53,30 +78,27 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
 
         @functools.wraps(raw, updated=())
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._self_guard._run(raw, args, kwargs, sys._getframe().f_back)
+            return self._self_keeper.run(raw, args, kwargs, frame_up().f_back)
 
         return forward
 
     @forward.setter
     def forward(self, _: Any) -> None:
         raise AttributeError(
-            f"the forward of {self._self_guard.name} is guarded and cannot be replaced; wrap or "
+            f"the forward of {self._self_keeper.name} is guarded and cannot be replaced; wrap or "
             "compile the module's forward first, and guard it afterwards"
         )
 
     def __copy__(self) -> "GuardedModule":
-        copied: GuardedModule = guarded_copy(
-            self._self_guard, copy.copy(self.__wrapped__), shallow=True
-        )
-        return copied
+        copied = self._self_keeper.copy(copy.copy(self.__wrapped__), shallow=True)
+        return cast("GuardedModule", copied)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GuardedModule":
         module = copy.deepcopy(self.__wrapped__, memo)
-        copied: GuardedModule = guarded_copy(self._self_guard, module, shallow=False)
-        return copied
+        return cast("GuardedModule", self._self_keeper.copy(module, shallow=False))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return reduced(self._self_guard, self.__wrapped__)
+        return self._self_keeper.reduce(self.__wrapped__)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return self.__reduce__()
@@ -110,7 +132,6 @@ def is_proxy(module: object) -> bool:
     return issubclass(type(module), GuardedModule)
 
 
-def guard_of(module: object) -> "Guard | None":
-    """The guard of a guarded module, or of a raw module behind a proxy; None for anything else."""
-    guard = module._self_guard if is_proxy(module) else guard_behind(module)  # type: ignore[attr-defined]
-    return cast("Guard | None", guard)
+def keeper_of(module: object) -> Keeper | None:
+    """What a guarded module asks; None for anything else, a raw module behind a proxy included."""
+    return module._self_keeper if is_proxy(module) else None  # type: ignore[attr-defined]
