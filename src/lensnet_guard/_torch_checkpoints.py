@@ -25,12 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lensnet_guard.untested import is_tested
 
+_C: Any = torch._C  # noqa: SLF001  # for two functions that torch shows nowhere else
+
 # What the guard reads by a private name, and what it cannot tell without. The first is used for
 # this alone: with another class in its place, checkpoints may be other objects than expected.
 # Without hooks (which torch 2.7 does not show) nothing is lost, only every stack is looked through.
 _NAMES: tuple[tuple[Any, str, str], ...] = (
     (checkpointing, "_CheckpointFrame", "which call a checkpoint runs again"),
-    (torch._C, "_current_graph_task_id", "one backward pass from the next"),
+    (_C, "_current_graph_task_id", "one backward pass from the next"),
 )
 
 
@@ -84,8 +86,9 @@ class _Roles(dict[str, _Role | None]):
 
 
 _roles = _Roles()
-_graph_task = getattr(torch._C, "_current_graph_task_id", None)
-_hooks_on_top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_graph_task = getattr(_C, "_current_graph_task_id", None)
+_autograd = getattr(_C, "_autograd", None)
+_hooks_on_top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 _grad_enabled = torch.is_grad_enabled
 
 

@@ -157,7 +157,7 @@ def is_overwritten(output: torch.Tensor | StorageWeakRef) -> bool:
     try:
         found: Any = output
         if not isinstance(output, torch.Tensor):
-            found = torch.UntypedStorage._new_with_weak_ptr(output.cdata)
+            found = torch.UntypedStorage._new_with_weak_ptr(output.cdata)  # noqa: SLF001  # no other way
         if found is not None:
             found.data_ptr()
     except RuntimeError as error:
@@ -208,7 +208,8 @@ def default_store(prefix: str) -> Any:
     """
     try:
         distributed: Any = torch.distributed
-        store = _connection(distributed.distributed_c10d._get_default_store())
+        default = distributed.distributed_c10d._get_default_store()  # noqa: SLF001  # nor here
+        store = _connection(default)
         store.set_timeout(timedelta(seconds=5))  # one that has vanished is waited for no longer
         return distributed.PrefixStore(prefix, store)
     except RuntimeError:
@@ -258,18 +259,17 @@ def eager_only(reason: str) -> Callable[[_Function], _Function]:
 
     def mark(function: _Function) -> _Function:
         try:
-            frames = torch._C._dynamo.eval_frame
-            skip = frames._FrameAction.SKIP
-            frames.set_code_exec_strategy(
-                function.__code__,
-                frames._FrameExecStrategy(skip, skip),
-            )
+            frames: Any = torch._C._dynamo.eval_frame  # noqa: SLF001  # importing it takes seconds
+            skip = frames._FrameAction.SKIP  # noqa: SLF001
+            strategy = frames._FrameExecStrategy(skip, skip)  # noqa: SLF001
+            frames.set_code_exec_strategy(function.__code__, strategy)
         except (AttributeError, TypeError):
             disable: Any = torch.compiler.disable
             why = {"reason": reason} if "reason" in signature(disable).parameters else {}
             return disable(function, **why)  # type: ignore[no-any-return]
-        function._torchdynamo_disable = True  # type: ignore[attr-defined]
-        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        marked: Any = function
+        marked._torchdynamo_disable = True  # noqa: SLF001  # what torch's own wrapper sets
+        marked._torchdynamo_disable_msg = reason  # noqa: SLF001
         return function
 
     return mark

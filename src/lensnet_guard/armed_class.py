@@ -50,7 +50,7 @@ def armed_class(original: Any, tripwire: Arms, checked: Mapping[str, Any]) -> ty
         **checked,
     }
     if "_wrapped_call" in vars(original):  # torch.fx looks for it in type(self) alone
-        namespace["_wrapped_call"] = original._wrapped_call
+        namespace["_wrapped_call"] = vars(original)["_wrapped_call"]
     # Neither __init_subclass__ nor a metaclass that keeps a registry shall learn of this class:
     # hence type.__new__, and a first base that is there while the class is made, and then gone.
     armed = type.__new__(
@@ -63,6 +63,11 @@ def armed_class(original: Any, tripwire: Arms, checked: Mapping[str, Any]) -> ty
 def original_of(cls: type) -> type:
     """The class that was armed; any other is its own."""
     return cls._lensnet_original if isinstance(cls, ArmedMeta) else cls
+
+
+def arms_of(cls: type) -> Any:
+    """Who has made an armed class; None of any other."""
+    return cls._lensnet_tripwire if isinstance(cls, ArmedMeta) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +181,7 @@ def _become(part: nn.Module, cls: type) -> None:
         raise TypeError(
             f"a guarded {armed.__name__} can only become an nn.Module of another class, not {cls!r}"
         )
-    armed._lensnet_tripwire.change_class(part, cls)
+    arms_of(armed).change_class(part, cls)
 
 
 @classmethod  # type: ignore[misc]
@@ -220,7 +225,8 @@ class _Silent:
 def _reduce_part(part: nn.Module, protocol: Any) -> Any:
     """``__reduce_ex__`` of the original, which names the class that shall be made."""
     armed: Any = type(part)
-    reduced = armed._lensnet_original.__reduce_ex__(part, protocol)
+    original: Any = original_of(armed)
+    reduced = original.__reduce_ex__(part, protocol)
     new: Any = copyreg.__newobj__  # type: ignore[attr-defined]
     if isinstance(reduced, tuple) and reduced[0] is new and reduced[1][0] is armed:
         return _New(armed), reduced[1][1:], *reduced[2:]
@@ -258,7 +264,7 @@ def _meta_for(meta: type) -> type[ArmedMeta]:
 
 
 def _reduce_armed(armed: Any) -> tuple[Any, ...]:
-    return itself, (armed._lensnet_original,)
+    return itself, (original_of(armed),)
 
 
 def itself(found: Any) -> Any:

@@ -8,6 +8,7 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lensnet_guard import _schema
 from lensnet_guard._torch_internals import (
     GraphTree,
     compile_counters,
@@ -60,11 +61,10 @@ class CompileState:
 
     def to_log(self) -> dict[str, Any]:
         """The state as JSON-ready fields."""
-        return dict(zip(_LOGGED_FIELDS, _get_logged(self), strict=True))
+        return dict(zip(_schema.COMPILE_STATE, _get_logged(self), strict=True))
 
 
-_LOGGED_FIELDS = tuple(n for n in CompileState.__slots__ if not n.startswith("_"))
-_get_logged = operator.attrgetter(*_LOGGED_FIELDS)
+_get_logged = operator.attrgetter(*_schema.COMPILE_STATE)
 _PHASES = {"warmup": "warmup", "recording": "recording", "execution": "replay"}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lensnet_guard import _schema
 from lensnet_guard.budget import MicroStep
 from lensnet_guard.errors import build_violation
 from lensnet_guard.log import RunLog
@@ -36,7 +37,7 @@ def write_evidence(
     Raises:
         TypeError: ``folder`` is not a path.
     """
-    log = RunLog(folder, {**header, "from_memory": True})
+    log = RunLog(folder, {**header, _schema.FROM_MEMORY: True})
     ledger: MicroStep | None = None
     for record in records:
         if ledger is not None and (ledger.step, ledger.micro_step) != _step_of(record):
@@ -47,7 +48,7 @@ def write_evidence(
             ledger = MicroStep(*_step_of(record), due, record.context)
         _write(log, record, ledger, policy)
     if ledger is not None:
-        log.micro_step(header["module"], ledger.context, ledger)
+        log.micro_step(header[_schema.MODULE], ledger.context, ledger)
     path = log.path
     log.close()
     return path

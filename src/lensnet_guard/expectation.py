@@ -1,7 +1,7 @@
 """What a test expects of a module's calls, and the words in which it fails."""
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, get_args
@@ -109,10 +109,10 @@ class Asserted:
         except (TypeError, ValueError) as error:
             raise type(error)(*error.args) from None  # without the frames that found it
         self._full_stacks = config.get_verbosity() > 0
-        self._watch = self._expected.watch()
+        self._watch = ExitStack()
 
     def __enter__(self) -> CapturedCalls:
-        self._calls = self._watch.__enter__()
+        self._calls = self._watch.enter_context(self._expected.watch())
         return self._calls
 
     def __exit__(
@@ -122,7 +122,7 @@ class Asserted:
         traceback: TracebackType | None,
     ) -> None:
         __tracebackhide__ = True
-        self._watch.__exit__(None, None, None)
+        self._watch.close()
         if kind is None:
             failure = self._expected.failure(self._calls, full_stacks=self._full_stacks)
             if failure is not None:

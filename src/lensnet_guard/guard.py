@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, cast, get_args
 
 from torch import nn
 
-from lensnet_guard import _torch_checkpoints, _torch_internals
+from lensnet_guard import _schema, _torch_checkpoints, _torch_internals
 from lensnet_guard.boundary.admission import Admission, Mode
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
 from lensnet_guard.boundary.settlement import held_open
@@ -246,7 +246,7 @@ class Guard(Generic[M]):
         """
         if self._history.log is not None:
             return self.log_path
-        header = {"module": self.name, **_header(self.mode, self.policy)}
+        header = {_schema.MODULE: self.name, **_header(self.mode, self.policy)}
         return write_evidence(folder, header, self._history.newest(), self.policy)
 
     def end_log(self) -> None:
@@ -337,7 +337,7 @@ def guard_of(module: object) -> Guard[Any] | None:
 
 def _header(mode: Mode, policy: CallPolicy) -> dict[str, Any]:
     """What the first line of a log says of the contract."""
-    return {"mode": mode, "policy": policy.to_json()}
+    return {_schema.MODE: mode, _schema.POLICY: policy.to_json()}
 
 
 def _check_context(context: object) -> None:

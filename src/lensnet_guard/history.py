@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lensnet_guard import _schema
 from lensnet_guard._text import short_path
 from lensnet_guard.context import Position
 from lensnet_guard.errors import add_note
@@ -182,7 +183,7 @@ class History(Source):
         """
         if self.log is not None and not self.log.closed:
             raise ValueError(f"{self.module} already logs to {self.log.folder}")
-        self.write_to(RunLog(folder, {"module": self.module, **header}, parent))
+        self.write_to(RunLog(folder, {_schema.MODULE: self.module, **header}, parent))
         self._owns_log = True
 
     def write_to(self, log: RunLog) -> None:

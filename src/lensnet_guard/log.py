@@ -2,12 +2,7 @@
 
 A process that dies by SIGKILL, SIGSEGV or a CUDA abort leaves every line that it began. A log that
 cannot be written never stops enforcement: one warning, then lost lines are counted and told.
-
-Schema 1. The first line is ``run.begin`` (host, process, rank, versions, policy); then
-``call.begin`` before and ``call.end`` after each run of the module, ``violation``,
-``micro_step.end``, and last ``run.end``. A file that follows a full one begins with
-``segment.begin``: the header again, and the sums of what came before. Field names follow
-OpenTelemetry where it has one.
+What stands in the lines is in `_schema`.
 """
 
 import json
@@ -30,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import torch
 
+from lensnet_guard import _schema
 from lensnet_guard._version import __version__
 from lensnet_guard.log_file import LogFile, absolute, warn
 from lensnet_guard.sinks import Sink
@@ -38,8 +34,6 @@ if TYPE_CHECKING:
     from lensnet_guard.budget import MicroStep
     from lensnet_guard.errors import LensNetViolation
     from lensnet_guard.record import CallRecord, Context
-
-SCHEMA_VERSION = 1
 
 
 class RunLog(Sink):
@@ -104,54 +98,56 @@ class RunLog(Sink):
         """Write a call down before it runs."""
         counted = None
         if record.kind == "call" and record.reason is None:  # a recompute is no call
-            counted = "calls" if record.context == "training" else "inference_calls"
-        self._append("call.begin", record.to_log(), counted)
+            training = record.context == "training"
+            counted = _schema.CALLS if training else _schema.INFERENCE_CALLS
+        self._append(_schema.CALL_BEGIN, record.to_log(), counted)
 
     def end(self, record: "CallRecord") -> None:
         """Write down how a call ended."""
-        compiled = {} if record.compiled is None else {"compiled": record.compiled.to_log()}
-        self.write(
-            "call.end",
-            guard=record.guard,
-            module=record.module,
-            seq=record.seq,
-            outcome=record.outcome,
-            duration_ms=record.duration_ms,
-            **compiled,
-        )
+        fields: dict[str, Any] = {
+            _schema.GUARD: record.guard,
+            _schema.MODULE: record.module,
+            _schema.SEQ: record.seq,
+            _schema.OUTCOME: record.outcome,
+            _schema.DURATION_MS: record.duration_ms,
+        }
+        if record.compiled is not None:
+            fields[_schema.COMPILED] = record.compiled.to_log()
+        self._append(_schema.CALL_END, fields)
 
     def violation(self, error: "LensNetViolation") -> None:
         """Write a violation down before it is raised."""
         fields = error.record.to_log() if error.record is not None else {}
-        self._append("violation", fields | {"message": str(error)}, "violations")
+        fields |= {_schema.MESSAGE: str(error)}
+        self._append(_schema.VIOLATION, fields, _schema.VIOLATIONS)
 
     def hazard(self, record: "CallRecord", earlier: "CallRecord") -> None:
         """Write down that a call is about to overwrite an output that is in use."""
-        self._append("hazard", _pair(record, earlier))
+        self._append(_schema.HAZARD, _pair(record, earlier))
 
     def overwritten(
         self, record: "CallRecord", earlier: "CallRecord", error: BaseException
     ) -> None:
         """Write down torch's error with the two calls that it is about."""
         fields = _pair(record, earlier)
-        fields["exception.type"] = type(error).__name__
-        fields["exception.message"] = str(error)
-        self._append("overwritten", fields)
+        fields[_schema.EXCEPTION_TYPE] = type(error).__name__
+        fields[_schema.EXCEPTION_MESSAGE] = str(error)
+        self._append(_schema.OVERWRITTEN, fields)
 
     def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
         """Write down what a micro-step came to."""
         fields = {
-            "module": module,
-            "context": context,
-            "step": ledger.step,
-            "micro_step": ledger.micro_step,
-            "calls": ledger.calls,
-            "due": dict(ledger.due),
-            "violations": len(ledger.violations),
-            "raised": ledger.raised,
+            _schema.MODULE: module,
+            _schema.CONTEXT: context,
+            _schema.STEP: ledger.step,
+            _schema.MICRO_STEP: ledger.micro_step,
+            _schema.CALLS: ledger.calls,
+            _schema.DUE: dict(ledger.due),
+            _schema.VIOLATIONS: len(ledger.violations),
+            _schema.RAISED: ledger.raised,
         }
         whole = context == "training" and ledger.raised is None
-        self._append("micro_step.end", fields, "micro_steps" if whole else None)
+        self._append(_schema.MICRO_STEP_END, fields, _schema.MICRO_STEPS if whole else None)
 
     # Lines -------------------------------------------------------------------------------------
 
@@ -181,14 +177,7 @@ class RunLog(Sink):
             if mine:
                 self._keep_up(look=True)
             if mine and self._file.is_open:
-                self.write(
-                    "run.end",
-                    module=self._header["module"],
-                    verdict="violations" if self._sums["violations"] else "clean",
-                    calls=self._sums["calls"] + self._sums["inference_calls"],
-                    violations=self._sums["violations"],
-                    lost_lines=self.lost_lines,
-                )
+                self._append(_schema.RUN_END, self._end_fields())
             self.closed = True
             self._file.close()
         if mine and self.lost_lines:
@@ -197,8 +186,18 @@ class RunLog(Sink):
                 f"{self.path or self.folder}, or are gone from it; enforcement was not affected"
             )
 
+    def _end_fields(self) -> dict[str, Any]:
+        violations = self._sums[_schema.VIOLATIONS]
+        return {
+            _schema.MODULE: self._header[_schema.MODULE],
+            _schema.VERDICT: "violations" if violations else "clean",
+            _schema.CALLS: self._sums[_schema.CALLS] + self._sums[_schema.INFERENCE_CALLS],
+            _schema.VIOLATIONS: violations,
+            _schema.LOST_LINES: self.lost_lines,
+        }
+
     def _open(self) -> None:
-        self._sums = {"micro_steps": 0, "calls": 0, "inference_calls": 0, "violations": 0}
+        self._sums = dict.fromkeys(_SUMS, 0)
         rank = os.environ.get("RANK", "0")
         pid, worker_of = os.getpid(), multiprocessing.parent_process()
         parent = self._file.pid if self._file.pid != pid else worker_of and worker_of.pid
@@ -207,14 +206,14 @@ class RunLog(Sink):
         if worker_of is not None:  # it leaves by os._exit, which runs no finalizers but these
             Finalize(self, _close, (weakref.ref(self),), exitpriority=-100)
         process = {
-            "host.name": socket.gethostname(),
-            "process.pid": pid,
-            "service.instance.id": _process_id(),
-            "process.command_args": sys.argv,
-            "process.parent_pid": parent,
-            "process.forked": pid != self._begun_in,
-            "rank": rank,
-            "versions": {
+            _schema.HOST: socket.gethostname(),
+            _schema.PID: pid,
+            _schema.PROCESS: _process_id(),
+            _schema.ARGUMENTS: sys.argv,
+            _schema.PARENT_PID: parent,
+            _schema.FORKED: pid != self._begun_in,
+            _schema.RANK: rank,
+            _schema.VERSIONS: {
                 "python": platform.python_version(),
                 "lensnet-guard": __version__,
                 "torch": str(torch.__version__),
@@ -222,8 +221,8 @@ class RunLog(Sink):
                 "structlog": version("structlog"),
             },
         }
-        self._run = {"schema_version": SCHEMA_VERSION, **self._header, **process}
-        self._logger.info("run.begin", **self._run)
+        self._run = {_schema.SCHEMA_VERSION: _schema.VERSION, **self._header, **process}
+        self._logger.info(_schema.RUN_BEGIN, **self._run)
 
     def _append(self, event: str, fields: dict[str, Any], counted: str | None = None) -> None:
         if self.closed:
@@ -245,11 +244,20 @@ class RunLog(Sink):
         elif self._file.full:
             segment = self._file.next_segment()
         if segment is not None:
-            before = self._sums | {"lost_lines": self.lost_lines}
-            self._logger.info("segment.begin", **self._run, segment=segment, before=before)
+            before = self._sums | {_schema.LOST_LINES: self.lost_lines}
+            place = {_schema.SEGMENT: segment, _schema.BEFORE: before}
+            self._logger.info(_schema.SEGMENT_BEGIN, **self._run, **place)
 
     def _write_line(self, line: bytes) -> None:
         self._file.write(line)
+
+    def leave_parent(self) -> None:
+        """Let go of what a fork has copied: a lock, and a file that looks alive while it is open.
+
+        A lock is copied as another thread held it, and that thread is not in the child.
+        """
+        self._lock = threading.RLock()
+        self._file.close()
 
 
 def _close(log: "weakref.ref[RunLog]") -> None:
@@ -263,30 +271,29 @@ def _process_id() -> str:
     return uuid.uuid4().hex
 
 
+_SUMS = (_schema.MICRO_STEPS, _schema.CALLS, _schema.INFERENCE_CALLS, _schema.VIOLATIONS)
 _logs: weakref.WeakSet[RunLog] = weakref.WeakSet()
 
 
-def _renew_locks() -> None:
-    """A fork copies a lock as another thread held it, and that thread is not in the child."""
+def _after_fork() -> None:
     _process_id.cache_clear()
     for log in list(_logs):
-        log._lock = threading.RLock()
-        log._file.close()  # the parent's: as long as a child holds it, it looks alive
+        log.leave_parent()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _pair(record: "CallRecord", earlier: "CallRecord") -> dict[str, Any]:
     """Two calls, the later of which wrote over the other's output."""
     return {
-        "guard": record.guard,
-        "module": record.module,
-        "seq": record.seq,
-        "at": str(record.caller),
-        "earlier_seq": earlier.seq,
-        "earlier_at": str(earlier.caller),
+        _schema.GUARD: record.guard,
+        _schema.MODULE: record.module,
+        _schema.SEQ: record.seq,
+        _schema.AT: str(record.caller),
+        _schema.EARLIER_SEQ: earlier.seq,
+        _schema.EARLIER_AT: str(earlier.caller),
     }
 
 
@@ -299,7 +306,7 @@ class _LineSink:
 
 def _render(_: Any, __: str, fields: MutableMapping[str, Any]) -> bytes:
     """The one processor: structlog's own two for this would cost a quarter of a line's time."""
-    fields["timestamp"] = time.time()
+    fields[_schema.TIMESTAMP] = time.time()
     try:
         return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # a lone surrogate in a file name, or a number above 64 bits

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lensnet_guard import _schema
 from lensnet_guard._text import count
 from lensnet_guard.sinks import Sink, add_to_all, remove_from_all
 
@@ -112,16 +113,16 @@ class Session:
 
         if folder not in self._logs:
             worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-            header = {"module": "guarded", "pytest.worker": worker}
+            header = {_schema.MODULE: "guarded", _schema.PYTEST_WORKER: worker}
             self._logs[folder] = RunLog(folder, header)
         log = self._logs[folder]
-        log.write("test.begin", test=test)
+        log.write(_schema.TEST_BEGIN, **{_schema.TEST: test})
         add_to_all(log)
         try:
             yield
         finally:
             remove_from_all(log)
-            log.write("test.end", test=test)
+            log.write(_schema.TEST_END, **{_schema.TEST: test})
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:

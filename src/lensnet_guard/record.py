@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import wrapt
 
+from lensnet_guard import _schema
 from lensnet_guard._text import short_path
 
 if TYPE_CHECKING:
@@ -110,18 +111,18 @@ class CallRecord:
 
         ``caller`` is the index of the caller's frame in it.
         """
-        fields = dict(zip(_LOGGED_FIELDS, _get_logged(self), strict=True))
-        fields["inputs"] = list(self.inputs)
+        fields = dict(zip(_schema.RECORD, _get_logged(self), strict=True))
+        fields[_schema.INPUTS] = list(self.inputs)
         if self.compiled is not None:
-            fields["compiled"] = self.compiled.to_log()
+            fields[_schema.COMPILED] = self.compiled.to_log()
         symbols = [_symbol(*f) if len(f) == 2 else _Symbol.of(f) for f in self._stack]
-        fields["caller"] = next((i for i, s in enumerate(symbols) if not s.internal), 0)
-        fields["stack"] = [symbol.fields for symbol in symbols]
+        fields[_schema.CALLER] = next((i for i, s in enumerate(symbols) if not s.internal), 0)
+        fields[_schema.STACK] = [symbol.fields for symbol in symbols]
         return fields
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle text instead of code objects, so that a record survives the trip to a process."""
-        state = {name: getattr(self, name) for name in _LOGGED_FIELDS}
+        state = {name: getattr(self, name) for name in _schema.RECORD}
         return state | {"_stack": tuple(self.stack()), "_inputs": self.inputs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,8 +130,7 @@ class CallRecord:
             setattr(self, name, value)
 
 
-_LOGGED_FIELDS = tuple(n for n in CallRecord.__slots__ if not n.startswith("_"))
-_get_logged = operator.attrgetter(*_LOGGED_FIELDS)
+_get_logged = operator.attrgetter(*_schema.RECORD)
 
 # Frames of these files are never "the caller": the guard itself, torch, wrapt, and the standard
 # library's context managers that stand between a `with` statement and the guard.
@@ -143,7 +143,7 @@ _INTERNAL_PATHS = (
 
 
 # The running frame, or one so many calls further out. `inspect.currentframe` would cost a call.
-frame_up: Callable[..., FrameType] = sys._getframe  # documented, for all its name
+frame_up: Callable[..., FrameType] = sys._getframe  # noqa: SLF001  # documented by this name
 
 
 def capture_stack(frame: FrameType | None, limit: int) -> Stack:
@@ -214,9 +214,9 @@ class _Symbol(NamedTuple):
     @classmethod
     def of(cls, frame: Frame, code: CodeType | None = None) -> "_Symbol":
         fields = {
-            "code.file.path": frame.file,
-            "code.line.number": frame.line,
-            "code.function.name": frame.function,
+            _schema.FILE: frame.file,
+            _schema.LINE: frame.line,
+            _schema.FUNCTION: frame.function,
         }
         return cls(code, frame, fields, frame.file.startswith(_INTERNAL_PATHS))
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from lensnet_guard._torch_checkpoints import recomputed_checkpoint
 from lensnet_guard._torch_internals import eager_only
-from lensnet_guard.armed_class import ArmedMeta, armed_class, original_of
+from lensnet_guard.armed_class import armed_class, arms_of, original_of
 from lensnet_guard.armed_class import itself as _itself
 from lensnet_guard.record import frame_up
 
@@ -231,11 +231,8 @@ _set_class: Callable[[nn.Module, type], None] = vars(object)["__class__"].__set_
 
 def armed_by(part: nn.Module) -> Tripwire | None:
     """The tripwire that has armed this very part; None for a copy, which only looks like it."""
-    armed: type = type(part)
-    if not isinstance(armed, ArmedMeta):
-        return None
-    tripwire: Tripwire = armed._lensnet_tripwire
-    return tripwire if tripwire.owns(part) else None
+    tripwire: Tripwire | None = arms_of(type(part))
+    return tripwire if tripwire is not None and tripwire.owns(part) else None
 
 
 def guard_behind(module: object) -> object | None:

@@ -134,4 +134,5 @@ def is_proxy(module: object) -> bool:
 
 def keeper_of(module: object) -> Keeper | None:
     """What a guarded module asks; None for anything else, a raw module behind a proxy included."""
-    return module._self_keeper if is_proxy(module) else None  # type: ignore[attr-defined]
+    # By wrapt's rules an attribute of the proxy's own begins so.
+    return module._self_keeper if is_proxy(module) else None  # type: ignore[attr-defined]  # noqa: SLF001

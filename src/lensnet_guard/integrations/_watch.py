@@ -6,7 +6,7 @@ is raised. Here is held what is open between them.
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -111,8 +111,9 @@ class Watch:
         self._began_in = absolute(".")
         self._place: Place | None = None
         self._installed = ExitStack()
-        self._context: tuple[str, AbstractContextManager[None]] | None = None
-        self._step: AbstractContextManager[Any] | None = None
+        self._context: Literal["training", "inference"] | None = None
+        self._in_context = ExitStack()
+        self._step: ExitStack | None = None
         self.guard: Guard | None = None
         self.micro_steps = 0
         target = contract.target
@@ -150,7 +151,7 @@ class Watch:
         """Close whatever is open, and put back what was there before `open`."""
         self.abandon(error)
         self.enter(None)
-        self._installed.__exit__(*_exception(error))
+        _leave(self._installed, error)
 
     def check(self) -> None:
         """Make sure that what the training calls is the guarded module.
@@ -166,16 +167,13 @@ class Watch:
     def enter(self, context: Literal["training", "inference"] | None) -> None:
         """Switch to a context; a micro-step that never ended is given up."""
         self.abandon()
-        if self._context is not None:
-            if self._context[0] == context:
-                return
-            _, block = self._context
-            self._context = None
-            block.__exit__(None, None, None)
+        if self._context == context:
+            return
+        self._context = None
+        self._in_context.close()
         if context is not None and self.guard is not None:
-            block = self.guard.context(context)
-            block.__enter__()
-            self._context = context, block
+            self._in_context.enter_context(self.guard.context(context))
+            self._context = context
 
     def begin_step(self, step: int, micro_step: int) -> None:
         """Open a training micro-step.
@@ -186,8 +184,8 @@ class Watch:
         assert self.guard is not None
         self.check()
         self.enter("training")
-        block = self.guard.micro_step(step, micro_step)
-        block.__enter__()
+        block = ExitStack()
+        block.enter_context(self.guard.micro_step(step, micro_step))
         self._step = block
 
     def end_step(self) -> None:
@@ -199,13 +197,13 @@ class Watch:
         block, self._step = self._step, None
         if block is not None:
             self.micro_steps += 1
-            block.__exit__(None, None, None)
+            block.close()
 
     def abandon(self, error: BaseException | None = None) -> None:
         """Close a micro-step that was cut short: no budget is due."""
         block, self._step = self._step, None
         if block is not None:
-            block.__exit__(*_exception(error or _Abandoned()))
+            _leave(block, error or Abandoned())
 
     # What it came to ---------------------------------------------------------------------------
 
@@ -288,8 +286,8 @@ class Watch:
         return guard
 
 
-class _Abandoned(Exception):
-    """Closes a micro-step that never came to its end."""
+class Abandoned(Exception):
+    """What breaks off a micro-step that never came to its end, as the log calls it."""
 
 
 def getattr_path(root: Any, path: str) -> Any:
@@ -299,7 +297,9 @@ def getattr_path(root: Any, path: str) -> Any:
     return root
 
 
-def _exception(error: BaseException | None) -> tuple[Any, Any, Any]:
+def _leave(blocks: ExitStack, error: BaseException | None) -> None:
+    """Close blocks: at their end, or by an exception that is on its way through them."""
     if error is None:
-        return None, None, None
-    return type(error), error, error.__traceback__
+        blocks.close()
+    else:
+        blocks.__exit__(type(error), error, error.__traceback__)

@@ -31,6 +31,8 @@ class LensNetGuardCallback(TrainerCallback):
 
     Args:
         guard: the guard of a module that the training calls.
+        watch: what is open already for that guard, and outlasts ``train``, as `guarded_trainer` has
+            it; without one, every ``train`` has its own.
 
     Attributes:
         guard: the same.
@@ -42,10 +44,10 @@ class LensNetGuardCallback(TrainerCallback):
         LensNetViolation: from ``train``, the violations of the contract.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, *, watch: Watch | None = None) -> None:
         self._contract = Contract(guard)
-        self._watch: Watch | None = None
-        self._owns_watch = True
+        self._watch = watch
+        self._owns_watch = watch is None
         self._substep = 0
         self.guard = guard
         self.verdict: Verdict | None = None
@@ -150,8 +152,7 @@ def guarded_trainer(
     """
     watch = Watch(Contract(target, policy, mode, log), trainer)
     try:
-        callback = LensNetGuardCallback(watch.open())
-        callback._watch, callback._owns_watch = watch, False
+        callback = LensNetGuardCallback(watch.open(), watch=watch)
         trainer.add_callback(callback)
         try:
             yield callback

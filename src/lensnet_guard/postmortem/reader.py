@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
+from lensnet_guard import _schema
+
 try:
     import fcntl
 except ImportError:  # Windows: a log that is still being written looks like that of a dead process
@@ -173,4 +175,6 @@ def _event(raw: bytes) -> dict[str, Any] | None:
             parsed = json.loads(raw)
         except (ValueError, RecursionError):
             return None
-    return parsed if isinstance(parsed, dict) and isinstance(parsed.get("event"), str) else None
+    return (
+        parsed if isinstance(parsed, dict) and isinstance(parsed.get(_schema.EVENT), str) else None
+    )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lensnet_guard import _schema
 from lensnet_guard.postmortem.events import call_key, read_call, read_site, whole
 from lensnet_guard.postmortem.events import number as read_number
 from lensnet_guard.postmortem.findings import Call, CallSite
@@ -42,7 +43,7 @@ def numbered_events(
         for line in read_lines(file.lines, progress) if file.lines is not None else ():
             if line.event is None:
                 continue
-            if line.event["event"] == "run.begin" and events:
+            if line.event[_schema.EVENT] == _schema.RUN_BEGIN and events:
                 number, events = number + 1, 0
             events += 1
             yield number, line.event
@@ -50,7 +51,7 @@ def numbered_events(
 
 def moment(event: Mapping[str, Any], before: float) -> float:
     """When an event happened, seconds since the epoch; ``before`` where its line does not tell."""
-    at = read_number(event.get("timestamp"))
+    at = read_number(event.get(_schema.TIMESTAMP))
     return at if at is not None and 0 <= at <= _LAST_MOMENT else before
 
 
@@ -70,7 +71,7 @@ class MicroStepBegins:
 
     def end(self, event: Mapping[str, Any]) -> tuple[str, float] | None:
         """Take ``micro_step.end``: thread and time of its first call, None when it had none."""
-        key = (event.get("context"), event.get("step"), event.get("micro_step"))
+        key = (event.get(_schema.CONTEXT), event.get(_schema.STEP), event.get(_schema.MICRO_STEP))
         found = [(at, thread) for thread, (opened, at) in self._open.items() if opened == key]
         for _, thread in found:
             del self._open[thread]
@@ -118,17 +119,19 @@ class Timeline:
         at = moment(event, self.last)
         self.began = self.began or at
         self.last = max(self.last, at)
-        name = event["event"]
-        if name in ("call.begin", "violation"):
-            self._call(event, at, refused=name == "violation")
-        elif name == "call.end":
+        name = event[_schema.EVENT]
+        if name in (_schema.CALL_BEGIN, _schema.VIOLATION):
+            self._call(event, at, refused=name == _schema.VIOLATION)
+        elif name == _schema.CALL_END:
             call, began = self._open.pop(call_key(event), (None, at))
             if call is not None:
-                self._add_call(call, _outcome(call, event.get("outcome")), began, at)
-        elif name == "micro_step.end":
+                self._add_call(call, _outcome(call, event.get(_schema.OUTCOME)), began, at)
+        elif name == _schema.MICRO_STEP_END:
             _, began = self._begins.end(event) or ("", at)
-            outcome = "micro-step with violations" if event.get("violations") else "micro-step"
-            step, micro_step = whole(event.get("step")), whole(event.get("micro_step"))
+            outcome = (
+                "micro-step with violations" if event.get(_schema.VIOLATIONS) else "micro-step"
+            )
+            step, micro_step = whole(event.get(_schema.STEP)), whole(event.get(_schema.MICRO_STEP))
             label = f"step {step}, micro-step {micro_step}"
             self._add(MICRO_STEPS, outcome, began, at, label)
 
