@@ -67,7 +67,7 @@ def guarded(frames: int, log: Path | None = None) -> Runner:
     calls = loop(guard.module)
 
     def run() -> float:
-        with patch("lensnet_guard.history.CALL_FRAMES", frames), guard.context("inference"):
+        with patch("lensnet_guard.logs.history.CALL_FRAMES", frames), guard.context("inference"):
             return calls()
 
     return run

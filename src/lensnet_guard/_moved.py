@@ -10,8 +10,15 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _NOW = {  # of what a pickle may hold; version 0.1.0 and before
+    "armed_class": "boundary.armed_class",
+    "budget": "calls.budget",
+    "compiled": "calls.compiled",
     "copies": "guard",
+    "errors": "calls.errors",
+    "hazards": "boundary.hazards",
+    "policy": "calls.policy",
     "proxy": "guard",
+    "record": "calls.record",
 }
 
 

@@ -1,8 +1,9 @@
-"""Words that more than one module writes. Light to import."""
+"""Words and paths that more than one module writes. Light to import."""
 
 import json
 import os
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -28,6 +29,31 @@ def short_path(path: str) -> str:
         return path.removeprefix(os.getcwd() + os.sep)
     except FileNotFoundError:  # the working directory is gone
         return path
+
+
+def absolute(folder: str | os.PathLike[str]) -> Path:
+    """Where a log's folder is now, for a process that may change its working directory.
+
+    Raises:
+        TypeError: ``folder`` is not a path.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"log must be a folder's path, not {folder!r}")
+    try:
+        return Path(folder).absolute()
+    except FileNotFoundError:  # there is no working directory: no file will be made either
+        return Path(folder)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception, once.
+
+    Python 3.10 has no notes and prints none. They are kept by the same name all the same, where
+    pytest and other tools look for them.
+    """
+    notes = getattr(error, "__notes__", [])
+    if note not in notes:
+        error.__notes__ = [*notes, note]  # type: ignore[attr-defined, unused-ignore]
 
 
 def json_line(value: Any) -> bytes:

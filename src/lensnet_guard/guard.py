@@ -15,14 +15,14 @@ from lensnet_guard import _schema, _torch_checkpoints, _torch_internals
 from lensnet_guard.boundary.admission import Admission, Mode
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
 from lensnet_guard.boundary.settlement import held_open
-from lensnet_guard.budget import MicroStep
-from lensnet_guard.context import Block, P, Position, R
-from lensnet_guard.evidence import write_evidence
-from lensnet_guard.history import History
-from lensnet_guard.policy import CallPolicy
-from lensnet_guard.record import CallRecord, Context
-from lensnet_guard.sinks import Sink
-from lensnet_guard.tripwire import Inside, Tripwire, guard_behind
+from lensnet_guard.boundary.tripwire import Inside, Tripwire, guard_behind
+from lensnet_guard.calls.budget import MicroStep
+from lensnet_guard.calls.context import Block, P, Position, R
+from lensnet_guard.calls.policy import CallPolicy
+from lensnet_guard.calls.record import CallRecord, Context
+from lensnet_guard.logs.evidence import write_evidence
+from lensnet_guard.logs.history import History
+from lensnet_guard.logs.sinks import Sink
 from lensnet_guard.untested import tell_untested
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Guard(Generic[M]):
     # Logs, copies, the end ---------------------------------------------------------------------
 
     def start_log(self, folder: str | os.PathLike[str]) -> None:
-        """Log to a folder from now on, see `lensnet_guard.log`.
+        """Log to a folder from now on, see `lensnet_guard.logs.run_log`.
 
         Raises:
             TypeError: ``folder`` is not a path.

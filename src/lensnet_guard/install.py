@@ -11,9 +11,9 @@ from torch import nn
 
 from lensnet_guard.boundary.admission import Mode
 from lensnet_guard.boundary.proxy import is_proxy
+from lensnet_guard.boundary.tripwire import armed_by, runs
+from lensnet_guard.calls.policy import CallPolicy
 from lensnet_guard.guard import Guard, M, guard_of
-from lensnet_guard.policy import CallPolicy
-from lensnet_guard.tripwire import armed_by, runs
 
 _MISSING = object()
 

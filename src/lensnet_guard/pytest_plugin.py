@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lensnet_guard.pytest_session import MODES, RAISED, Raised, Session, fail_if_swallowed
+from lensnet_guard.testing.plugin_session import MODES, RAISED, Raised, Session, fail_if_swallowed
 
 if TYPE_CHECKING:
-    from lensnet_guard.capture import CapturedCalls
+    from lensnet_guard.calls.policy import CallPolicy
+    from lensnet_guard.calls.record import Context
     from lensnet_guard.guard import Guard
-    from lensnet_guard.policy import CallPolicy
-    from lensnet_guard.record import Context
+    from lensnet_guard.testing.capture import CapturedCalls
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,7 +58,7 @@ def assert_lensnet_calls(
 ) -> Callable[..., AbstractContextManager["CapturedCalls"]]:
     """``with assert_lensnet_calls(n=1, context=..., scope=..., guard=..., info=...) as calls:``."""
 
-    from lensnet_guard.expectation import Asserted
+    from lensnet_guard.testing.expectation import Asserted
 
     def expect(
         n: int = 1,
@@ -80,7 +80,7 @@ def assert_max_lensnet_calls(
 ) -> Callable[..., AbstractContextManager["CapturedCalls"]]:
     """``with assert_max_lensnet_calls(3) as calls:``, with the same filters."""
 
-    from lensnet_guard.expectation import Asserted
+    from lensnet_guard.testing.expectation import Asserted
 
     def expect(
         n: int,
@@ -99,7 +99,7 @@ def assert_max_lensnet_calls(
 @pytest.fixture
 def lensnet_calls() -> Iterator["CapturedCalls"]:
     """The calls of every guarded module since the fixture was set up; asserts nothing."""
-    from lensnet_guard.capture import capture
+    from lensnet_guard.testing.capture import capture
 
     with capture() as captured:
         yield captured

@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 
 from lensnet_guard._torch_internals import default_store
-from lensnet_guard.errors import RankStopped
+from lensnet_guard.calls.errors import RankStopped
 from lensnet_guard.guard import Guard
-from lensnet_guard.sinks import Sink
+from lensnet_guard.logs.sinks import Sink
 
 if TYPE_CHECKING:
-    from lensnet_guard.budget import MicroStep
-    from lensnet_guard.record import CallRecord
+    from lensnet_guard.calls.budget import MicroStep
+    from lensnet_guard.calls.record import CallRecord
 
 POLL_S = 0.25  # between looks for what stopped another rank
 TELL_S = 3.0  # that a rank which stops waits for the others to hear why

@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import pytest
 
-from lensnet_guard.pytest_session import TALLY
-from lensnet_guard.sinks import remove_from_all
+from lensnet_guard.logs.sinks import remove_from_all
+from lensnet_guard.testing.plugin_session import TALLY
 
 PREAMBLE = """
 import contextlib, os, threading
@@ -477,7 +477,7 @@ class TestLensnetGuard:
         result.assert_outcomes(failed=2, passed=1)
         result.stdout.fnmatch_lines(
             [
-                "E  *lensnet_guard.errors.NoContext: Linear was used in a thread that has*",
+                "E  *lensnet_guard.NoContext: Linear was used in a thread that has*",
                 ">  *with pytest.raises(ZeroDivisionError):",
                 "E  *Failed: DID NOT RAISE*ZeroDivisionError*",
             ]

@@ -139,7 +139,7 @@ class TestDivergence:
         for rank, ended in enumerate(both):
             assert ended.code == 1
             told = re.sub(r"^\[rank\d\]: ", "", ended.err, flags=re.MULTILINE)  # torch's prefix
-            message = told[told.rindex("lensnet_guard.errors.RankDivergence") :]
+            message = told[told.rindex("lensnet_guard.RankDivergence") :]
             assert re.fullmatch(
                 r"""lensnet_guard\.errors\.RankDivergence: Linear was not called alike by all """
                 r"""ranks, which hangs what they do together:
@@ -228,7 +228,7 @@ class TestStopped:
             "lensnet_guard: rank 1 ends, because rank 0 stopped: UnsanctionedCall: Linear was "
             "called in training outside its sanctioned scope." in second.err
         )
-        assert "lensnet_guard.errors.RankStopped: rank 0 stopped: UnsanctionedCall" in second.err
+        assert "lensnet_guard.RankStopped: rank 0 stopped: UnsanctionedCall" in second.err
         assert second.seconds < 60
 
     def test_any_exception_is_told(self, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The names in a log: one list for the writer and the reader, and nothing written that is not in it."""
+"""The names in a log: one list for writer and reader, and nothing is written that is not in it."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lensnet_guard import CallRecord, _schema, guard_module
-from lensnet_guard.compiled import CompileState
+from lensnet_guard.calls.compiled import CompileState
 
 BEFORE = Path(__file__).parent / "before" / "run"
 NAMES = {value for name, value in vars(_schema).items() if name.isupper()}
@@ -37,7 +37,7 @@ def test_no_name_stands_for_two():
 
 
 def test_every_name_in_a_log_is_in_the_list(graphed_guard, tmp_path, x):
-    """In a log of today, with compiled calls, and in one that was written before there was a list."""
+    """In a log of today, with compiled calls, and in one of before there was a list."""
     graphed_guard.start_log(tmp_path)
     with graphed_guard.context("training"), graphed_guard.sanctioned("preference_scorer"):
         graphed_guard.module(x)
@@ -54,5 +54,5 @@ def test_every_name_in_a_log_is_in_the_list(graphed_guard, tmp_path, x):
 
 def test_it_needs_nothing(run_python):
     """A reader of logs starts without torch."""
-    code = "import sys, lensnet_guard._schema; print({'torch', 'orjson', 'structlog'} & {*sys.modules})"
+    code = "import sys, lensnet_guard._schema; print({'torch', 'orjson'} & {*sys.modules})"
     assert run_python(code).stdout == "set()\n"

@@ -20,7 +20,7 @@ from lensnet_guard import (
     guard_module,
     lensnet_guard,
 )
-from lensnet_guard.history import RING_RECORDS
+from lensnet_guard.logs.history import RING_RECORDS
 from lensnet_guard.postmortem import analyse
 
 SCOPE = "preference_scorer"
@@ -504,7 +504,7 @@ class TestDataLoaderWorkers:
         result = run_python(REFUSED, method)
         assert result.returncode == 0, result.stderr
         _, *message, count = result.stdout.splitlines()
-        assert any(line.startswith("lensnet_guard.errors.NoContext: ") for line in message)
+        assert any(line.startswith("lensnet_guard.NoContext: ") for line in message)
         assert any(re.search(r" in (Items\.)?__getitem__$", line) for line in message)
         assert count == "0"  # it is the worker's violation
         logs = {path.name: read(path) for path in (tmp_path / "log").iterdir()}

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from tests.lensnet_guard.test_tripwire import BYPASSES, Lens
+from tests.lensnet_guard.boundary.test_tripwire import BYPASSES, Lens
 from torch import nn
 from torch.distributed import HashStore
 from torch.nn.parallel import DistributedDataParallel

@@ -11,15 +11,15 @@ from typing import Any, Literal
 from torch import nn
 
 from lensnet_guard._torch_checkpoints import is_composable, stops_recomputing
-from lensnet_guard.context import OpenBlocks, Position
-from lensnet_guard.errors import build_violation
-from lensnet_guard.hazards import CompiledCalls
-from lensnet_guard.history import History, Refusal
-from lensnet_guard.policy import CallPolicy, decide
-from lensnet_guard.profiling import in_range
-from lensnet_guard.recompute import Recomputes
-from lensnet_guard.record import CallRecord, Kind, describe_inputs, find_caller, frame_up
-from lensnet_guard.tripwire import Inside, describe_part
+from lensnet_guard.boundary.hazards import CompiledCalls
+from lensnet_guard.boundary.profiling import in_range
+from lensnet_guard.boundary.recompute import Recomputes
+from lensnet_guard.boundary.tripwire import Inside, describe_part
+from lensnet_guard.calls.context import OpenBlocks, Position
+from lensnet_guard.calls.errors import build_violation
+from lensnet_guard.calls.policy import CallPolicy, decide
+from lensnet_guard.calls.record import CallRecord, Kind, describe_inputs, find_caller, frame_up
+from lensnet_guard.logs.history import History, Refusal
 
 Mode = Literal["enforce", "observe", "off"]
 

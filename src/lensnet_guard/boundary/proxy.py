@@ -15,9 +15,9 @@ import wrapt
 from torch import nn
 
 from lensnet_guard._torch_internals import eager_only
-from lensnet_guard.armed_class import refuse_scripting
-from lensnet_guard.record import frame_up
-from lensnet_guard.tripwire import EAGER
+from lensnet_guard.boundary.armed_class import refuse_scripting
+from lensnet_guard.boundary.tripwire import EAGER
+from lensnet_guard.calls.record import frame_up
 
 # The methods of nn.Module that return self; a test compares this with torch's own annotations.
 FLUENT_METHODS = (

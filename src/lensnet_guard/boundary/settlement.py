@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lensnet_guard.boundary.admission import Admission
-from lensnet_guard.budget import MicroStep
-from lensnet_guard.context import Block, Position
-from lensnet_guard.errors import LensNetViolation
+from lensnet_guard.calls.budget import MicroStep
+from lensnet_guard.calls.context import Block, Position
+from lensnet_guard.calls.errors import LensNetViolation
 
 
 @contextmanager

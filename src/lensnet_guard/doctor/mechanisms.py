@@ -31,7 +31,7 @@ from lensnet_guard import (
     compare_ranks,
     guard_module,
 )
-from lensnet_guard.doctor.attempt import Broken, NotTried, expect, first_line
+from lensnet_guard.doctor.outcome import Broken, NotTried, expect, first_line
 from lensnet_guard.postmortem import read_verdict
 
 SCOPE = "critic"

@@ -12,10 +12,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lensnet_guard import CallPolicy, Guard, guard_module, guard_of, lensnet_guard
-from lensnet_guard._text import count, short_path
-from lensnet_guard.errors import add_note
+from lensnet_guard._text import absolute, add_note, count, short_path
 from lensnet_guard.integrations._place import GuardLost, Place, find, locate
-from lensnet_guard.log_file import absolute
 
 Mode = Literal["enforce", "observe", "off"]
 Log = str | os.PathLike[str]

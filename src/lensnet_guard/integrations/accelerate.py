@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
+from lensnet_guard._text import absolute
 from lensnet_guard.integrations._place import GuardLost, find
 from lensnet_guard.integrations._watch import Contract, Log, Mode, Verdict, Watch
-from lensnet_guard.log_file import absolute
 
 try:
     from accelerate import Accelerator

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lensnet_guard import CallPolicy, LensNetViolation, guard_module, log_file
+from lensnet_guard import CallPolicy, LensNetViolation, guard_module
+from lensnet_guard.logs import log_file
 from lensnet_guard.postmortem.analysis import KEPT_VIOLATIONS, analyse
 from lensnet_guard.postmortem.reader import MAX_LINE_BYTES, find_logs, read_lines
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lensnet_guard import guard_module, log_file
-from lensnet_guard.log import RunLog
+from lensnet_guard import guard_module
+from lensnet_guard.logs import log_file
+from lensnet_guard.logs.run_log import RunLog
 from lensnet_guard.postmortem import analyse, reader
 from lensnet_guard.postmortem.reader import find_logs, open_logs
 from lensnet_guard.postmortem.timeline import read_timelines
