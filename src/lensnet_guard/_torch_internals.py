@@ -45,11 +45,13 @@ def _read(module: str, path: str, unknown: Any, loss: str) -> Any:
     """A name of a module of torch's that is loaded; importing one takes long.
 
     Args:
-        unknown: the answer where the module is not loaded, or the name is gone.
-        loss: what cannot be told without the name.
+        module: The module's full name.
+        path: The name in it, with dots where it is the attribute of another.
+        unknown: The answer where the module is not loaded, or the name is gone.
+        loss: What cannot be told without the name.
 
     Warns:
-        UntestedTorch: the module is there and the name is not.
+        UntestedTorch: The module is there and the name is not.
     """
     found = sys.modules.get(module)
     if found is None:
@@ -107,11 +109,11 @@ class GraphTree(NamedTuple):
     """The CUDA graphs of one device, as this thread runs them.
 
     Attributes:
-        phase: what ran last: ``"warmup"``, ``"recording"``, ``"execution"``, or ``"none"``.
-        pending_backward: a forward waits for its backward: until then no output is overwritten.
-        live: outputs of the calls that share memory now and that are in use, each by the ``cdata``
+        phase: What ran last: ``"warmup"``, ``"recording"``, ``"execution"``, or ``"none"``.
+        pending_backward: A forward waits for its backward: until then no output is overwritten.
+        live: Outputs of the calls that share memory now and that are in use, each by the ``cdata``
             of a weak reference to its storage.
-        cloned: those that are in use are copied before their memory is used again.
+        cloned: Those that are in use are copied before their memory is used again.
     """
 
     phase: str
@@ -179,8 +181,8 @@ def clones_outputs(options: Mapping[str, object], tree: GraphTree | None) -> boo
     torch/_inductor/config.py; before there was no such thing.
 
     Args:
-        options: of the compiled module, as they were when it was compiled.
-        tree: tells it of the graphs that were recorded, where there are any.
+        options: Of the compiled module, as they were when it was compiled.
+        tree: Tells it of the graphs that were recorded, where there are any.
     """
     if tree is not None:
         return tree.cloned
@@ -254,7 +256,7 @@ def eager_only(reason: str) -> Callable[[_Function], _Function]:
     without importing torch._dynamo (read from torch 2.7 to 2.15, torch/_dynamo/eval_frame.py).
 
     Args:
-        reason: what torch prints where the function stands in the way of a full graph.
+        reason: What torch prints where the function stands in the way of a full graph.
     """
 
     def mark(function: _Function) -> _Function:

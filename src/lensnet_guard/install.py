@@ -29,16 +29,20 @@ def guard_module(
     """Guard a module: call ``guard.module`` from now on, never the raw module.
 
     Args:
-        policy: the contract; the default allows one ``"preference_scorer"`` call per micro-step.
+        module: The raw module; it is changed in place, and given back by ``guard.uninstall()``.
+        policy: The contract; the default allows one ``"preference_scorer"`` call per micro-step.
         mode: ``"enforce"`` (default), ``"observe"`` or ``"off"``; the environment variable
             LENSNET_GUARD decides when the argument is not given.
-        log: folder for the JSONL log.
-        name: how records and messages call the module; its class name by default.
+        log: Folder for the JSONL log.
+        name: How records and messages call the module; its class name by default.
+
+    Returns:
+        The guard, whose ``module`` passes for the raw one.
 
     Raises:
-        TypeError: not a module, or one that has no forward (a ModuleList); a policy, name or log
+        TypeError: Not a module, or one that has no forward (a ModuleList); a policy, name or log
             of another type.
-        ValueError: an unknown mode, or a module that is guarded already.
+        ValueError: An unknown mode, or a module that is guarded already.
     """
     guard = guard_of(module)
     if guard is not None:
@@ -93,15 +97,21 @@ def lensnet_guard(
     block adds the log and the final verdict.
 
     Args:
-        owner_or_module: an object with the module as ``attribute``, or the module itself.
-        policy, mode, log: as for `guard_module`.
+        owner_or_module: An object with the module as ``attribute``, or the module itself.
+        attribute: The name by which the owner holds the module.
+        policy: The contract, as for `guard_module`.
+        mode: ``"enforce"``, ``"observe"`` or ``"off"``, as for `guard_module`.
+        log: Folder for the JSONL log, as for `guard_module`.
+
+    Yields:
+        The guard.
 
     Raises:
-        TypeError: neither a module nor an owner of one.
-        ValueError: another policy or mode than the existing guard's, or a second log.
+        TypeError: Neither a module nor an owner of one.
+        ValueError: Another policy or mode than the existing guard's, or a second log.
 
     Warns:
-        RuntimeWarning: at the end, if violations were recorded and nothing was raised.
+        RuntimeWarning: At the end, if violations were recorded and nothing was raised.
     """
     name, module = _find_module(owner_or_module, attribute)
     guard = guard_of(module)

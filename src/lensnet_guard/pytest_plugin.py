@@ -56,8 +56,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def assert_lensnet_calls(
     pytestconfig: pytest.Config,
 ) -> Callable[..., AbstractContextManager["CapturedCalls"]]:
-    """``with assert_lensnet_calls(n=1, context=..., scope=..., guard=..., info=...) as calls:``."""
+    """Expect an exact number of calls of a block, one by default.
 
+    Example:
+        ``with assert_lensnet_calls(n=1, context=..., scope=..., guard=..., info=...) as calls:``
+    """
     from lensnet_guard.testing.expectation import Asserted
 
     def expect(
@@ -78,8 +81,11 @@ def assert_lensnet_calls(
 def assert_max_lensnet_calls(
     pytestconfig: pytest.Config,
 ) -> Callable[..., AbstractContextManager["CapturedCalls"]]:
-    """``with assert_max_lensnet_calls(3) as calls:``, with the same filters."""
+    """Expect no more than a number of calls of a block, with the same filters.
 
+    Example:
+        ``with assert_max_lensnet_calls(3) as calls:``
+    """
     from lensnet_guard.testing.expectation import Asserted
 
     def expect(
@@ -107,11 +113,11 @@ def lensnet_calls() -> Iterator["CapturedCalls"]:
 
 @pytest.fixture
 def lensnet_guard(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Guard"]]:
-    """Guard a module, or an owner's, for this test: ``guard = lensnet_guard(model)``.
+    """Guard a module, or an owner's, for this test.
 
-    Takes what `lensnet_guard.lensnet_guard` takes, and puts everything back afterwards. A violation
-    that does not reach the test, because other code swallowed it or it was raised in a thread,
-    fails the test all the same.
+    ``guard = lensnet_guard(model)`` takes what `lensnet_guard.lensnet_guard` takes, and everything
+    is put back after the test. A violation that does not reach the test, because other code
+    swallowed it or it was raised in a thread, fails the test all the same.
     """
     from lensnet_guard.install import lensnet_guard as guarded
 

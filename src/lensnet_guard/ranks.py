@@ -46,10 +46,12 @@ class RankState:
     """What one rank has done so far.
 
     Attributes:
-        micro_steps, calls: training micro-steps that it has ended, training calls that it began.
-        step, micro_step: of the micro-step that ended last; -1 where it has no number.
-        callers: the newest lines that made training calls.
-        leaving: it compares no more.
+        micro_steps: How many training micro-steps it has ended.
+        calls: How many training calls it has begun.
+        step: The optimizer step of the micro-step that ended last; -1 where it has no number.
+        micro_step: The number of that micro-step in it, likewise.
+        callers: The newest lines that made training calls.
+        leaving: Whether it compares no more.
     """
 
     micro_steps: int
@@ -78,15 +80,16 @@ def compare_ranks(guard: Guard, *, every: int = 1) -> Iterator[None]:
     What raises out of the block on one rank is told to all others, which end too.
 
     Args:
-        guard: the module's guard.
-        every: micro-steps between comparisons. 1 notices before the backward of the very micro-step
+        guard: The module's guard.
+        every: Micro-steps between comparisons. 1 notices before the backward of the very micro-step
             that differs; a comparison takes as long as a small all-reduce between the hosts.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised.
-        TypeError, ValueError: ``every`` is no int of at least 1.
-        RankDivergence: the ranks differ; names every rank's counts and callers.
-        RankStopped: another rank raised; says what.
+        RuntimeError: Torch.distributed is not initialised.
+        TypeError: ``every`` is no whole number.
+        ValueError: ``every`` is less than 1.
+        RankDivergence: The ranks differ; names every rank's counts and callers.
+        RankStopped: Another rank raised; says what.
     """
     ranks = Ranks(guard.name, every, guard.violate)
     guard.add_sink(ranks)
@@ -112,9 +115,9 @@ class Ranks(Sink):
     """What this rank has done, and what it hears of the others.
 
     Args:
-        module: the guarded module's name.
-        every: micro-steps between comparisons.
-        violate: records, logs and raises a violation: its class's name, and details.
+        module: The guarded module's name.
+        every: Micro-steps between comparisons.
+        violate: Records, logs and raises a violation: its class's name, and details.
     """
 
     def __init__(self, module: str, every: int, violate: Callable[[str, str], None]) -> None:
@@ -158,7 +161,8 @@ class Ranks(Sink):
         """A training micro-step has ended, and did not raise: compare, when it is time to.
 
         Raises:
-            RankDivergence, RankStopped: see `compare_ranks`.
+            RankDivergence: The ranks differ.
+            RankStopped: Another rank has raised.
         """
         self._micro_steps += 1
         step, micro_step = ledger.step, ledger.micro_step
@@ -171,7 +175,7 @@ class Ranks(Sink):
         """Stop when another rank has.
 
         Raises:
-            RankStopped: saying what that rank said.
+            RankStopped: Saying what that rank said.
         """
         if self._heard is not None:
             self._left.set()  # however long the unwinding takes
@@ -181,7 +185,7 @@ class Ranks(Sink):
         """Wait for the others, and look whether they have done the same.
 
         Args:
-            leaving: this rank will not compare again.
+            leaving: This rank will not compare again.
         """
         if self._world == 1 or self._apart:
             return

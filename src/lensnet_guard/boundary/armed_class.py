@@ -31,8 +31,8 @@ def armed_class(original: Any, tripwire: Arms, checked: Mapping[str, Any]) -> ty
     """A subclass of the same name with the methods of ``checked``, that otherwise is the original.
 
     Args:
-        original: the class of a part; an `nn.Module`.
-        tripwire: what arms a part again that becomes an instance of another class.
+        original: The class of a part; an `nn.Module`.
+        tripwire: What arms a part again that becomes an instance of another class.
         checked: ``forward`` and ``__call__``, which ask first.
     """
     namespace = {
@@ -72,7 +72,13 @@ def arms_of(cls: type) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _Patch:
-    """A class attribute that was set, or deleted, through the armed class."""
+    """A class attribute that was set, or deleted, through the armed class.
+
+    Attributes:
+        name: The attribute's name.
+        before: Its value until then; `_MISSING` without one.
+        after: Its value since then, likewise.
+    """
 
     name: str
     before: object
@@ -91,7 +97,8 @@ class ArmedMeta(type):
         """The original's: what is read here is wrapped, and put back, by whoever patches it."""
         return cls._lensnet_original.forward
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # type(part)(...) is a new, free module
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a new, free module: that is what ``type(part)(...)`` means."""
         return cls._lensnet_original(*args, **kwargs)
 
     def __instancecheck__(cls, instance: object) -> bool:
@@ -201,7 +208,7 @@ def refuse_scripting(module: nn.Module) -> None:
     """What ``torch.jit.script`` asks a module first, and every submodule of it.
 
     Raises:
-        RuntimeError: always: the script would be a copy without a guard.
+        RuntimeError: Always: the script would be a copy without a guard.
     """
     raise RuntimeError(
         f"{type(module).__name__} is guarded by lensnet_guard and cannot be scripted: TorchScript "

@@ -47,7 +47,13 @@ class LensNetHazard(UserWarning):
 
 @dataclass(slots=True, eq=False)
 class _Output:
-    """What one call gave out, held as weakly as torch holds it."""
+    """What one call gave out, held as weakly as torch holds it.
+
+    Attributes:
+        call: The call.
+        tensors: Its outputs.
+        storages: The storages of its outputs, which views of them hold too.
+    """
 
     call: CallRecord
     tensors: list[weakref.ref[torch.Tensor]]
@@ -88,7 +94,7 @@ class CompiledCalls:
             The newest earlier call whose output this one will overwrite while it is in use.
 
         Warns:
-            LensNetHazard: when there is one, once for each pair of lines.
+            LensNetHazard: When there is one, once for each pair of lines.
         """
         options, captured = compiler_options(self._module), capturing()
         if options is None and not captured:

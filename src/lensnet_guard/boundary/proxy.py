@@ -65,6 +65,7 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
 
     @eager_only(EAGER)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, if the contract allows it."""
         return self._self_keeper.run(self.__wrapped__, args, kwargs, frame_up().f_back)
 
     @property
@@ -72,7 +73,7 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
         """The module without its hooks, as ``nn.Module.forward`` is; guarded all the same.
 
         Raises:
-            AttributeError: when it is set: a call would not run what was set.
+            AttributeError: When it is set: a call would not run what was set.
         """
         raw = self.__wrapped__.forward
 

@@ -26,7 +26,7 @@ class Recompute(NamedTuple):
     """A run that is no new call.
 
     Attributes:
-        original: the call that it repeats; None where torch does not show which.
+        original: The call that it repeats; None where torch does not show which.
     """
 
     original: CallRecord | None
@@ -52,7 +52,8 @@ class Recomputes:
         Several calls under one checkpoint are recomputed in their order, in every backward pass.
 
         Args:
-            hidden: the checkpoint may have been opened where no call is noted.
+            frame: The innermost frame of who runs the module.
+            hidden: The checkpoint may have been opened where no call is noted.
         """
         held = recomputed_checkpoint(frame) if may_be_recomputing() else None
         if held is None:

@@ -56,13 +56,13 @@ class Tripwire:
     parametrizations (reading a weight runs them), and parts that a guard of their own has armed.
 
     Args:
-        module: the raw module. The parts of a copy are armed although their classes, inherited
+        module: The raw module. The parts of a copy are armed although their classes, inherited
             from the original, are armed already.
-        guard: whose module it is, for `guard_behind`.
-        inside: says whether a run is admitted.
-        refuse: called with ``(part, forward, args, kwargs)`` instead of the forward otherwise;
+        guard: Whose module it is, for `guard_behind`.
+        inside: Says whether a run is admitted.
+        refuse: Called with ``(part, forward, args, kwargs)`` instead of the forward otherwise;
             what it returns is the result.
-        shared: names of submodules that other models run too, and that are left alone.
+        shared: Names of submodules that other models run too, and that are left alone.
 
     Raises:
         ValueError: ``shared`` names no submodule.
@@ -207,7 +207,7 @@ class _OwnForward:
     original's weights. A pickle holds the forward alone.
 
     Attributes:
-        __wrapped__: the forward, where `inspect.signature` looks for it.
+        __wrapped__: The forward, where `inspect.signature` looks for it.
     """
 
     def __init__(self, tripwire: Tripwire, part: nn.Module, run: Callable[..., Any]) -> None:

@@ -15,10 +15,18 @@ class MicroStep:
     reading a budget to spending it, so that no two calls can spend the same unit.
 
     Args:
-        step: optimizer step, or None for a sanctioned scope that stands alone.
-        micro_step: number of the micro-batch inside the step, or None likewise.
-        due: calls per scope or caller that must have been made when the micro-step ends.
-        context: that it was opened in, and the only one in which it counts.
+        step: Optimizer step, or None for a sanctioned scope that stands alone.
+        micro_step: Number of the micro-batch inside the step, or None likewise.
+        due: Calls per scope or caller that must have been made when the micro-step ends.
+        context: That it was opened in, and the only one in which it counts.
+
+    Attributes:
+        context: The same.
+        step: The same.
+        micro_step: The same.
+        due: The same.
+        violations: What went wrong in it.
+        raised: The type of what broke it off; None as long as nothing has.
     """
 
     def __init__(
@@ -33,7 +41,7 @@ class MicroStep:
         self.micro_step = micro_step
         self.due = due
         self.violations: list[LensNetViolation] = []
-        self.raised: str | None = None  # what broke it off, by type: it is no whole micro-step
+        self.raised: str | None = None
         self._spent: dict[str, list[CallRecord]] = {}
 
     def spent(self, scope: str) -> list[CallRecord]:

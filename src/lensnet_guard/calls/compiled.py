@@ -22,20 +22,20 @@ class CompileState:
     """The state of things as a call of a compiled module began, and what the call made of it.
 
     Attributes:
-        cuda_graphs: the module is compiled with CUDA graphs.
-        capturing: the caller captures a CUDA graph of its own. The call ran once, for the capture;
+        cuda_graphs: The module is compiled with CUDA graphs.
+        capturing: The caller captures a CUDA graph of its own. The call ran once, for the capture;
             no replay will be seen.
-        generation: torch's number of compiled calls so far; None where unknown.
-        marks: how often ``torch.compiler.cudagraph_mark_step_begin`` was called.
-        pending_backward: a forward waits for its backward, until when no output is overwritten;
+        generation: Torch's number of compiled calls so far; None where unknown.
+        marks: How often ``torch.compiler.cudagraph_mark_step_begin`` was called.
+        pending_backward: A forward waits for its backward, until when no output is overwritten;
             None where unknown.
-        new_inputs: no earlier call of the module had inputs of these shapes, dtypes and devices.
+        new_inputs: No earlier call of the module had inputs of these shapes, dtypes and devices.
         live_outputs: ``seq`` of the earlier calls an output of which was in use.
-        phase: what torch's CUDA graphs did in the call: ``"warmup"``, ``"recording"`` or
+        phase: What torch's CUDA graphs did in the call: ``"warmup"``, ``"recording"`` or
             ``"replay"``; None before its end, and where there are none.
-        graphs_compiled: graphs that torch compiled during the call, in any thread; None before its
+        graphs_compiled: Graphs that torch compiled during the call, in any thread; None before its
             end.
-        cuda_graphs_skipped: functions that torch runs without CUDA graphs since this call, although
+        cuda_graphs_skipped: Functions that torch runs without CUDA graphs since this call, although
             asked to; None before its end.
     """
 

@@ -23,7 +23,14 @@ R = TypeVar("R")
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """One open ``with`` block: a context, or a micro-step, or a scope, or the last two at once."""
+    """One open ``with`` block: a context, or a micro-step, or a scope, or the last two at once.
+
+    Attributes:
+        context: The context that it declares, if it does.
+        micro_step: The micro-step that it opens, if it does.
+        scope: The scope that it opens, if it does.
+        closed: Whether it has ended; then it counts for nothing.
+    """
 
     context: Context | None = None
     micro_step: MicroStep | None = None
@@ -33,7 +40,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The sum of the open blocks, outermost first."""
+    """The sum of the open blocks.
+
+    Attributes:
+        context: The context that the innermost block declares.
+        micro_step: The innermost micro-step, where it was opened in that context.
+        scope: The innermost scope of that micro-step.
+        blocks: The open blocks, outermost first.
+    """
 
     context: Context | None = None
     micro_step: MicroStep | None = None
@@ -77,7 +91,7 @@ class OpenBlocks:
         """Bind a function to the position here and now; see `resumed`.
 
         Raises:
-            TypeError: a generator function, whose body runs only after the call has returned.
+            TypeError: A generator function, whose body runs only after the call has returned.
         """
         if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
             raise TypeError(

@@ -17,9 +17,9 @@ class LensNetViolation(Exception):
     """A broken call contract. Never raised itself, only as one of its subclasses.
 
     Attributes:
-        record: the refused call (or the unmet budget) with its stack and context; None only where
+        record: The refused call (or the unmet budget) with its stack and context; None only where
             somebody made the exception anew from its text, as DataLoader does for its workers.
-        earlier: the allowed calls of the same micro-step that had spent the budget before.
+        earlier: The allowed calls of the same micro-step that had spent the budget before.
     """
 
     headline = "{module} broke its call contract"
@@ -153,10 +153,11 @@ def build_violation(
     """The exception for a refused record, its message composed; tests pin the text line by line.
 
     Args:
-        record: its ``reason`` names the class.
-        made: calls of the micro-step so far, by scope.
-        earlier: the calls that spent the budget.
-        detail: what else the headline should say.
+        record: What is refused; its ``reason`` names the class.
+        policy: The contract that it breaks.
+        made: Calls of the micro-step so far, by scope.
+        earlier: The calls that spent the budget.
+        detail: What else the headline should say.
     """
     violation = VIOLATIONS[str(record.reason)]
     lines = [f"{violation.headline.format(module=record.module)}{detail}."]

@@ -20,16 +20,17 @@ class CallPolicy:
     """Who may call the module in training, and exactly how often per micro-step.
 
     Args:
-        scopes: name of a sanctioned scope -> calls per micro-step. The default is one
+        scopes: Name of a sanctioned scope -> calls per micro-step. The default is one
             ``"preference_scorer"`` call, or no scope when ``sanctioned_callers`` are given instead.
         sanctioned_callers: ``"module:qualname"`` of a function -> calls per micro-step, for code
             that cannot be edited to open a scope. It applies when any frame of the call's stack
             runs that function and no scope is open.
-        shared_submodules: names of submodules that other models run too (tied embeddings, a shared
+        shared_submodules: Names of submodules that other models run too (tied embeddings, a shared
             backbone), such as ``("backbone",)``; alone, they may be run by anyone.
 
     Raises:
-        TypeError, ValueError: a name or a budget that cannot be one.
+        TypeError: A name that is no string, or a budget that is no whole number.
+        ValueError: A name or a number that cannot be one, or a policy that allows no call at all.
     """
 
     scopes: Mapping[str, int] = field(default_factory=lambda: _ONE_PREFERENCE_SCORER)
@@ -91,12 +92,12 @@ def decide(
     """The verdict on one run: the name of the violation that it is, or None when it is allowed.
 
     Args:
-        context: what the thread has declared.
-        sanctioned: whether a sanctioned scope or caller inside a micro-step makes the call.
-        budget_left: calls that this scope may still make.
-        reentrant: whether the module runs already in this thread.
-        recompute: whether activation checkpointing repeats a recorded call.
-        bypass: whether the run did not come through the proxy.
+        context: What the thread has declared.
+        sanctioned: Whether a sanctioned scope or caller inside a micro-step makes the call.
+        budget_left: Calls that this scope may still make.
+        reentrant: Whether the module runs already in this thread.
+        recompute: Whether activation checkpointing repeats a recorded call.
+        bypass: Whether the run did not come through the proxy.
     """
     if recompute:
         return None

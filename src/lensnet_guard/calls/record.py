@@ -35,7 +35,13 @@ Stack = tuple[_RawFrame, ...]
 
 
 class Frame(NamedTuple):
-    """One line of a stack."""
+    """One line of a stack.
+
+    Attributes:
+        file: The absolute path of the source file.
+        line: The line in it, from 1.
+        function: The qualified name of the function.
+    """
 
     file: str
     line: int
@@ -50,24 +56,26 @@ class CallRecord:
     """One run of a guarded module, or one broken promise about such runs.
 
     Attributes:
-        seq: number of the record within its guard, from 1, in order of admission.
-        guard: number of the guard within its process; guards may share a name and a log.
-        module: the guard's name for the module.
+        seq: Number of the record within its guard, from 1, in order of admission.
+        guard: Number of the guard within its process; guards may share a name and a log.
+        module: The guard's name for the module.
         kind: ``"call"``; ``"recompute"`` of a call by activation checkpointing; ``"bypass"``, a
             run that did not come through the proxy; ``"micro_step"``, an unmet budget;
             ``"context"``, a refused switch of context or micro-step.
         verdict: ``"allow"`` or ``"refuse"``.
-        reason: for a refusal, the name of the violation's class, else None.
+        reason: For a refusal, the name of the violation's class, else None.
         context: ``"training"``, ``"inference"`` or None (unset).
-        scope: the sanctioned scope or sanctioned caller that applies, else None.
-        step, micro_step: as given to ``guard.micro_step``; None outside one.
-        thread: name of the calling thread.
-        grad_enabled: whether autograd was recording.
-        duration_ms: wall time of the module's run; None when it did not run or still runs.
+        scope: The sanctioned scope or sanctioned caller that applies, else None.
+        step: The number of the optimizer step, as given to ``guard.micro_step``; None outside one.
+        micro_step: The number of the micro-batch in it, likewise.
+        thread: Name of the calling thread.
+        grad_enabled: Whether autograd was recording.
+        duration_ms: Wall time of the module's run, in milliseconds; None when it did not run or
+            still runs.
         outcome: ``"returned"``, ``"raised <type>"``, ``"refused"``, ``"stopped early"`` (a
             recompute that had all that backward needs), or None while it runs.
         recompute_of: ``seq`` of the call that a recompute runs again, else None.
-        compiled: what torch tells of compilation and CUDA graphs around the call; None for a module
+        compiled: What torch tells of compilation and CUDA graphs around the call; None for a module
             that is not compiled (``module.compile()``), and for what never ran.
     """
 
@@ -204,7 +212,14 @@ def derived_qualname(frame: FrameType) -> str:
 
 
 class _Symbol(NamedTuple):
-    """A raw frame made readable; it keeps the code alive whose ``id`` it is filed under."""
+    """A raw frame made readable; it keeps the code alive whose ``id`` it is filed under.
+
+    Attributes:
+        code: The code that the frame ran; None of a frame that was pickled.
+        frame: The frame in words.
+        fields: The frame as it stands in a log.
+        internal: Whether it is of the guard, of torch, or of another file that is no caller's.
+    """
 
     code: CodeType | None
     frame: Frame
@@ -251,7 +266,12 @@ def _symbolise(code: CodeType, instruction: int) -> Frame:
 
 
 class _Named(NamedTuple):
-    """An argument given by name, or an item of a dict; a bare tuple describes a tensor."""
+    """An argument given by name, or an item of a dict; a bare tuple describes a tensor.
+
+    Attributes:
+        name: The name, or the key.
+        described: What `_describe` says of the value.
+    """
 
     name: str
     described: object

@@ -17,8 +17,8 @@ def attempt(name: str, folder: Path) -> None:
     crashed.
 
     Args:
-        name: a key of `mechanisms.MECHANISMS`.
-        folder: an empty one that the attempt may write to.
+        name: A key of `mechanisms.MECHANISMS`.
+        folder: An empty one that the attempt may write to.
     """
     state = "holds"
     with warnings.catch_warnings(record=True) as warned:

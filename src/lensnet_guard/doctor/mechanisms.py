@@ -135,7 +135,7 @@ def _compiles(module: nn.Module, x: torch.Tensor, **how: str) -> None:
     """That this machine compiles a module which is not guarded.
 
     Raises:
-        NotTried: it does not, as where a compiler is missing.
+        NotTried: It does not, as where a compiler is missing.
     """
     module.compile(**how)
     try:
@@ -182,7 +182,7 @@ def rank(number: int, port: int) -> str:
     """One of two ranks: what it saw.
 
     Raises:
-        NotTried: gloo does not work here, whatever the guard does.
+        NotTried: Gloo does not work here, whatever the guard does.
     """
     try:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -273,7 +273,7 @@ def _refused(kind: type[LensNetViolation], what: str, call: Callable[[], object]
     """A call that must be refused as ``kind``.
 
     Raises:
-        Broken: it ran, or was refused as something else.
+        Broken: It ran, or was refused as something else.
     """
     try:
         call()

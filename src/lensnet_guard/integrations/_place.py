@@ -16,7 +16,13 @@ class GuardLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """An attribute that holds the module: ``owner.attribute``, called ``path`` in messages."""
+    """An attribute that holds the module.
+
+    Attributes:
+        owner: The object that has the attribute.
+        attribute: The attribute's name.
+        path: What messages call it, such as ``"LightningModule.model.critic"``.
+    """
 
     owner: Any
     attribute: str
@@ -31,7 +37,7 @@ class Place:
         """Make sure that the guarded module itself hangs there.
 
         Raises:
-            GuardLost: anything else does.
+            GuardLost: Anything else does.
         """
         found = self.module
         if found is not guard.module:
@@ -49,7 +55,7 @@ def locate(root: Any, path: str) -> Place:
     """The place of ``root.<path>``, a dotted path of attributes.
 
     Raises:
-        AttributeError: there is no such owner.
+        AttributeError: There is no such owner.
     """
     owner = root
     *parents, attribute = path.split(".")

@@ -24,11 +24,11 @@ class Verdict:
     """What a training came to, in this process.
 
     Attributes:
-        module: the guard's name for the module.
-        micro_steps: training micro-steps that ended, those with a violation included.
-        calls: allowed training calls, by scope.
-        inference_calls: calls in inference context.
-        violations: violations of any kind.
+        module: The guard's name for the module.
+        micro_steps: Training micro-steps that ended, those with a violation included.
+        calls: Allowed training calls, by scope.
+        inference_calls: Calls in inference context.
+        violations: Violations of any kind.
     """
 
     module: str
@@ -57,14 +57,16 @@ class Contract:
     """Which module to guard and how; the arguments that all integrations take.
 
     Args:
-        target: the attribute that holds the module (``"reference"``, ``"model.critic"``), to be
+        target: The attribute that holds the module (``"reference"``, ``"model.critic"``), to be
             guarded for the training; or a guard that exists.
-        policy, mode, log: as for `lensnet_guard.guard_module`; only with an attribute. A relative
-            ``log`` is taken from where the process is now, not where it is as the training starts.
+        policy: As for `lensnet_guard.guard_module`; only with an attribute.
+        mode: As for `lensnet_guard.guard_module`; only with an attribute.
+        log: As for `lensnet_guard.guard_module`; only with an attribute. A relative one
+            is taken from where the process is now, not where it is as the training starts.
 
     Raises:
         TypeError: ``target`` is neither, or ``log`` is not a path.
-        ValueError: policy, mode or log for a guard that exists.
+        ValueError: Policy, mode or log for a guard that exists.
     """
 
     target: str | Guard
@@ -92,14 +94,14 @@ class Watch:
     """Guards a module for the length of one training. Made before the trainer wraps anything.
 
     Args:
-        contract: what to guard.
-        root: where to look for it.
-        must_be_found: whether a guard that exists must be found there; otherwise its place is
+        contract: What to guard.
+        root: Where to look for it.
+        must_be_found: Whether a guard that exists must be found there; otherwise its place is
             checked only if it is.
 
     Attributes:
-        guard: the guard; None before `open` when it is made there.
-        micro_steps: training micro-steps that have ended.
+        guard: The guard; None before `open` when it is made there.
+        micro_steps: Training micro-steps that have ended.
     """
 
     def __init__(self, contract: Contract, root: Any, *, must_be_found: bool = True) -> None:
@@ -126,8 +128,9 @@ class Watch:
         """Guard the module, or check that it still is; inference context from now on.
 
         Raises:
-            GuardLost: it was guarded before, and what hangs in its place is something else.
-            TypeError, ValueError: as `lensnet_guard.lensnet_guard`.
+            GuardLost: It was guarded before, and what hangs in its place is something else.
+            TypeError: As `lensnet_guard.lensnet_guard`.
+            ValueError: As `lensnet_guard.lensnet_guard`.
         """
         target = self._contract.target
         if isinstance(target, Guard):
@@ -155,7 +158,7 @@ class Watch:
         """Make sure that what the training calls is the guarded module.
 
         Raises:
-            GuardLost: it is not.
+            GuardLost: It is not.
         """
         if self._place is not None and self.guard is not None:
             self._place.check(self.guard)
@@ -177,7 +180,7 @@ class Watch:
         """Open a training micro-step.
 
         Raises:
-            GuardLost: what the training calls is not the guarded module any more.
+            GuardLost: What the training calls is not the guarded module any more.
         """
         assert self.guard is not None
         self.check()
@@ -190,7 +193,8 @@ class Watch:
         """Close the micro-step, if one is open, and settle its budgets.
 
         Raises:
-            BudgetUnmet, LensNetViolation: as the end of ``guard.micro_step``.
+            BudgetUnmet: As the end of ``guard.micro_step``.
+            LensNetViolation: As the end of ``guard.micro_step``.
         """
         block, self._step = self._step, None
         if block is not None:
@@ -231,7 +235,8 @@ class Watch:
         """Say on an exception where the calls are written down, in a log or now.
 
         Args:
-            folder: where to write them for a guard without a log, relative to where the process was
+            error: What ends the training; the place is added to it as a note.
+            folder: Where to write them for a guard without a log, relative to where the process was
                 when the watch was made; with None nothing is written.
         """
         guard = self.guard

@@ -26,10 +26,10 @@ def write_evidence(
     """Write records to a log of their own; every line bears the time of this writing.
 
     Args:
-        folder: as for a guard's log.
-        header: fields of the ``run.begin`` line.
-        records: calls and violations, in order.
-        policy: the contract that they were judged by.
+        folder: As for a guard's log.
+        header: Fields of the ``run.begin`` line.
+        records: Calls and violations, in order.
+        policy: The contract that they were judged by.
 
     Returns:
         The file; None when it could not be written.

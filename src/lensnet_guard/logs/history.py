@@ -62,13 +62,13 @@ class History(Source):
     """The records of one guard, numbered in one sequence over all threads.
 
     Attributes:
-        guard: its number within the process.
-        module: the guard's name for the module.
-        lock: held from reading a budget to spending it.
-        calls: the newest records of calls, allowed and refused.
-        violations: the newest records of violations.
-        violation_count: violations so far, also those that the ring no longer holds.
-        log: the guard's own log, which is one of the sinks; None without one.
+        guard: Its number within the process.
+        module: The guard's name for the module.
+        lock: Held from reading a budget to spending it.
+        calls: The newest records of calls, allowed and refused.
+        violations: The newest records of violations.
+        violation_count: Violations so far, also those that the ring no longer holds.
+        log: The guard's own log, which is one of the sinks; None without one.
     """
 
     def __init__(self, module: str) -> None:
@@ -178,7 +178,7 @@ class History(Source):
 
         Raises:
             TypeError: ``folder`` is not a path.
-            ValueError: there is a log already.
+            ValueError: There is a log already.
         """
         if self.log is not None and not self.log.closed:
             raise ValueError(f"{self.module} already logs to {self.log.folder}")

@@ -32,11 +32,11 @@ class LogFile:
     is ``lensnet.rank<R>.pid<PID>.jsonl``, then ``lensnet.rank<R>.pid<PID>.2.jsonl`` and so on.
 
     Args:
-        pid: of the process that writes it; a fork must leave it alone.
+        pid: Of the process that writes it; a fork must leave it alone.
 
     Attributes:
-        path: of the current file; None when there is none.
-        lost_lines: lines that could not be written, or went with a file that somebody removed.
+        path: Of the current file; None when there is none.
+        lost_lines: Lines that could not be written, or went with a file that somebody removed.
     """
 
     def __init__(self, folder: Path, pid: int) -> None:

@@ -41,11 +41,11 @@ class RunLog(Sink):
     """The log of one guard in one process. A forked process opens a file of its own.
 
     Args:
-        folder: created when missing; see `LogFile` for the names in it. One that is relative stays
+        folder: Created when missing; see `LogFile` for the names in it. One that is relative stays
             where it is now, whatever directory the process changes to.
-        header: fields of the ``run.begin`` line, besides host, process, rank and versions; its
+        header: Fields of the ``run.begin`` line, besides host, process, rank and versions; its
             ``module`` stands in ``run.end`` too.
-        parent: the process that this one is a worker of. Its file is opened for the first line, as
+        parent: The process that this one is a worker of. Its file is opened for the first line, as
             in a fork: what opens one while it is unpickled does not know yet where it is.
 
     Raises:

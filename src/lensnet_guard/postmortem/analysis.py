@@ -42,10 +42,14 @@ def analyse(
     """Read run folders and log files.
 
     Args:
-        progress: is told of the bytes that were read.
+        targets: Run folders and log files.
+        progress: Is told of the bytes that were read.
+
+    Returns:
+        All runs, with the verdict on them.
 
     Raises:
-        FileNotFoundError: a target does not exist, or a folder holds no log.
+        FileNotFoundError: A target does not exist, or a folder holds no log.
     """
     runs: list[Run] = []
     for log, files in open_logs(targets):

@@ -29,9 +29,9 @@ class Line:
     """One line of a file.
 
     Attributes:
-        number: from 1, in its file.
-        event: the JSON object; None when the line is none, or names no event.
-        torn: the file ends within it; what is whole but for its newline is not torn.
+        number: From 1, in its file.
+        event: The JSON object; None when the line is none, or names no event.
+        torn: The file ends within it; what is whole but for its newline is not torn.
     """
 
     number: int
@@ -43,10 +43,10 @@ def find_logs(targets: Iterable[str | os.PathLike[str]]) -> dict[str, list[Path]
     """The files of each log, full segments first, in the order in which they were written.
 
     Args:
-        targets: run folders and log files.
+        targets: Run folders and log files.
 
     Raises:
-        FileNotFoundError: a target does not exist, or a folder holds no log.
+        FileNotFoundError: A target does not exist, or a folder holds no log.
     """
     targets = tuple(targets)
     for target in map(Path, targets):
@@ -62,7 +62,7 @@ class LogFile(NamedTuple):
 
     Attributes:
         lines: None when it cannot be opened; ``error`` says why.
-        held: a live process was writing to it.
+        held: A live process was writing to it.
     """
 
     path: Path
@@ -77,7 +77,7 @@ def open_logs(targets: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, 
     A live process sets full files aside and drops the oldest; a file that is open stays.
 
     Raises:
-        FileNotFoundError: a target does not exist, or a folder holds no log.
+        FileNotFoundError: A target does not exist, or a folder holds no log.
     """
     targets = tuple(targets)
     for log, paths in find_logs(targets).items():

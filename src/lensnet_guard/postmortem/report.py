@@ -85,9 +85,9 @@ def render_report(
     """The page, piece by piece.
 
     Args:
-        analysis: of the same logs as the timelines.
-        timelines: of every log's runs; see `read_timelines`.
-        folder: of the run, whose ``metrics.jsonl`` and ``overview.png`` are shown if they are there
+        analysis: Of the same logs as the timelines.
+        timelines: Of every log's runs; see `read_timelines`.
+        folder: Of the run, whose ``metrics.jsonl`` and ``overview.png`` are shown if they are there
             and can be read.
     """
     yield _HEAD

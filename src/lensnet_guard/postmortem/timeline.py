@@ -84,10 +84,12 @@ class Mark:
     """One call or micro-step, or several in the same stretch of time.
 
     Attributes:
-        row: of `ROWS`. outcome: of `OUTCOMES`.
-        start, length: seconds; start counts from the beginning of the timeline.
-        count: how many it stands for.
-        label: of the first of them.
+        row: Where it is drawn, of `ROWS`.
+        outcome: How it is drawn, of `OUTCOMES`.
+        start: Seconds from the beginning of the timeline.
+        length: Seconds that it lasted.
+        count: How many it stands for.
+        label: What the first of them was.
     """
 
     row: str
@@ -102,8 +104,9 @@ class Timeline:
     """The timeline of one run, taken event by event.
 
     Attributes:
-        stacks: of each call site, the stack of its first call, innermost frame first.
-        began, last: seconds since the epoch; 0 when nothing was taken.
+        stacks: Of each call site, the stack of its first call, innermost frame first.
+        began: The time of the first event, in seconds since the epoch; 0 when none was taken.
+        last: The time of the last one, likewise.
     """
 
     def __init__(self) -> None:
@@ -198,10 +201,14 @@ def read_timelines(
     """The timelines of every log's runs, in the order of `analyse`.
 
     Args:
-        progress: is told of the bytes that were read.
+        targets: Run folders and log files.
+        progress: Is told of the bytes that were read.
+
+    Returns:
+        The timelines, by the log's path without its suffix.
 
     Raises:
-        FileNotFoundError: a target does not exist, or a folder holds no log.
+        FileNotFoundError: A target does not exist, or a folder holds no log.
     """
     timelines: dict[str, list[Timeline]] = {}
     for log, files in open_logs(targets):

@@ -26,13 +26,18 @@ def write_trace(
     file: BinaryIO,
     progress: Callable[[int], object] = lambda _: None,
 ) -> int:
-    """Write run folders and log files as one trace, event by event; returns how many.
+    """Write run folders and log files as one trace, event by event.
 
     Args:
-        progress: is told of the bytes of log that were read.
+        targets: Run folders and log files.
+        file: Takes the trace.
+        progress: Is told of the bytes of log that were read.
+
+    Returns:
+        How many events were written.
 
     Raises:
-        FileNotFoundError: a target does not exist, or a folder holds no log.
+        FileNotFoundError: A target does not exist, or a folder holds no log.
     """
     file.write(b'{"displayTimeUnit":"ms","otherData":{' + MARK + b'},"traceEvents":[')
     written = 0

@@ -19,9 +19,9 @@ class CapturedCalls(Sequence[CallRecord], Sink):
     A refused call counts: somebody made it. A recompute does not: nobody did.
 
     Attributes:
-        violations: records of what was refused meanwhile, calls and blocks, whatever the context
+        violations: Records of what was refused meanwhile, calls and blocks, whatever the context
             and scope.
-        others: calls that ``context`` and ``scope`` leave out.
+        others: Calls that ``context`` and ``scope`` leave out.
     """
 
     def __init__(self, context: Context | None = None, scope: str | None = None) -> None:
@@ -72,8 +72,12 @@ def capture(
     """Capture the calls of one guard, or of every guard of the process, in every thread.
 
     Args:
-        guard: whose calls; None for all, also for guards that are made meanwhile.
-        context, scope: take calls of this context and scope only.
+        guard: Whose calls; None for all, also for guards that are made meanwhile.
+        context: Take calls of this context only.
+        scope: Take calls of this scope only.
+
+    Yields:
+        The calls, more and more of them.
     """
     captured = CapturedCalls(context, scope)
     if guard is None:
@@ -96,7 +100,8 @@ def list_calls(calls: Sequence[CallRecord], *, full_stacks: bool = False) -> str
     once, with their number.
 
     Args:
-        full_stacks: show every frame that was kept, not the caller only.
+        calls: What to list.
+        full_stacks: Show every frame that was kept, not the caller only.
     """
     if len(calls) <= _GROUP_ABOVE:
         rows = [(f"{number:>5}.", call) for number, call in enumerate(calls, 1)]

@@ -19,13 +19,17 @@ class Expectation:
     """How many calls there must be.
 
     Args:
-        exact: this many, or else between ``min`` and ``max``, of which one may be left out.
-        context, scope: count the calls of this context and scope only.
-        guard: a guard, a guarded module, or None for every guard of the process.
-        info: text for the message of a failure.
+        exact: This many; or else give ``min``, or ``max``, or both.
+        min: At least this many.
+        max: At most this many.
+        context: Count the calls of this context only.
+        scope: Count the calls of this scope only.
+        guard: A guard, a guarded module, or None for every guard of the process.
+        info: Text for the message of a failure.
 
     Raises:
-        TypeError, ValueError: what nobody can expect.
+        TypeError: A number that is none, a scope that is no name, a guard that is none.
+        ValueError: Numbers that cannot be, or a context that there is not.
     """
 
     exact: int | None = None
