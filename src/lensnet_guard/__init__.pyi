@@ -14,6 +14,7 @@ from lensnet_guard.calls.errors import RankStopped as RankStopped
 from lensnet_guard.calls.errors import ReentrantCall as ReentrantCall
 from lensnet_guard.calls.errors import UnsanctionedCall as UnsanctionedCall
 from lensnet_guard.calls.policy import CallPolicy as CallPolicy
+from lensnet_guard.calls.policy import Mode as Mode
 from lensnet_guard.calls.record import CallRecord as CallRecord
 from lensnet_guard.guard import Guard as Guard
 from lensnet_guard.guard import guard_of as guard_of

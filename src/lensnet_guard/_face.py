@@ -13,7 +13,7 @@ from importlib import import_module
 def attach(
     package: str, file: str
 ) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
-    """What makes a package give out the names of its stub.
+    """Return what makes a package give out the names of its stub.
 
     Args:
         package: The package's ``__name__``.

@@ -10,12 +10,12 @@ import orjson
 
 
 def count(number: int, noun: str) -> str:
-    """``1 call``, ``2 calls``."""
+    """Return a number with its noun: ``1 call``, ``2 calls``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def moment(seconds: float | None) -> str:
-    """Seconds since the epoch as a date in UTC, for logs of machines in many places."""
+    """Return seconds since the epoch as a date in UTC, for logs of machines in many places."""
     try:
         at = datetime.fromtimestamp(seconds, timezone.utc) if seconds else None
     except (OverflowError, ValueError, OSError):  # a damaged line's idea of a time
@@ -24,7 +24,7 @@ def moment(seconds: float | None) -> str:
 
 
 def short_path(path: str) -> str:
-    """Relative to the working directory when it lies below it, so that a terminal can open it."""
+    """Return a path relative to the working directory, when it lies below it, for a terminal."""
     try:
         return path.removeprefix(os.getcwd() + os.sep)
     except FileNotFoundError:  # the working directory is gone
@@ -32,7 +32,7 @@ def short_path(path: str) -> str:
 
 
 def absolute(folder: str | os.PathLike[str]) -> Path:
-    """Where a log's folder is now, for a process that may change its working directory.
+    """Return where a log's folder is now, for a process that may change its working directory.
 
     Raises:
         TypeError: ``folder`` is not a path.
@@ -57,7 +57,7 @@ def add_note(error: BaseException, note: str) -> None:
 
 
 def json_line(value: Any) -> bytes:
-    """A value as JSON without a line break, whatever a damaged log has put into its strings."""
+    """Return a value as JSON in one line, whatever a damaged log has put into its strings."""
     try:
         return orjson.dumps(value, default=vars)
     except TypeError:  # a lone surrogate, or a number above 64 bits

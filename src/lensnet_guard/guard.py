@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Generic, cast, get_args
 from torch import nn
 
 from lensnet_guard import _schema, _torch_checkpoints, _torch_internals
-from lensnet_guard.boundary.admission import Admission, Mode
+from lensnet_guard.boundary.admission import Admission
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
 from lensnet_guard.boundary.settlement import held_open
 from lensnet_guard.boundary.tripwire import Inside, Tripwire, guard_behind
 from lensnet_guard.calls.budget import MicroStep
 from lensnet_guard.calls.context import Block, P, Position, R
-from lensnet_guard.calls.policy import CallPolicy
+from lensnet_guard.calls.policy import CallPolicy, Mode
 from lensnet_guard.calls.record import CallRecord, Context
 from lensnet_guard.logs.evidence import write_evidence
 from lensnet_guard.logs.history import History
@@ -201,7 +201,7 @@ class Guard(Generic[M]):
         self._history.add_sink(sink)
 
     def remove_sink(self, sink: Sink) -> None:
-        """Tell it no more."""
+        """Tell a sink no more."""
         self._history.remove_sink(sink)
 
     def violate(self, reason: str, detail: str) -> None:
@@ -233,7 +233,7 @@ class Guard(Generic[M]):
         return self._history.log.path if self._history.log is not None else None
 
     def evidence(self, folder: str | os.PathLike[str]) -> Path | None:
-        """The file that tells of the calls so far: the log's, or one that is written now.
+        """Return the file that tells of the calls so far: the log's, or one that is written now.
 
         Without a log the newest records are written to ``folder`` as a log is, for
         ``lensnet-guard postmortem``; each line bears the time of this writing.
@@ -329,14 +329,14 @@ def rebuild(
 
 
 def guard_of(module: object) -> Guard[Any] | None:
-    """The guard of a guarded module, or of a raw module behind a proxy; None for anything else."""
+    """Return the guard of a guarded module, or of a raw module behind a proxy; else None."""
     keeper = keeper_of(module)
     guard = keeper.guard if keeper is not None else guard_behind(module)
     return cast("Guard[Any] | None", guard)
 
 
 def _header(mode: Mode, policy: CallPolicy) -> dict[str, Any]:
-    """What the first line of a log says of the contract."""
+    """Return what the first line of a log says of the contract."""
     return {_schema.MODE: mode, _schema.POLICY: policy.to_json()}
 
 

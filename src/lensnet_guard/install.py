@@ -9,10 +9,9 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from lensnet_guard.boundary.admission import Mode
 from lensnet_guard.boundary.proxy import is_proxy
 from lensnet_guard.boundary.tripwire import armed_by, runs
-from lensnet_guard.calls.policy import CallPolicy
+from lensnet_guard.calls.policy import CallPolicy, Mode
 from lensnet_guard.guard import Guard, M, guard_of
 
 _MISSING = object()
@@ -44,6 +43,24 @@ def guard_module(
             of another type.
         ValueError: An unknown mode, or a module that is guarded already.
     """
+    _check_module(module)
+    if policy is not None and not isinstance(policy, CallPolicy):
+        raise TypeError(f"policy must be a CallPolicy, not {policy!r}")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be a string, not {name!r}")
+    chosen = _resolve_mode(mode)
+    guard = Guard(module, policy or CallPolicy(), chosen, name or type(module).__name__)
+    if log is not None and guard.mode != "off":
+        try:
+            guard.start_log(log)
+        except BaseException:
+            guard.uninstall()
+            raise
+    return guard
+
+
+def _check_module(module: object) -> None:
+    """Refuse what cannot be guarded."""
     guard = guard_of(module)
     if guard is not None:
         raise ValueError(f"{guard.name} is guarded already; use its guard: guard_of(module)")
@@ -65,20 +82,6 @@ def guard_module(
             f"a {type(module).__name__} has no forward, so there is no call of it to count. Guard "
             "the modules in it one by one"
         )
-    if policy is not None and not isinstance(policy, CallPolicy):
-        raise TypeError(f"policy must be a CallPolicy, not {policy!r}")
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"name must be a string, not {name!r}")
-    guard = Guard(
-        module, policy or CallPolicy(), _resolve_mode(mode), name or type(module).__name__
-    )
-    if log is not None and guard.mode != "off":
-        try:
-            guard.start_log(log)
-        except BaseException:
-            guard.uninstall()
-            raise
-    return guard
 
 
 @contextmanager
@@ -140,14 +143,18 @@ def lensnet_guard(
         elif logging:
             guard.end_log()
     if guard.violation_count > before:
-        last = guard.violations[-1]
-        warnings.warn(
-            f"lensnet_guard: {guard.violation_count - before} violations of {guard.name}'s "
-            f"contract were recorded and none left this block; the last is {last.reason} "
-            f"at {last.caller}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        _warn_of_violations(guard, guard.violation_count - before)
+
+
+def _warn_of_violations(guard: Guard, number: int) -> None:
+    last = guard.violations[-1]
+    warnings.warn(
+        f"lensnet_guard: {number} violations of {guard.name}'s "
+        f"contract were recorded and none left this block; the last is {last.reason} "
+        f"at {last.caller}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _find_module(owner_or_module: Any, attribute: str) -> tuple[str | None, Any]:

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lensnet_guard.testing.plugin_session import MODES, RAISED, Raised, Session, fail_if_swallowed
+from lensnet_guard.testing.plugin_session import (
+    MODES,
+    RAISED,
+    PluginSession,
+    Raised,
+    fail_if_swallowed,
+)
 
 if TYPE_CHECKING:
     from lensnet_guard.calls.policy import CallPolicy
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options and ini keys; a marker goes before an option, that before ini, that before env."""
+    """Add options and ini keys. A marker goes before an option, that before ini and environment."""
     group = parser.getgroup("lensnet-guard", "call contracts")
     group.addoption(
         "--lensnet-guard",
@@ -49,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "lensnet_guard(mode=None, *, log=None): mode and log folder of guards in this test.",
     )
-    config.pluginmanager.register(Session(config), "lensnet_guard_session")
+    config.pluginmanager.register(PluginSession(config), "lensnet_guard_session")
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ class Ranks(Sink):
                 self._callers.append(caller)
 
     def settled(self, ledger: "MicroStep") -> None:
-        """A training micro-step has ended, and did not raise: compare, when it is time to.
+        """Count a training micro-step that has ended well, and compare when it is time to.
 
         Raises:
             RankDivergence: The ranks differ.
@@ -224,7 +224,7 @@ class Ranks(Sink):
                 time.sleep(POLL_S / 5)
 
     def listen(self) -> str | None:
-        """What another rank said as it stopped, if it says so now."""
+        """Return what another rank said as it stopped, if it says so now."""
         self._told.wait(2 * POLL_S)
         return self._heard
 

@@ -22,7 +22,7 @@ _told: set[str] = set()
 
 
 def is_tested() -> bool:
-    """Whether the guard's tests run on this minor version of torch."""
+    """Return whether the guard's tests run on this minor version of torch."""
     version = re.match(r"(\d+)\.(\d+)", torch.__version__)
     return version is not None and OLDEST_TESTED <= tuple(map(int, version.groups())) <= (
         NEWEST_TESTED

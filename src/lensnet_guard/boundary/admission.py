@@ -6,7 +6,7 @@ The proxy and the tripwire lead every run of the module to this place, by whatev
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -17,11 +17,9 @@ from lensnet_guard.boundary.recompute import Recomputes
 from lensnet_guard.boundary.tripwire import Inside, describe_part
 from lensnet_guard.calls.context import OpenBlocks, Position
 from lensnet_guard.calls.errors import build_violation
-from lensnet_guard.calls.policy import CallPolicy, decide
+from lensnet_guard.calls.policy import CallPolicy, Mode, decide
 from lensnet_guard.calls.record import CallRecord, Kind, describe_inputs, find_caller, frame_up
 from lensnet_guard.logs.history import History, Refusal
-
-Mode = Literal["enforce", "observe", "off"]
 
 
 class Admission:
@@ -101,7 +99,7 @@ class Admission:
         return record
 
     def _remember(self, record: CallRecord, frame: FrameType | None) -> None:
-        """An observed violation too is recomputed: that is no second one."""
+        """Note an observed violation too: when it is recomputed, that is no second one."""
         with self.history.lock:
             self._recomputes.remember(record, frame)
 

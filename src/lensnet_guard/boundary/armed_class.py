@@ -28,7 +28,7 @@ class Arms(Protocol):
 
 
 def armed_class(original: Any, tripwire: Arms, checked: Mapping[str, Any]) -> type:
-    """A subclass of the same name with the methods of ``checked``, that otherwise is the original.
+    """Return a subclass of the same name with other methods, that otherwise is the original.
 
     Args:
         original: The class of a part; an `nn.Module`.
@@ -61,12 +61,12 @@ def armed_class(original: Any, tripwire: Arms, checked: Mapping[str, Any]) -> ty
 
 
 def original_of(cls: type) -> type:
-    """The class that was armed; any other is its own."""
+    """Return the class that was armed; any other is its own."""
     return cls._lensnet_original if isinstance(cls, ArmedMeta) else cls
 
 
 def arms_of(cls: type) -> Any:
-    """Who has made an armed class; None of any other."""
+    """Return who has made an armed class; None of any other."""
     return cls._lensnet_tripwire if isinstance(cls, ArmedMeta) else None
 
 
@@ -166,7 +166,7 @@ def _put(cls: type, name: str, value: object) -> None:
 
 
 def _is_around(value: Any, function: object) -> bool:
-    """Whether a function wraps another, as far as it tells: one would call the other for ever."""
+    """Return whether a function wraps another, as far as it tells; each would call the other."""
     around = [getattr(value, "__wrapped__", None)]
     for cell in getattr(value, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # a cell that is empty
@@ -182,7 +182,7 @@ def _class_of(part: nn.Module) -> type:
 
 
 def _become(part: nn.Module, cls: type) -> None:
-    """``part.__class__ = cls``, as lazy layers and ToMe do: what it becomes is armed as well."""
+    """Set ``part.__class__``, as lazy layers and ToMe do: what it becomes is armed as well."""
     armed: Any = type(part)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(
@@ -205,7 +205,7 @@ def _changes_class(armed: type) -> RuntimeError:
 
 
 def refuse_scripting(module: nn.Module) -> None:
-    """What ``torch.jit.script`` asks a module first, and every submodule of it.
+    """Refuse ``torch.jit.script``, which asks a module first, and every submodule of it.
 
     Raises:
         RuntimeError: Always: the script would be a copy without a guard.
@@ -230,7 +230,7 @@ class _Silent:
 
 
 def _reduce_part(part: nn.Module, protocol: Any) -> Any:
-    """``__reduce_ex__`` of the original, which names the class that shall be made."""
+    """Do as the original's ``__reduce_ex__``, which names the class that shall be made."""
     armed: Any = type(part)
     original: Any = original_of(armed)
     reduced = original.__reduce_ex__(part, protocol)
@@ -261,7 +261,7 @@ _metas: dict[type, type[ArmedMeta]] = {}
 
 
 def _meta_for(meta: type) -> type[ArmedMeta]:
-    """The armed metaclass for classes of a metaclass, known to pickle and copy."""
+    """Return the armed metaclass for classes of a metaclass, known to pickle and copy."""
     if meta not in _metas:
         bases = (ArmedMeta,) if meta is type else (ArmedMeta, meta)
         armed = type("ArmedMeta", bases, {})
@@ -275,5 +275,5 @@ def _reduce_armed(armed: Any) -> tuple[Any, ...]:
 
 
 def itself(found: Any) -> Any:
-    """What is pickled in the place of something else."""
+    """Return what is pickled in the place of something else."""
     return found

@@ -66,7 +66,7 @@ class _Output:
         return any(storage.cdata in tree.live for storage in self.storages)
 
     def can_be_read(self) -> bool:
-        """Whether somebody holds it; a tensor that was written over has no storage any more."""
+        """Return whether somebody holds it; a tensor that was written over has no storage."""
         return self.in_use(None) or any(tensor() is not None for tensor in self.tensors)
 
     def is_overwritten(self) -> bool:
@@ -202,7 +202,7 @@ _HOW = {  # by whether cudagraph_mark_step_begin was called
 
 
 def _is_hazard(record: CallRecord, state: CompileState, earlier: CallRecord) -> bool:
-    """Whether nobody can have meant a call to write over what an earlier one gave out."""
+    """Return whether nobody can have meant a call to write over what an earlier one gave out."""
     if not state.marks:
         return not record.grad_enabled
     # A mark says that a new step begins, and frees what waits for a backward too. What is in use
@@ -212,7 +212,7 @@ def _is_hazard(record: CallRecord, state: CompileState, earlier: CallRecord) -> 
 
 
 def _overwrites(record: CallRecord, state: CompileState, newest: CallRecord) -> bool:
-    """Whether a call starts over with the memory of those before it.
+    """Return whether a call starts over with the memory of those before it.
 
     Read from torch 2.7 to 2.15, torch/_inductor/cudagraph_trees.py (``can_start_new_generation``).
     """

@@ -11,7 +11,7 @@ from lensnet_guard.calls.record import CallRecord
 
 
 def in_range(record: CallRecord, run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, inside a range of its own while a profiler is active; otherwise as it is."""
+    """Return ``run``, inside a range of its own while a profiler is active; else as it is."""
     # A range costs more than the rest of the guard, also when nobody looks, and torch.jit.trace
     # would make its name, with the number of this one call, a part of the graph.
     if not profiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
@@ -25,7 +25,7 @@ def in_range(record: CallRecord, run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def range_name(record: CallRecord) -> str:
-    """Such as ``"LensNet call 17 (preference_scorer)"``, ``"LensNet recompute of call 17"``.
+    """Return the name of a run's range, such as ``"LensNet call 17 (preference_scorer)"``.
 
     The number is the record's ``seq``. In brackets stands why the run is a violation (where it runs
     all the same, in observe mode), else its scope, else its context.

@@ -50,7 +50,7 @@ class Keeper(Protocol):
         """Guard a copy of the module: same contract, its own identity, counts and context."""
 
     def reduce(self, module: nn.Module) -> tuple[Any, ...]:
-        """What pickle keeps of the guarded module: the raw one, and its contract."""
+        """Return what pickle keeps of the guarded module: the raw one, and its contract."""
 
 
 class GuardedModule(wrapt.ObjectProxy[nn.Module]):
@@ -128,12 +128,12 @@ for _name in FLUENT_METHODS:
 
 
 def is_proxy(module: object) -> bool:
-    """Whether this is a guarded module itself, and not the raw one behind it."""
+    """Return whether this is a guarded module itself, and not the raw one behind it."""
     # type(), because isinstance() would believe the class that the proxy pretends to have
     return issubclass(type(module), GuardedModule)
 
 
 def keeper_of(module: object) -> Keeper | None:
-    """What a guarded module asks; None for anything else, a raw module behind a proxy included."""
+    """Return what a guarded module asks; None for anything else, raw modules included."""
     # By wrapt's rules an attribute of the proxy's own begins so.
     return module._self_keeper if is_proxy(module) else None  # type: ignore[attr-defined]  # noqa: SLF001

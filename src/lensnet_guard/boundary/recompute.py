@@ -47,7 +47,7 @@ class Recomputes:
                 self._calls.setdefault(checkpoint, []).append(record)
 
     def find(self, frame: FrameType | None, *, hidden: bool = False) -> Recompute | None:
-        """The recompute that runs from ``frame``; None when this is none.
+        """Return the recompute that runs from ``frame``; None when this is none.
 
         Several calls under one checkpoint are recomputed in their order, in every backward pass.
 

@@ -119,7 +119,7 @@ class Tripwire:
         _set_class(part, self._classes[original])
 
     def owns(self, part: nn.Module) -> bool:
-        """Whether this very part was armed here; a copy of it was not."""
+        """Return whether this very part was armed here; a copy of it was not."""
         return id(part) in self._armed
 
     def disarm(self) -> None:
@@ -137,7 +137,7 @@ class Tripwire:
     def _behind(
         self, part: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        """A run that nobody admitted: refused, unless it is a part's in a recompute."""
+        """Refuse a run that nobody admitted, unless it is a part's in a recompute."""
         own = armed_by(part)
         if own is not None and own is not self:  # a guarded copy, by a bound method of before
             return own.run_own(part, run, args, kwargs)
@@ -150,7 +150,7 @@ class Tripwire:
     def run_own(
         self, part: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        """A run of a forward that is no function of the class: it asks first."""
+        """Run a forward that is no function of the class, and ask first."""
         if self._inside.here:
             return run(*args, **kwargs)
         return self._behind(part, run, args, kwargs)
@@ -164,13 +164,13 @@ class Tripwire:
 
     @eager_only(EAGER)
     def _compiled(self, part: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A compiled part called from outside: in a recompute it must run compiled again."""
+        """Run a compiled part that is called from outside: a recompute must run compiled again."""
         if part is not self.module and recomputed_checkpoint(frame_up()) is not None:
             return self._run_inside(run, args, kwargs)
         return run(*args, **kwargs)
 
     def _armed_class(self, original: Any) -> type:
-        """A subclass of the same name that asks first, and otherwise is the original."""
+        """Return a subclass of the same name that asks first, and otherwise is the original."""
         inside, tripwire = self._inside, self
         static = isinstance(inspect.getattr_static(original, "forward"), staticmethod)
 
@@ -230,19 +230,19 @@ _set_class: Callable[[nn.Module, type], None] = vars(object)["__class__"].__set_
 
 
 def armed_by(part: nn.Module) -> Tripwire | None:
-    """The tripwire that has armed this very part; None for a copy, which only looks like it."""
+    """Return the tripwire that has armed this very part; None for a copy, which looks like it."""
     tripwire: Tripwire | None = arms_of(type(part))
     return tripwire if tripwire is not None and tripwire.owns(part) else None
 
 
 def guard_behind(module: object) -> object | None:
-    """The guard of a raw module; None when it has none, or is only a part or a copy of one."""
+    """Return the guard of a raw module; None without one, and for a part or a copy of one."""
     tripwire = armed_by(module) if isinstance(module, nn.Module) else None
     return tripwire.guard if tripwire is not None and tripwire.module is module else None
 
 
 def describe_part(module: nn.Module, part: nn.Module) -> str:
-    """What ran, for the headline of a violation: nothing more to say when it was the module."""
+    """Return what ran, for the headline of a violation; nothing when it was the module itself."""
     names = {id(inner): name for name, inner in module.named_modules()}
     name = names.get(id(part), f"{type(part).__name__}, a copy or a former part,")
     return f": {name} was run alone" if name else ""
@@ -259,7 +259,7 @@ def _touch(module: nn.Module) -> None:
 
 
 def runs(module: nn.Module) -> bool:
-    """Whether a module has a forward, in Python."""
+    """Return whether a module has a forward, in Python."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     return type(module).forward is not nn.Module.forward or "forward" in module.__dict__

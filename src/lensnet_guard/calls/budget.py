@@ -45,7 +45,7 @@ class MicroStep:
         self._spent: dict[str, list[CallRecord]] = {}
 
     def spent(self, scope: str) -> list[CallRecord]:
-        """The calls that spent the budget of ``scope``, oldest first."""
+        """Return the calls that spent the budget of ``scope``, oldest first."""
         return self._spent.get(scope, [])
 
     def spend(self, scope: str, record: CallRecord) -> None:
@@ -59,7 +59,7 @@ class MicroStep:
         return {**dict.fromkeys(self.due, 0), **{s: len(calls) for s, calls in spent.items()}}
 
     def unmet(self) -> dict[str, tuple[int, int]]:
-        """``{scope: (made, due)}`` of every budget that was not spent in full."""
+        """Return ``{scope: (made, due)}`` of every budget that was not spent in full."""
         made = self.calls
         return {s: (made[s], due) for s, due in self.due.items() if made[s] < due}
 
@@ -87,7 +87,7 @@ class MicroStep:
 
 
 def _traceback_of(error: BaseException) -> list[BaseException]:
-    """The error and every other that its traceback shows; causes may go in a circle."""
+    """Return the error and every other that its traceback shows; causes may go in a circle."""
     shown: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in shown:

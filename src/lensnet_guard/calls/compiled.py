@@ -52,7 +52,7 @@ class CompileState:
     _counters: tuple[int, int] = field(default=(0, 0), repr=False)
 
     def end(self, tree: GraphTree | None) -> None:
-        """The call has returned or raised."""
+        """Note that the call has returned or raised, and what torch tells now."""
         compiled, skipped = compile_counters()
         self.graphs_compiled = max(0, compiled - self._counters[0])
         self.cuda_graphs_skipped = max(0, skipped - self._counters[1])
@@ -60,7 +60,7 @@ class CompileState:
             self.phase = _PHASES[tree.phase]
 
     def to_log(self) -> dict[str, Any]:
-        """The state as JSON-ready fields."""
+        """Return the state as JSON-ready fields."""
         return dict(zip(_schema.COMPILE_STATE, _get_logged(self), strict=True))
 
 
@@ -71,7 +71,7 @@ _PHASES = {"warmup": "warmup", "recording": "recording", "execution": "replay"}
 def compile_state(
     *, cuda_graphs: bool, capturing: bool, tree: GraphTree | None, new_inputs: bool
 ) -> CompileState:
-    """The state as a call begins."""
+    """Return the state as a call begins."""
     return CompileState(
         cuda_graphs,
         capturing,

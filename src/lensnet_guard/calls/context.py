@@ -71,7 +71,7 @@ class OpenBlocks:
         self._position = ContextVar("lensnet_guard_position", default=_NOWHERE)
 
     def position(self) -> Position:
-        """Where the running thread or task stands now."""
+        """Return where the running thread or task stands now."""
         position = self._position.get()
         for block in position.blocks:
             if block.closed:

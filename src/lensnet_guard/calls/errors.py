@@ -150,7 +150,7 @@ def build_violation(
     earlier: Sequence["CallRecord"] = (),
     detail: str = "",
 ) -> LensNetViolation:
-    """The exception for a refused record, its message composed; tests pin the text line by line.
+    """Return the exception for a refused record; tests pin its message line by line.
 
     Args:
         record: What is refused; its ``reason`` names the class.
@@ -178,14 +178,14 @@ def build_violation(
 
 
 def _sanction(policy: "CallPolicy") -> str:
-    """The code that makes a training call legal."""
+    """Return the code that makes a training call legal."""
     if policy.scopes:
         return " or ".join(f'`with guard.sanctioned("{scope}"):`' for scope in policy.scopes)
     return f"`with guard.micro_step(step):` around {' or '.join(policy.sanctioned_callers)}"
 
 
 def _end_of(call: "CallRecord") -> str:
-    """How a call ended, when it did not return: then its budget is spent all the same."""
+    """Return how a call ended, when it did not return: then its budget is spent all the same."""
     return f", which {call.outcome}" if call.outcome and "raised" in call.outcome else ""
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 Reason = Literal[
     "UnsanctionedCall", "BudgetExceeded", "NoContext", "ReentrantCall", "BypassedGuard"
 ]
+Mode = Literal["enforce", "observe", "off"]  # raise violations, only record them, do nothing
 
 _ONE_PREFERENCE_SCORER: Mapping[str, int] = MappingProxyType({"preference_scorer": 1})
 
@@ -69,7 +70,7 @@ class CallPolicy:
         return {**self.scopes, **self.sanctioned_callers}
 
     def to_json(self) -> dict[str, Any]:
-        """The policy as JSON-ready fields, for the log."""
+        """Return the policy as JSON-ready fields, for the log."""
         return {
             "scopes": dict(self.scopes),
             "sanctioned_callers": dict(self.sanctioned_callers),
@@ -89,7 +90,7 @@ def decide(
     recompute: bool = False,
     bypass: bool = False,
 ) -> Reason | None:
-    """The verdict on one run: the name of the violation that it is, or None when it is allowed.
+    """Return the verdict on a run: the name of the violation that it is, or None if it is allowed.
 
     Args:
         context: What the thread has declared.

@@ -104,7 +104,7 @@ class CallRecord:
         return tuple(map(_input_text, self._inputs))
 
     def stack(self) -> list[Frame]:
-        """The frames that led to the call, innermost first, symbolised now."""
+        """Return the frames that led to the call, innermost first, symbolised now."""
         return [_symbol(*f).frame if len(f) == 2 else f for f in self._stack]
 
     @property
@@ -115,7 +115,7 @@ class CallRecord:
         return next(outside, stack[0] if stack else Frame("<unknown>", 0, "<unknown>"))
 
     def to_log(self) -> dict[str, Any]:
-        """The record as JSON-ready fields, frames under ``stack`` by their OpenTelemetry names.
+        """Return the record as JSON-ready fields, with frames by their OpenTelemetry names.
 
         ``caller`` is the index of the caller's frame in it.
         """
@@ -179,7 +179,7 @@ def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[o
 
 
 def find_caller(frame: FrameType | None, names: Mapping[str, Any]) -> str | None:
-    """The first of ``names`` (``"module:qualname"``) that is a frame from ``frame`` outwards."""
+    """Return the first of ``names``, as ``"module:qualname"``, that runs at ``frame`` or above."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         name = f"{module}:{qualname(frame)}"
@@ -190,14 +190,14 @@ def find_caller(frame: FrameType | None, names: Mapping[str, Any]) -> str | None
 
 
 def qualname(frame: FrameType) -> str:
-    """The qualified name of the function that a frame runs."""
+    """Return the qualified name of the function that a frame runs."""
     if sys.version_info >= (3, 11):
         return frame.f_code.co_qualname
     return derived_qualname(frame)
 
 
 def derived_qualname(frame: FrameType) -> str:
-    """What ``co_qualname`` says, worked out for Python 3.10 from the frame's first argument.
+    """Return what ``co_qualname`` says, worked out for Python 3.10 from the frame's first argument.
 
     Names of functions defined inside functions come out without their ``<locals>`` prefix.
     """
@@ -292,7 +292,7 @@ def _describe(value: Any, depth: int = 2) -> object:
 
 
 def _describe_key(key: object) -> str:
-    """A key as text; a tensor used as one would show its values."""
+    """Return a key as text; a tensor used as one would show its values."""
     return str(key) if isinstance(key, (str, int)) else type(key).__name__
 
 

@@ -68,7 +68,7 @@ class Examination:
         return all(finding.state != "fails" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """The examination as a JSON-ready object."""
+        """Return the examination as a JSON-ready object."""
         findings = [vars(finding) for finding in self.findings]
         return {"holds": self.holds, "versions": self.versions, "mechanisms": findings}
 

@@ -24,5 +24,5 @@ def expect(held: bool, otherwise: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something."""
+    """Return the first line of an exception's message that says something."""
     return next(filter(None, map(str.strip, str(error).splitlines())), "no message")

@@ -15,7 +15,7 @@ __all__ = ["GuardLost", "Verdict", "sanctioned"]
 
 
 def sanctioned(module: object, scope: str) -> AbstractContextManager[Any]:
-    """The scope of a module's guard, for a model that also works where nobody guards it.
+    """Return the scope of a module's guard, for a model that also works where nobody guards it.
 
     ``with sanctioned(self.reference, "kl"):`` is ``guard.sanctioned("kl")`` while the module is
     guarded. It does nothing while it is not: without an integration, and with the mode ``"off"``.

@@ -52,7 +52,7 @@ class Place:
 
 
 def locate(root: Any, path: str) -> Place:
-    """The place of ``root.<path>``, a dotted path of attributes.
+    """Return the place of ``root.<path>``, a dotted path of attributes.
 
     Raises:
         AttributeError: There is no such owner.
@@ -65,7 +65,7 @@ def locate(root: Any, path: str) -> Place:
 
 
 def find(root: Any, guard: Guard) -> Place | None:
-    """The first place in ``root``, or in a module below it, that holds the guarded module."""
+    """Return the first place in ``root``, or in a module below it, with the guarded module."""
     names = deque([(root, type(root).__name__)])
     seen = {id(root)}
     while names:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from lensnet_guard import CallPolicy, Guard, guard_module, guard_of, lensnet_guard
+from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of, lensnet_guard
 from lensnet_guard._text import absolute, add_note, count, short_path
 from lensnet_guard.integrations._place import GuardLost, Place, find, locate
 
-Mode = Literal["enforce", "observe", "off"]
 Log = str | os.PathLike[str]
 
 
@@ -219,7 +218,7 @@ class Watch:
         self._violations_before = guard.violation_count
 
     def verdict(self) -> Verdict:
-        """The sums since `open`, or since the last `count_from_here`."""
+        """Return the sums since `open`, or since the last `count_from_here`."""
         guard = self.guard
         assert guard is not None
         calls = {s: guard.count("training", s) - before for s, before in self._before.items()}
@@ -294,7 +293,7 @@ class Abandoned(Exception):
 
 
 def getattr_path(root: Any, path: str) -> Any:
-    """What hangs at a dotted path now; None when there is nothing."""
+    """Return what hangs at a dotted path now; None when there is nothing."""
     for name in path.split("."):
         root = getattr(root, name, None)
     return root

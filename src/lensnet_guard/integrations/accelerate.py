@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
+from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of
 from lensnet_guard._text import absolute
 from lensnet_guard.integrations._place import GuardLost, find
-from lensnet_guard.integrations._watch import Contract, Log, Mode, Verdict, Watch
+from lensnet_guard.integrations._watch import Contract, Log, Verdict, Watch
 
 try:
     from accelerate import Accelerator
@@ -73,7 +73,7 @@ class GuardedAccelerator:
         self.verdict: Verdict | None = None
 
     def prepare(self, *objects: Any) -> Any:
-        """What ``accelerator.prepare`` gives back, with the guard on.
+        """Return what ``accelerator.prepare`` gives back, with the guard on.
 
         Args:
             objects: Without a guard so far, the first is the module to guard; it comes back

@@ -5,8 +5,8 @@ Needs ``pip install lensnet-guard[lightning]``.
 
 from typing import Any
 
-from lensnet_guard import CallPolicy, Guard
-from lensnet_guard.integrations._watch import Contract, Log, Mode, Verdict, Watch
+from lensnet_guard import CallPolicy, Guard, Mode
+from lensnet_guard.integrations._watch import Contract, Log, Verdict, Watch
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

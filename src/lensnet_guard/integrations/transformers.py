@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lensnet_guard import CallPolicy, Guard
-from lensnet_guard.integrations._watch import Contract, Log, Mode, Verdict, Watch
+from lensnet_guard import CallPolicy, Guard, Mode
+from lensnet_guard.integrations._watch import Contract, Log, Verdict, Watch
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState

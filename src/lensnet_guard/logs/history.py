@@ -90,7 +90,7 @@ class History(Source):
         return sum(n for (c, s), n in counts if context in (None, c) and scope in (None, s))
 
     def newest(self) -> list[CallRecord]:
-        """The records that the rings hold, each once, in order."""
+        """Return the records that the rings hold, each once, in order."""
         with self.lock:
             records = {record.seq: record for record in (*self.calls, *self.violations)}
         return [records[seq] for seq in sorted(records)]

@@ -95,7 +95,7 @@ class LogFile:
         return self.full or time.monotonic() >= self._look_at
 
     def look(self) -> str | None:
-        """What somebody did to the file meanwhile: "removed", "moved" or "emptied"; or None."""
+        """Return what became of the file: "removed", "moved" or "emptied"; None if nothing."""
         self._look_at = time.monotonic() + LOOK_S
         if self.path is None or self._fd is None:
             return None
@@ -215,13 +215,13 @@ def warn(message: str) -> None:
 
 
 def segments_of(path: Path) -> list[Path]:
-    """The full segments of a log, oldest first."""
+    """Return the full segments of a log, oldest first."""
     found = path.parent.glob(f"{path.stem}.seg*.jsonl")
     return sorted((segment for segment in found if segment_number(segment)), key=segment_number)
 
 
 def segment_number(path: Path) -> int:
-    """The number of a full segment, 0 for any other file."""
+    """Return the number of a full segment, 0 for any other file."""
     digits = path.name.removesuffix(".jsonl").rpartition(".seg")[2]
     return int(digits) if digits.isdecimal() else 0
 

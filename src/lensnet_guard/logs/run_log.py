@@ -268,7 +268,7 @@ def _close(log: "weakref.ref[RunLog]") -> None:
 
 @lru_cache(maxsize=1)
 def _process_id() -> str:
-    """What tells this process from one that has its pid later, as in a restarted container."""
+    """Return what tells this process from one that has its pid later, as in a new container."""
     return uuid.uuid4().hex
 
 
@@ -287,7 +287,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _pair(record: "CallRecord", earlier: "CallRecord") -> dict[str, Any]:
-    """Two calls, the later of which wrote over the other's output."""
+    """Return the fields for two calls, the later of which wrote over the other's output."""
     return {
         _schema.GUARD: record.guard,
         _schema.MODULE: record.module,
@@ -306,7 +306,7 @@ class _LineSink:
 
 
 def _render(_: Any, __: str, fields: MutableMapping[str, Any]) -> bytes:
-    """The one processor: structlog's own two for this would cost a quarter of a line's time."""
+    """Render a line. Structlog's own two processors for this would cost a quarter of its time."""
     fields[_schema.TIMESTAMP] = time.time()
     try:
         return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)

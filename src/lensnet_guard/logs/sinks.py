@@ -22,31 +22,31 @@ class Sink:
     """
 
     def begin(self, record: "CallRecord") -> None:
-        """A call or a recompute that is about to run."""
+        """Take a call or a recompute that is about to run."""
 
     def end(self, record: "CallRecord") -> None:
-        """It has returned or raised."""
+        """Take one that has returned or raised."""
 
     def violation(self, error: "LensNetViolation") -> None:
-        """A violation that is about to be raised (in observe mode, that would be)."""
+        """Take a violation that is about to be raised (in observe mode, that would be)."""
 
     def hazard(self, record: "CallRecord", earlier: "CallRecord") -> None:
-        """A call that is about to run will overwrite an output of an earlier one."""
+        """Take a call that is about to run, and will overwrite an output of an earlier one."""
 
     def overwritten(
         self, record: "CallRecord", earlier: "CallRecord", error: BaseException
     ) -> None:
-        """Torch has raised ``error``: ``record`` wrote over an output of ``earlier``."""
+        """Take what torch has raised, because ``record`` wrote over an output of ``earlier``."""
 
     def settled(self, ledger: "MicroStep") -> None:
-        """A training micro-step has made the calls that were due; what is raised leaves it."""
+        """Take a training micro-step that has made its calls. What this raises leaves the block."""
 
     def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
-        """A micro-step has ended."""
+        """Take a micro-step that has ended, however it did."""
 
 
 class Source:
-    """What tells sinks. `sinks` is replaced, never changed: it may be read without a lock.
+    """Tells sinks. `sinks` is replaced, never changed: it may be read without a lock.
 
     ``lock`` is for whoever derives from this. Re-entrant: a garbage collection inside the locked
     region may run code that calls again. A forked process gets a new one.
@@ -64,7 +64,7 @@ class Source:
             self.sinks = (*self.sinks, sink)
 
     def remove_sink(self, sink: Sink) -> None:
-        """Tell it no more."""
+        """Tell a sink no more."""
         with _registry:
             self.sinks = tuple(other for other in self.sinks if other is not sink)
 
@@ -84,7 +84,7 @@ def add_to_all(sink: Sink) -> None:
 
 
 def remove_from_all(sink: Sink) -> None:
-    """Tell it no more."""
+    """Tell a sink no more."""
     global _sinks_of_all
     with _registry:
         _sinks_of_all = tuple(other for other in _sinks_of_all if other is not sink)
@@ -93,7 +93,7 @@ def remove_from_all(sink: Sink) -> None:
 
 
 def _renew_locks() -> None:
-    """A fork copies a lock as another thread held it, and that thread is not in the child."""
+    """Make new locks in a fork: it copies one as a thread held it that is not in the child."""
     global _registry
     _registry = threading.RLock()
     for source in list(_sources):

@@ -30,7 +30,7 @@ from lensnet_guard.postmortem.findings import (
     Violation,
 )
 from lensnet_guard.postmortem.judge import current_runs, judge
-from lensnet_guard.postmortem.reader import Line, LogFile, open_logs, read_lines, segment_of
+from lensnet_guard.postmortem.reader import Line, OpenFile, open_logs, read_lines, segment_of
 
 KEPT_VIOLATIONS = 200  # of each run, the first
 KEPT_DEVIATIONS = 200
@@ -80,7 +80,7 @@ class _Reading:
         self.runs.append(self.run)
         return self.run
 
-    def take_file(self, file: LogFile, progress: Callable[[int], object]) -> None:
+    def take_file(self, file: OpenFile, progress: Callable[[int], object]) -> None:
         """Take all lines of a file; one that cannot be read hides no other."""
         self._held |= file.held  # between two files, a writer holds the one that is full
         self._file = file.path.name
@@ -115,7 +115,7 @@ class _Reading:
             take(self, event)
 
     def finish(self) -> list[Run]:
-        """The last file has been taken: all runs."""
+        """Return all runs: the last file has been taken."""
         self.run.running = self._held and not self.run.ended
         self._end_run()
         return self.runs
@@ -267,7 +267,7 @@ class _Reading:
 
 
 def _pair(event: Mapping[str, Any]) -> tuple[str, str]:
-    """The earlier and the later call of a line that tells of two."""
+    """Return the earlier and the later call of a line that tells of two."""
     return (
         f"call {whole(event.get('earlier_seq'))} at {text(event.get('earlier_at'))}",
         f"call {whole(event.get('seq'))} at {text(event.get('at'))}",
@@ -299,7 +299,7 @@ def _on(enabled: bool) -> str:
 
 
 def _divergence(runs: Iterable[Run]) -> Divergence | None:
-    """The first micro-step in which ranks made different numbers of training calls.
+    """Return the first micro-step in which ranks made different numbers of training calls.
 
     Micro-steps are compared by step and number; what a rank has not ended yet tells nothing, nor
     does a scope that stands alone and has no number.
@@ -321,5 +321,5 @@ def _divergence(runs: Iterable[Run]) -> Divergence | None:
 
 
 def _fitting(number: int | None) -> int:
-    """A number that an array takes; -1 for none."""
+    """Return a number that an array takes; -1 for none."""
     return -1 if number is None else max(-1, min(number, 2**62))

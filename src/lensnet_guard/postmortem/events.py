@@ -15,7 +15,7 @@ _MOST = 2**63
 
 
 def read_call(event: Mapping[str, Any]) -> Call:
-    """The call that a ``call.begin`` or ``violation`` line tells of."""
+    """Return the call that a ``call.begin`` or ``violation`` line tells of."""
     stack = event.get(_schema.STACK)
     frames = tuple(_frame(frame) for frame in stack) if isinstance(stack, list) else ()
     caller = whole(event.get(_schema.CALLER))
@@ -41,7 +41,7 @@ def read_call(event: Mapping[str, Any]) -> Call:
 
 
 def call_key(event: Mapping[str, Any]) -> tuple[object, ...]:
-    """What ``call.end`` has in common with its ``call.begin``."""
+    """Return what ``call.end`` has in common with its ``call.begin``."""
     return (
         whole(event.get(_schema.GUARD)),
         text(event.get(_schema.MODULE)),
@@ -50,7 +50,7 @@ def call_key(event: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def read_site(event: Mapping[str, Any]) -> CallSite:
-    """Where a call was made, without reading the rest of its line."""
+    """Return where a call was made, without reading the rest of its line."""
     stack, caller = event.get(_schema.STACK), whole(event.get(_schema.CALLER))
     known = isinstance(stack, list) and caller is not None and 0 <= caller < len(stack)
     return CallSite(
@@ -64,30 +64,30 @@ def read_site(event: Mapping[str, Any]) -> CallSite:
 
 
 def text(value: object) -> str | None:
-    """A string, or None for anything else. What would steer a terminal comes out as its escape."""
+    """Return a string, without what would steer a terminal; None for anything else."""
     if not isinstance(value, str):
         return None
     return value if value.isprintable() else _CONTROL.sub(lambda c: ascii(c[0])[1:-1], value)
 
 
 def texts(value: object) -> tuple[str, ...]:
-    """A list's items as text."""
+    """Return a list's items as text."""
     return tuple(text(str(item)) or "" for item in value) if isinstance(value, list) else ()
 
 
 def whole(value: object) -> int | None:
-    """A whole number of 64 bits, or None."""
+    """Return a whole number of 64 bits, or None."""
     # By its type: a bool is an int too.
     return value if type(value) is int and -_MOST <= value < _MOST else None
 
 
 def number(value: object) -> float | None:
-    """A finite float, or None."""
+    """Return a finite float, or None."""
     return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def counts(value: object) -> dict[str, int]:
-    """A dict of whole numbers."""
+    """Return a dict of whole numbers."""
     if not isinstance(value, dict):
         return {}
     return {str(name): count for name, count in value.items() if whole(count) is not None}
@@ -101,7 +101,7 @@ def _frame(value: object) -> str:
 
 
 def _compiled(value: object) -> str | None:
-    """What a line tells of compilation and CUDA graphs, in words."""
+    """Return what a line tells of compilation and CUDA graphs, in words."""
     if not isinstance(value, dict):
         return None
     graphs = value.get(_schema.CUDA_GRAPHS) is True

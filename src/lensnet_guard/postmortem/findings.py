@@ -214,7 +214,7 @@ class Run:
 
     @property
     def died(self) -> bool:
-        """The log stops before the end of the run, and nobody is writing it.
+        """Whether the log stops before the end of the run, and nobody is writing it.
 
         A forked worker ends without a word; it has died only when a call was in flight.
         """

@@ -40,7 +40,7 @@ class Line:
 
 
 def find_logs(targets: Iterable[str | os.PathLike[str]]) -> dict[str, list[Path]]:
-    """The files of each log, full segments first, in the order in which they were written.
+    """Return the files of each log, full segments first, in the order in which they were written.
 
     Args:
         targets: Run folders and log files.
@@ -57,7 +57,7 @@ def find_logs(targets: Iterable[str | os.PathLike[str]]) -> dict[str, list[Path]
     return _find(targets)
 
 
-class LogFile(NamedTuple):
+class OpenFile(NamedTuple):
     """A file of a log, opened for reading.
 
     Attributes:
@@ -71,8 +71,8 @@ class LogFile(NamedTuple):
     error: OSError | None = None
 
 
-def open_logs(targets: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, list[LogFile]]]:
-    """Each log with its files, as they were at one moment.
+def open_logs(targets: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, list[OpenFile]]]:
+    """Yield each log with its files, as they were at one moment.
 
     A live process sets full files aside and drops the oldest; a file that is open stays.
 
@@ -97,7 +97,7 @@ _TRIES = 1_000
 def _find(
     targets: Iterable[str | os.PathLike[str]], only: str | None = None
 ) -> dict[str, list[Path]]:
-    """The files of each log, or of one."""
+    """Return the files of each log, or of one."""
     logs: dict[str, list[Path]] = {}
     seen: set[Path] = set()
     name = "lensnet.rank" if only is None else os.path.basename(only)
@@ -121,21 +121,21 @@ def _log(path: Path) -> str:
 
 
 def segment_of(path: Path) -> float:
-    """The number of a full segment; the current file, without one, comes last."""
+    """Return the number of a full segment; the current file, without one, comes last."""
     name = _LOG_NAME.fullmatch(path.name)
     return int(name["segment"]) if name and name["segment"] else float("inf")
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> LogFile:
+def _open(path: Path, stack: contextlib.ExitStack) -> OpenFile:
     try:
         file = stack.enter_context(path.open("rb"))
     except OSError as error:
-        return LogFile(path, None, error=error)
-    return LogFile(path, file, _is_held(file))
+        return OpenFile(path, None, error=error)
+    return OpenFile(path, file, _is_held(file))
 
 
 def _is_held(file: BinaryIO) -> bool:
-    """Whether a live process is writing the file."""
+    """Return whether a live process is writing the file."""
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ from lensnet_guard import _schema
 from lensnet_guard.postmortem.events import call_key, read_call, read_site, whole
 from lensnet_guard.postmortem.events import number as read_number
 from lensnet_guard.postmortem.findings import Call, CallSite
-from lensnet_guard.postmortem.reader import LogFile, open_logs, read_lines
+from lensnet_guard.postmortem.reader import OpenFile, open_logs, read_lines
 
 MARKS = 2_000  # that a timeline holds, and that a page shows
 _STRETCHES = 512  # that the time of a run is cut into, at most
@@ -35,9 +35,9 @@ OUTCOMES = {  # name -> CSS class; the last is drawn on top
 
 
 def numbered_events(
-    files: Iterable[LogFile], progress: Callable[[int], object] = lambda _: None
+    files: Iterable[OpenFile], progress: Callable[[int], object] = lambda _: None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The events of one log, each with its run's number from 0, as `analyse` counts runs."""
+    """Yield the events of one log, each with its run's number from 0, as `analyse` counts runs."""
     number, events = 0, 0
     for file in files:
         for line in read_lines(file.lines, progress) if file.lines is not None else ():
@@ -50,7 +50,7 @@ def numbered_events(
 
 
 def moment(event: Mapping[str, Any], before: float) -> float:
-    """When an event happened, seconds since the epoch; ``before`` where its line does not tell."""
+    """Return when an event happened, in seconds since the epoch; ``before`` if it does not tell."""
     at = read_number(event.get(_schema.TIMESTAMP))
     return at if at is not None and 0 <= at <= _LAST_MOMENT else before
 
@@ -145,7 +145,7 @@ class Timeline:
         self._open.clear()
 
     def marks(self, limit: int = MARKS) -> list[Mark]:
-        """At most ``limit`` marks, unless every row and outcome needs one of its own."""
+        """Return at most ``limit`` marks, unless every row and outcome needs one of its own."""
         while len(self._marks) > limit and self._coarsen():
             pass
         marks = [
@@ -198,7 +198,7 @@ class Timeline:
 def read_timelines(
     targets: Iterable[str | os.PathLike[str]], progress: Callable[[int], object] = lambda _: None
 ) -> dict[str, list[Timeline]]:
-    """The timelines of every log's runs, in the order of `analyse`.
+    """Return the timelines of every log's runs, in the order of `analyse`.
 
     Args:
         targets: Run folders and log files.
@@ -223,7 +223,7 @@ def read_timelines(
 
 
 def draw(timeline: Timeline, limit: int = MARKS) -> Iterator[str]:
-    """The timeline as HTML: legend, a stretchable SVG for each row, and seconds below."""
+    """Yield the timeline as HTML: legend, a stretchable SVG for each row, and seconds below."""
     marks = timeline.marks(limit)
     if not marks:
         return
@@ -246,7 +246,7 @@ def draw(timeline: Timeline, limit: int = MARKS) -> Iterator[str]:
 
 
 def legend(css: str, text: str) -> str:
-    """A coloured square and what it means."""
+    """Return a coloured square and what it means."""
     box = f'<svg viewBox="0 0 1 1" aria-hidden="true"><rect class="{css}" width="1" height="1"/>'
     return f'<span class="key soft">{box}</svg>{html.escape(text)}</span>'
 

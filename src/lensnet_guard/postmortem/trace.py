@@ -52,7 +52,7 @@ def write_trace(
 def trace_events(
     targets: Iterable[str | os.PathLike[str]], progress: Callable[[int], object] = lambda _: None
 ) -> Iterator[dict[str, Any]]:
-    """The events of the trace, in the order in which the log's lines allow them to be told."""
+    """Yield the events of the trace, each as soon as the log's lines allow it."""
     taken: set[int] = set()
     for _, files in open_logs(targets):
         run, last = None, -1
@@ -67,7 +67,7 @@ def trace_events(
 
 
 def _free_pid(event: Mapping[str, Any], taken: set[int]) -> int:
-    """The process's own number, or the next free one: ranks on other hosts may share it."""
+    """Return the process's own number, or the next free one: ranks on other hosts may share it."""
     pid = event.get(_schema.PID)
     # Viewers keep it in 32 bits.
     pid = pid if isinstance(pid, int) and not isinstance(pid, bool) and 0 < pid < 2**31 else 1
@@ -107,7 +107,7 @@ class _Run:
             yield from self._micro_step(event, at)
 
     def finish(self) -> Iterator[dict[str, Any]]:
-        """Calls in flight begin and never end."""
+        """Yield the calls in flight, which begin and never end."""
         for call, at in self._open.values():
             args = _args(call) | {"outcome": "in flight when the log stopped"}
             yield from self._emit(call.thread, at, args, ph="B", name=_title(call), cat=call.kind)
@@ -133,7 +133,7 @@ class _Run:
         yield from self._emit(call.thread, at, args, ph="i", s="t", name=name, cat="violation")
 
     def _micro_step(self, event: Mapping[str, Any], ended: float) -> Iterator[dict[str, Any]]:
-        """Its begin is not logged: it is drawn from its first call, or as a moment without one."""
+        """Draw it from its first call, for its begin is not logged; as a moment without one."""
         thread, began = self._begins.end(event) or ("", ended)
         shape: dict[str, Any] = {"ph": "i", "s": "t"}
         if thread:
@@ -165,7 +165,7 @@ class _Run:
     def _emit(
         self, track: str, at: float, args: dict[str, Any], **fields: Any
     ) -> Iterator[dict[str, Any]]:
-        """An event on a track; before its first, the track's name."""
+        """Yield an event on a track; before its first, the track's name."""
         if track not in self._tracks:
             self._tracks[track] = len(self._tracks) + 1
             yield self._metadata("thread_name", self._tracks[track], track)

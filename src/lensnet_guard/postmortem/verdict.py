@@ -58,7 +58,7 @@ class LogVerdict:
         return text if self.ended else f"{text}; the log stops before the end of the run"
 
     def to_json(self) -> dict[str, Any]:
-        """The verdict as a JSON-ready object, without the list of calls per micro-step."""
+        """Return the verdict as a JSON-ready object, without the list of calls per micro-step."""
         fields = asdict(self)
         del fields["calls_per_micro_step"]
         return fields

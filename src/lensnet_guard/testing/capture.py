@@ -94,7 +94,7 @@ def capture(
 
 
 def list_calls(calls: Sequence[CallRecord], *, full_stacks: bool = False) -> str:
-    """A numbered listing: who called, in which context and scope, with which shapes.
+    """Return a numbered listing: who called, in which context and scope, with which shapes.
 
     Above ten calls, equal ones (same module, context, scope, verdict, shapes and caller) are listed
     once, with their number.

@@ -68,7 +68,7 @@ class Expectation:
         return capture(self.guard, context=self.context, scope=self.scope)
 
     def failure(self, calls: CapturedCalls, *, full_stacks: bool) -> str | None:
-        """What is wrong with these calls, or None when they are as expected."""
+        """Return what is wrong with these calls, or None when they are as expected."""
         low = self.exact if self.exact is not None else self.min or 0
         high = self.exact if self.exact is not None else self.max
         if low <= len(calls) and (high is None or len(calls) <= high):

@@ -7,12 +7,13 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
 from lensnet_guard import _schema
 from lensnet_guard._text import count
+from lensnet_guard.calls.policy import Mode
 from lensnet_guard.logs.sinks import Sink, add_to_all, remove_from_all
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lensnet_guard.logs.run_log import RunLog
     from lensnet_guard.testing.expectation import Expectation
 
-MODES = ("enforce", "observe", "off")
+MODES = get_args(Mode)
 LISTED_CALLS = 4_096  # the newest calls of a test that its report section can show
 
 
@@ -50,7 +51,7 @@ class _Tally(Sink):
 TALLY = pytest.StashKey[_Tally]()
 
 
-class Session:
+class PluginSession:
     """Settings for every test, logs of this process, and the sums for the terminal."""
 
     def __init__(self, config: pytest.Config) -> None:
@@ -93,7 +94,7 @@ class Session:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Settings, tally and log of one test, from its setup to its teardown."""
+        """Hold settings, tally and log of one test, from its setup to its teardown."""
         mode, log = (None, None) if _WRONG in item.stash else _marked_settings(item)
         folder = self._log_folder(log)
         tally = item.stash[TALLY] = _Tally()
@@ -126,7 +127,7 @@ class Session:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """The marker counts what the test itself does, without its fixtures."""
+        """Count for the marker what the test itself does, without its fixtures."""
         marker = item.get_closest_marker("lensnet_calls")
         if marker is None:
             result = yield
@@ -144,7 +145,7 @@ class Session:
     def pytest_runtest_makereport(
         self, item: pytest.Item
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Counts for the summary travel with the report, so that they come home from workers."""
+        """Send counts for the summary with the report, so that they come home from workers."""
         report = yield
         tally = item.stash.get(TALLY, None)
         if tally is not None and (tally.count or tally.violations or tally.calls):
@@ -169,7 +170,7 @@ class Session:
             self._tests.add(report.nodeid)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """One line: ``LensNet: 214 calls in 37 tests, 0 violations``."""
+        """Write one line, such as ``LensNet: 214 calls in 37 tests, 0 violations``."""
         if self._tests:
             text = ", ".join(
                 (
@@ -245,7 +246,7 @@ def fail_if_swallowed(item: pytest.Item) -> None:
 
 
 def _reached(item: pytest.Item, error: "LensNetViolation") -> bool:
-    """Whether the test has seen an exception, as far as its traceback tells.
+    """Return whether the test has seen an exception, as far as its traceback tells.
 
     It was raised through the test or a fixture; or somebody took the traceback off, as unittest
     does with what its assertRaises has caught.
@@ -262,7 +263,7 @@ def _reached(item: pytest.Item, error: "LensNetViolation") -> bool:
 
 
 def _codes(item: pytest.Item) -> set[CodeType]:
-    """The code of the test and its fixtures, with the functions that are written inside them."""
+    """Return the code of the test and its fixtures, and of the functions written inside them."""
     test = getattr(item, "obj", None)
     functions = [test, getattr(getattr(test, "hypothesis", None), "inner_test", None)]
     fixtures = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
@@ -294,7 +295,7 @@ def _wrong_marker(item: pytest.Item) -> pytest.UsageError | None:
 
 
 def _marked_settings(item: pytest.Item) -> tuple[str | None, Any]:
-    """Mode and log folder that ``@pytest.mark.lensnet_guard`` asks for."""
+    """Return mode and log folder that ``@pytest.mark.lensnet_guard`` asks for."""
 
     def settings(mode: str | None = None, *, log: Any = None) -> tuple[str | None, Any]:
         return mode, log
@@ -316,7 +317,7 @@ def _marked_settings(item: pytest.Item) -> tuple[str | None, Any]:
 
 
 def _expected_by(item: pytest.Item, marker: pytest.Mark) -> "Expectation":
-    """What ``@pytest.mark.lensnet_calls`` expects."""
+    """Return what ``@pytest.mark.lensnet_calls`` expects."""
     from lensnet_guard.testing.expectation import Expectation
 
     def expected(exact: Any = None, **others: Any) -> Expectation:
@@ -336,7 +337,7 @@ def _checked_mode(mode: Any, source: str) -> str:
 
 @contextmanager
 def _mode_set(mode: str | None) -> Iterator[None]:
-    """LENSNET_GUARD for guards that are made without a mode, in subprocesses too."""
+    """Set LENSNET_GUARD, for guards that are made without a mode, in subprocesses too."""
     before = os.environ.get("LENSNET_GUARD")
     if mode is not None:
         os.environ["LENSNET_GUARD"] = mode
