@@ -9,11 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
+from tests.lensnet_guard.helpers import X
 from torch import nn
 
 from lensnet_guard import BypassedGuard, guard_module, guard_of
-
-X = torch.ones(2, 3)
 
 
 class Base(nn.Module):

@@ -8,6 +8,7 @@ from types import FunctionType
 
 import pytest
 import torch
+from tests.lensnet_guard.helpers import SCOPE, X
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -25,9 +26,6 @@ from lensnet_guard import (
 
 # Importing inductor, and loading what it has compiled, warns of torch's own old ways.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
-
-SCOPE = "preference_scorer"
-X = torch.ones(2, 3)
 
 
 @pytest.fixture(autouse=True)

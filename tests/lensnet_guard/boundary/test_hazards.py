@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.lensnet_guard.helpers import X
 from torch import nn
 
 from lensnet_guard import LensNetHazard, guard_module
@@ -19,8 +20,6 @@ from lensnet_guard._torch_internals import GraphTree
 from lensnet_guard.boundary import hazards
 from lensnet_guard.postmortem import analyse
 from lensnet_guard.postmortem.report import render_report
-
-X = torch.ones(2, 3)
 
 
 @pytest.fixture

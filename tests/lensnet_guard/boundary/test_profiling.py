@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tests.lensnet_guard.helpers import SCOPE, X
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
@@ -15,9 +16,6 @@ from lensnet_guard.boundary.profiling import in_range, range_name
 
 # What torch 2.11 says of the first profile of a process.
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
-
-SCOPE = "preference_scorer"
-X = torch.ones(2, 3)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from tests.lensnet_guard.helpers import SCOPE
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -29,8 +30,6 @@ from lensnet_guard import (
     lensnet_guard,
 )
 from lensnet_guard.postmortem import read_verdict
-
-SCOPE = "preference_scorer"
 
 
 @pytest.fixture(params=[False, True], ids=["non-reentrant", "reentrant"])

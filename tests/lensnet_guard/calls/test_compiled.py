@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from tests.lensnet_guard.helpers import X
 from torch import nn
 
 from lensnet_guard import guard_module
@@ -13,7 +14,6 @@ from lensnet_guard.boundary import hazards
 from lensnet_guard.calls.compiled import CompileState
 from lensnet_guard.postmortem import analyse
 
-X = torch.ones(2, 3)
 FIELDS = [
     *("cuda_graphs", "capturing", "generation", "marks", "pending_backward", "new_inputs"),
     *("live_outputs", "phase", "graphs_compiled", "cuda_graphs_skipped"),

@@ -1,8 +1,7 @@
 """Records from memory, written as a log is when there was none."""
 
-import json
-
 import pytest
+from tests.lensnet_guard.helpers import read
 
 from lensnet_guard import BudgetUnmet, LensNetViolation
 from lensnet_guard.postmortem.verdict import read_verdict
@@ -18,10 +17,6 @@ def train(guard, x, *calls):
                         guard.module(x)
         except LensNetViolation:
             pass
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class TestEvidence:
@@ -44,7 +39,7 @@ class TestEvidence:
     def test_says_that_it_is_from_memory(self, guard, x, tmp_path):
         """Its lines bear the time of writing."""
         train(guard, x, 1)
-        first = lines_of(guard.evidence(tmp_path))[0]
+        first = read(guard.evidence(tmp_path))[0]
         assert (first["event"], first["from_memory"], first["mode"]) == (
             "run.begin",
             True,
@@ -54,7 +49,7 @@ class TestEvidence:
     def test_the_budget_is_told_as_it_was(self, guard, x, tmp_path):
         """A violation's message names the calls that had spent it."""
         train(guard, x, 2)
-        lines = lines_of(guard.evidence(tmp_path))
+        lines = read(guard.evidence(tmp_path))
         (violation,) = (line for line in lines if line["event"] == "violation")
         assert "preference_scorer: 1 of 1 spent" in violation["message"]
         assert "spent by     call 1 at" in violation["message"]
@@ -72,7 +67,7 @@ class TestEvidence:
         """It is told as a violation and as a call."""
         guard = make_guard(mode="observe")
         train(guard, x, 2)
-        events = [line["event"] for line in lines_of(guard.evidence(tmp_path))]
+        events = [line["event"] for line in read(guard.evidence(tmp_path))]
         call = ["call.begin", "call.end"]
         assert events == ["run.begin", *call, "violation", *call, "micro_step.end", "run.end"]
 
@@ -87,6 +82,6 @@ class TestEvidence:
         """It is no call, and stands in its micro-step."""
         with pytest.raises(BudgetUnmet), guard.context("training"), guard.micro_step(7):
             pass
-        lines = lines_of(guard.evidence(tmp_path))
+        lines = read(guard.evidence(tmp_path))
         assert [line["event"] for line in lines[1:-1]] == ["violation", "micro_step.end"]
         assert (lines[2]["step"], lines[2]["violations"]) == (7, 1)

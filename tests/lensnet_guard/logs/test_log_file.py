@@ -1,23 +1,17 @@
 """The files of a log: segments, in bounded space, whatever the disk does."""
 
-import json
 import os
 import shutil
 import warnings
 
 import pytest
+from tests.lensnet_guard.helpers import FILE, read
 
 from lensnet_guard import guard_module
 from lensnet_guard.logs import log_file
 from lensnet_guard.logs.log_file import LogFile, segments_of
 from lensnet_guard.logs.run_log import RunLog
 from lensnet_guard.postmortem import analyse
-
-FILE = "lensnet.rank0.jsonl"
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -55,7 +49,7 @@ class TestSegments:
         """The lines of all files are those of the run, once each, in order."""
         call(tmp_path, 20)
         path = tmp_path / FILE
-        lines = [line for p in (*segments_of(path), path) for line in lines_of(p)]
+        lines = [line for p in (*segments_of(path), path) for line in read(p)]
         begun = [line["seq"] for line in lines if line["event"] == "call.begin"]
         ended = [line["seq"] for line in lines if line["event"] == "call.end"]
         assert len(segments_of(path)) >= 2
@@ -67,14 +61,14 @@ class TestSegments:
         """The header again, the number of the segment before, and the sums up to here."""
         call(tmp_path, 200)
         path = tmp_path / FILE
-        first = lines_of(path)[0]
+        first = read(path)[0]
         oldest = segments_of(path)[0]
         assert first["event"] == "segment.begin"
         assert (first["module"], first["rank"], first["schema_version"]) == ("Scorer", "0", 1)
         assert segments_of(path)[-1].name == f"lensnet.rank0.seg{first['segment']:05}.jsonl"
-        calls = sum(line["event"] == "call.begin" for line in lines_of(path))
+        calls = sum(line["event"] == "call.begin" for line in read(path))
         assert first["before"]["calls"] + calls == 200
-        assert lines_of(oldest)[0]["before"]["calls"] > 100  # those before it are gone
+        assert read(oldest)[0]["before"]["calls"] > 100  # those before it are gone
 
     def test_a_later_run_goes_on_counting(self, call, tmp_path):
         """A resumed run overwrites no segment of the one before it."""
@@ -97,7 +91,7 @@ class TestSegments:
             numbers = [
                 line["number"]
                 for path in (*segments_of(log.path), log.path)
-                for line in lines_of(path)
+                for line in read(path)
                 if line["event"] == "note"
             ]
             assert numbers == list(range(50))
@@ -115,7 +109,7 @@ class TestSegments:
                 log.write("note", text="x" * 1_000)
             log.close()
         assert len(caught) == 1
-        assert len(lines_of(log.path)) == 52
+        assert len(read(log.path)) == 52
 
     def test_a_file_that_is_not_ours_was_set_aside(self, tmp_path):
         """Where somebody has put another file in the place of the log, it is left alone."""
@@ -136,7 +130,7 @@ class TestSegments:
         log.write("note", text="y")
         log.close()
         assert [path.name for path in segments_of(log.path)] == ["lensnet.rank0.seg00001.jsonl"]
-        assert len(lines_of(segments_of(log.path)[0])) == 2
+        assert len(read(segments_of(log.path)[0])) == 2
 
 
 FATES = {  # how people tidy up -> what is said of it
@@ -204,7 +198,7 @@ class TestTidiedAway:
             assert list(tmp_path.iterdir()) == []
             return
         moved = fate == "moved with its folder"
-        lines = lines_of((tmp_path / "aside" if moved else tmp_path / "log") / FILE)
+        lines = read((tmp_path / "aside" if moved else tmp_path / "log") / FILE)
         first = [("run.begin", None), ("note", 1)] if moved else [("segment.begin", None)]
         assert [(line["event"], line.get("number")) for line in lines] == [
             *first,

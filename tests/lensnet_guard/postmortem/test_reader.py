@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.lensnet_guard.helpers import FILE
 from torch import nn
 
 from lensnet_guard import guard_module
@@ -14,8 +15,6 @@ from lensnet_guard.logs.run_log import RunLog
 from lensnet_guard.postmortem import analyse, reader
 from lensnet_guard.postmortem.reader import find_logs, open_logs
 from lensnet_guard.postmortem.timeline import read_timelines
-
-FILE = "lensnet.rank0.jsonl"
 
 
 @pytest.fixture
