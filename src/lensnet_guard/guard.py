@@ -59,6 +59,7 @@ class Guard(Generic[M]):
         self.name = name
         self.policy = policy
         self.mode = mode
+        self._budgets = policy.budgets
         self._history = history or History(name)
         self._admission = Admission(module, policy, mode, self._history, inside or Inside())
         self._tripwire: Tripwire | None = None
@@ -107,7 +108,7 @@ class Guard(Generic[M]):
                 "ContextSwitchRefused", here, ": another micro-step was asked for"
             )
         numbers = operator.index(step), operator.index(micro_step)  # a record holds no tensor
-        due = self.policy.budgets if here.context == "training" else {}
+        due = self._budgets if here.context == "training" else {}
         ledger = MicroStep(*numbers, due, here.context)
         with held_open(self._admission, Block(micro_step=ledger), ledger, settles=True):
             yield ledger

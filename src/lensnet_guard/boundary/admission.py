@@ -37,6 +37,7 @@ class Admission:
         inside: The same.
         open: The blocks that are open in each thread and task.
         compiled: The calls of the module as long as it is compiled.
+        enforces: Whether violations are raised.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Admission:
         self.inside = inside
         self.open = OpenBlocks()
         self.compiled = CompiledCalls(module)
+        self.enforces = mode == "enforce"
         self._module = module
         self._policy = policy
         self._budgets = policy.budgets
@@ -171,11 +173,6 @@ class Admission:
         return result
 
     # Violations --------------------------------------------------------------------------------
-
-    @property
-    def enforces(self) -> bool:
-        """Whether violations are raised."""
-        return self._mode == "enforce"
 
     def refuse(self, refusal: Refusal) -> CallRecord:
         """Record and log a violation, then raise it; in observe mode return its record."""
