@@ -64,6 +64,10 @@ MATRIX = (
 )
 
 
+class NotMade(Exception):
+    """An environment that could not be made; says what failed."""
+
+
 def minor(setting: Setting) -> str:
     return ".".join(setting.torch.split(".")[:2])
 
@@ -111,7 +115,8 @@ def uv(*arguments: str) -> None:
     """Run uv.
 
     Raises:
-        SystemExit: it failed, and has said why.
+        NotMade: it failed, and has said why.
+        SystemExit: there is none.
     """
     program = [sys.executable, "-m", "uv"] if find_spec("uv") else ["uv"]
     try:
@@ -119,7 +124,7 @@ def uv(*arguments: str) -> None:
     except FileNotFoundError:
         raise SystemExit("matrix.py needs uv: pip install uv") from None
     if done.returncode:
-        raise SystemExit(f"matrix.py: uv {' '.join(arguments[:2])} failed, see above")
+        raise NotMade(f"uv {' '.join(arguments[:2])} failed, see above")
 
 
 def environment(setting: Setting) -> Path:
@@ -130,7 +135,8 @@ def environment(setting: Setting) -> Path:
     constraints = f"torch=={setting.torch}\n"
     if not setting.oldest:
         pinned = (ROOT / "constraints.txt").read_text()
-        constraints += re.sub(r"^torch==.*\n", "", pinned, flags=re.MULTILINE)
+        # Each torch bounds setuptools by itself.
+        constraints += re.sub(r"^(torch|setuptools)==.*\n", "", pinned, flags=re.MULTILINE)
     needed = json.dumps([path, version, setting.oldest, constraints, dependencies()], indent=1)
     if not (stamp.exists() and stamp.read_text() == needed):
         say(f"{setting}: making its environment in {folder}")
@@ -260,7 +266,12 @@ def main() -> None:
     rows, held = [], True
     for setting in MATRIX:
         if minor(setting) in arguments.only:
-            row, passed = row_of(setting, tests, train=whole)
+            try:
+                row, passed = row_of(setting, tests, train=whole)
+            except NotMade as why:
+                say(f"{setting}: no environment: {why}")
+                held = False
+                continue
             rows.append(row)
             held = held and passed
             if whole:

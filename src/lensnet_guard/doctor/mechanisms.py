@@ -160,20 +160,26 @@ def reads_its_log(folder: Path) -> str:
     return str(found)
 
 
-def compares_ranks(_: Path) -> str:
+def compares_ranks(folder: Path) -> str:
     """Try two processes over gloo, of which this is one: alike at first, and then not."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         raise NotTried("this torch was built without gloo")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = f"from lensnet_guard.doctor.mechanisms import rank; print(rank(1, {port}))"
-    peer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    answer = folder / "rank1"  # a file: gloo prints too
+    code = (
+        "from pathlib import Path; from lensnet_guard.doctor.mechanisms import rank; "
+        f"Path({str(answer)!r}).write_text(rank(1, {port}))"
+    )
+    peer = subprocess.Popen([sys.executable, "-c", code])
     try:
-        seen = [rank(0, port), peer.communicate(timeout=RANKS_WAIT_S)[0].strip()]
+        first = rank(0, port)
+        peer.wait(RANKS_WAIT_S)
     finally:
         peer.kill()
         peer.wait()
+    seen = [first, answer.read_text() if answer.exists() else "no answer"]
     expect(seen == ["2 alike, then apart"] * 2, f"the ranks saw: {' | '.join(seen)}")
     return "2 equal micro-steps pass, and one that differs is told on both"
 

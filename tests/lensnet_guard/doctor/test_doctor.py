@@ -88,7 +88,7 @@ class TestDoctor:
         for name in MECHANISMS.values():
             (row,) = (line for line in lines if line.startswith(f"{name}  "))
             assert " holds " in row or name == "CUDA graphs"
-        assert f" {torch.__version__} " in versions
+        assert f" {torch.__version__.partition('+')[0]}" in versions  # or with what it is for
         assert lines[-1] == "all that was tried holds"
         if not torch.cuda.is_available():
             assert any("not tried" in line and "torch sees no GPU" in line for line in lines)

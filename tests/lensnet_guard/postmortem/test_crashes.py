@@ -4,10 +4,13 @@ import json
 import os
 import re
 import signal
+import sys
 
 import pytest
 
 from lensnet_guard.postmortem.analysis import analyse
+
+SHOWS_NOTES = sys.version_info >= (3, 11)  # Python 3.10 keeps an exception's, and prints none
 
 # A process that has imported torch forks the victims, each of which logs to a folder of its own.
 ZYGOTE = """
@@ -120,7 +123,7 @@ class TestKilled:
         assert result.returncode == 1
         assert "ZeroDivisionError: division by zero" in result.stderr
         note = "lensnet_guard: the calls of victim are in run/lensnet.rank0.jsonl"
-        assert note in result.stderr
+        assert (note in result.stderr) == SHOWS_NOTES
         (run,) = analyse([tmp_path / "run"]).runs
         assert (run.ended, run.in_flight, run.training_calls) == (True, [], 3)
 
@@ -144,7 +147,7 @@ class TestKilled:
         assert "NoContext" in result.stderr
         error = json.loads((tmp_path / "error.json").read_text())
         note = "lensnet_guard: the calls of Linear are in run/lensnet.rank0.jsonl"
-        assert note in error["message"]["extraInfo"]["py_callstack"]
+        assert (note in error["message"]["extraInfo"]["py_callstack"]) == SHOWS_NOTES
 
 
 class TestStillRunning:
