@@ -11,7 +11,8 @@ from typing import Any, Literal
 Reason = Literal[
     "UnsanctionedCall", "BudgetExceeded", "NoContext", "ReentrantCall", "BypassedGuard"
 ]
-Mode = Literal["enforce", "observe", "off"]  # raise violations, only record them, do nothing
+Mode = Literal["enforce", "observe", "off"]
+"""What a guard does with a violation: raise it, only record and log it, or nothing at all."""
 
 _ONE_PREFERENCE_SCORER: Mapping[str, int] = MappingProxyType({"preference_scorer": 1})
 
