@@ -17,7 +17,7 @@ from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
 from lensnet_guard.boundary.settlement import held_open
 from lensnet_guard.boundary.tripwire import Inside, Tripwire, guard_behind
 from lensnet_guard.calls.budget import MicroStep
-from lensnet_guard.calls.context import Block, P, Position, R
+from lensnet_guard.calls.context import Block, P, R
 from lensnet_guard.calls.policy import CallPolicy, Mode
 from lensnet_guard.calls.record import CallRecord, Context
 from lensnet_guard.logs.evidence import write_evidence
@@ -75,7 +75,10 @@ class Guard(Generic[M]):
 
     @contextmanager
     def context(self, context: Context) -> Iterator[None]:
-        """Declare what this thread or task does: ``"training"`` or ``"inference"``.
+        """Declare what this thread or task does.
+
+        Args:
+            context: ``"training"`` or ``"inference"``.
 
         Raises:
             ValueError: Any other word.
@@ -102,7 +105,7 @@ class Guard(Generic[M]):
             BudgetUnmet: At the end, when the body did not raise and made too few calls.
             LensNetViolation: At the end, any violation that the body swallowed.
         """
-        here = self._require_context("a micro-step was opened")
+        here = self._admission.require_context("a micro-step was opened")
         if here.micro_step is not None:
             self._admission.violate(
                 "ContextSwitchRefused", here, ": another micro-step was asked for"
@@ -119,6 +122,9 @@ class Guard(Generic[M]):
 
         Outside any micro-step it is a micro-step of its own, with this scope's budget due.
 
+        Args:
+            scope: The name of a scope of the policy.
+
         Raises:
             ValueError: The policy has no such scope.
             NoContext: As for `micro_step`.
@@ -130,7 +136,7 @@ class Guard(Generic[M]):
                 f"{scope!r} is not a scope of {self.name}'s policy, "
                 f"which has {sorted(self.policy.scopes)}"
             )
-        here = self._require_context(f"the scope {scope!r} was opened")
+        here = self._admission.require_context(f"the scope {scope!r} was opened")
         ledger = here.micro_step
         if ledger is not None:
             with held_open(self._admission, Block(scope=scope), ledger):
@@ -143,21 +149,18 @@ class Guard(Generic[M]):
             yield ledger
 
     def carry(self, fn: Callable[P, R]) -> Callable[P, R]:
-        """Bind ``fn`` to what is open here and now, for a thread or an executor to call.
+        """Bind a function to what is open here and now, for a thread or an executor to call.
 
-        The context holds in the thread for as long as ``fn`` runs; a carried micro-step and scope
-        end with their own blocks.
+        The context holds in the thread for as long as it runs; a carried micro-step and scope end
+        with their own blocks.
+
+        Args:
+            fn: The function, which may be a coroutine function.
 
         Raises:
             TypeError: A generator function, whose body runs only after the call has returned.
         """
         return self._admission.open.carry(fn)
-
-    def _require_context(self, what: str) -> Position:
-        here = self._admission.open.position()
-        if here.context is None:
-            self._admission.violate("NoContext", here, f": {what}")
-        return here
 
     # What the user reads -----------------------------------------------------------------------
 
@@ -182,7 +185,11 @@ class Guard(Generic[M]):
         return self._admission.open.position().context
 
     def count(self, context: Context | None = None, scope: str | None = None) -> int:
-        """Allowed calls so far, of one context or scope if given; recomputes are not counted.
+        """Return how many calls were allowed so far; recomputes are not counted.
+
+        Args:
+            context: Count the calls of this context only.
+            scope: Count the calls of this scope only.
 
         Raises:
             ValueError: A context that there is not.
@@ -220,7 +227,10 @@ class Guard(Generic[M]):
     # Logs, copies, the end ---------------------------------------------------------------------
 
     def start_log(self, folder: str | os.PathLike[str]) -> None:
-        """Log to a folder from now on, see `lensnet_guard.logs.run_log`.
+        """Log to a folder from now on.
+
+        Args:
+            folder: It is made when missing; one process writes one file, and more when it is full.
 
         Raises:
             TypeError: ``folder`` is not a path.
@@ -238,6 +248,9 @@ class Guard(Generic[M]):
 
         Without a log the newest records are written to ``folder`` as a log is, for
         ``lensnet-guard postmortem``; each line bears the time of this writing.
+
+        Args:
+            folder: As for `start_log`.
 
         Returns:
             Its path; None when it could not be written.
@@ -283,6 +296,7 @@ class _Keeper:
         self._admission = admission
 
     def copy(self, module: nn.Module, *, shallow: bool) -> Any:
+        """Guard a copy of the module, which logs where its original does."""
         guard, name = self.guard, f"{self.name} (copy)"
         history = History(name)
         if (log := self._admission.history.log) is not None:
@@ -293,6 +307,7 @@ class _Keeper:
         return copied.module
 
     def reduce(self, module: nn.Module) -> tuple[Any, ...]:
+        """Return what pickle keeps of the guarded module."""
         guard, log = self.guard, self._admission.history.log
         # A worker process logs beside its parent; a file on disk says nothing of logs.
         spawning = get_spawning_popen() is not None

@@ -63,7 +63,20 @@ class Admission:
         kwargs: dict[str, Any],
         frame: FrameType | None,
     ) -> Any:
-        """Admit and run one call; ``frame`` is that of the proxy's caller, if it has one."""
+        """Admit and run one call.
+
+        Args:
+            run: What to run: the raw module, or its forward.
+            args: The call's arguments by position.
+            kwargs: The call's arguments by name.
+            frame: The frame of the proxy's caller, if it has one.
+
+        Returns:
+            What the module returns.
+
+        Raises:
+            LensNetViolation: The call is refused.
+        """
         return self._execute(self._admit(args, kwargs, frame), run, args, kwargs)
 
     def _admit(
@@ -112,7 +125,20 @@ class Admission:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Refuse a run of the module, or of a part or copy of it, that nobody admitted."""
+        """Refuse a run of the module, or of a part or copy of it, that nobody admitted.
+
+        Args:
+            part: What is run.
+            run: Its forward.
+            args: The arguments by position.
+            kwargs: The arguments by name.
+
+        Returns:
+            What the forward returns, in observe mode and in a recompute.
+
+        Raises:
+            BypassedGuard: The run is refused.
+        """
         frame = frame_up(1)
         here = self.open.position()
         inputs = describe_inputs(args, kwargs)
@@ -196,8 +222,24 @@ class Admission:
         finally:
             del violation  # or this frame, which its traceback holds, would hold it
 
+    def require_context(self, what: str) -> Position:
+        """Return what is open; refuse ``what`` where no context is declared."""
+        here = self.open.position()
+        if here.context is None:
+            self.violate("NoContext", here, f": {what}")
+        return here
+
     def violate(self, reason: str, here: Position, detail: str) -> None:
-        """Refuse something that is not a call."""
+        """Refuse something that is not a call.
+
+        Args:
+            reason: The name of the violation's class.
+            here: What is open.
+            detail: What the headline of its message ends in.
+
+        Raises:
+            LensNetViolation: Of that class, where violations are raised.
+        """
         if self._mode != "off":
             switches = ("NoContext", "ContextSwitchRefused")
             kind: Kind = "context" if reason in switches else "micro_step"

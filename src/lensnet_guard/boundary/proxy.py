@@ -44,10 +44,31 @@ class Keeper(Protocol):
         kwargs: dict[str, Any],
         frame: FrameType | None,
     ) -> Any:
-        """Admit and run one call; ``frame`` is that of the proxy's caller, if it has one."""
+        """Admit and run one call.
+
+        Args:
+            run: What to run: the raw module, or its forward.
+            args: The call's arguments by position.
+            kwargs: The call's arguments by name.
+            frame: The frame of the proxy's caller, if it has one.
+
+        Returns:
+            What the module returns.
+
+        Raises:
+            LensNetViolation: The call is refused.
+        """
 
     def copy(self, module: nn.Module, *, shallow: bool) -> Any:
-        """Guard a copy of the module: same contract, its own identity, counts and context."""
+        """Guard a copy of the module: same contract, its own identity, counts and context.
+
+        Args:
+            module: The copy.
+            shallow: Whether it runs the submodules of its original.
+
+        Returns:
+            The copy, guarded.
+        """
 
     def reduce(self, module: nn.Module) -> tuple[Any, ...]:
         """Return what pickle keeps of the guarded module: the raw one, and its contract."""

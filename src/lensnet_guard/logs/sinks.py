@@ -31,18 +31,41 @@ class Sink:
         """Take a violation that is about to be raised (in observe mode, that would be)."""
 
     def hazard(self, record: "CallRecord", earlier: "CallRecord") -> None:
-        """Take a call that is about to run, and will overwrite an output of an earlier one."""
+        """Take a call that is about to run, and will overwrite an output of an earlier one.
+
+        Args:
+            record: The call.
+            earlier: The call whose output is still in use.
+        """
 
     def overwritten(
         self, record: "CallRecord", earlier: "CallRecord", error: BaseException
     ) -> None:
-        """Take what torch has raised, because ``record`` wrote over an output of ``earlier``."""
+        """Take what torch has raised, because a call wrote over an output of an earlier one.
+
+        Args:
+            record: The call.
+            earlier: The call whose output it was.
+            error: What torch has raised.
+        """
 
     def settled(self, ledger: "MicroStep") -> None:
-        """Take a training micro-step that has made its calls. What this raises leaves the block."""
+        """Take a training micro-step that has made the calls that were due.
+
+        What this raises leaves the block of the micro-step, which is broken off by it.
+
+        Args:
+            ledger: The micro-step.
+        """
 
     def micro_step(self, module: str, context: "Context | None", ledger: "MicroStep") -> None:
-        """Take a micro-step that has ended, however it did."""
+        """Take a micro-step that has ended, however it did.
+
+        Args:
+            module: The guard's name for the module.
+            context: The context in which it ended.
+            ledger: The micro-step.
+        """
 
 
 class Source:
