@@ -89,11 +89,12 @@ class TestSdist:
 
 class TestWheel:
     def test_has_the_two_packages_and_nothing_else(self, wheel: Path) -> None:
-        """Every module, the markers that both are typed, the license."""
+        """Every module, the stubs that name the public names, the markers that both are typed."""
         assert wheel.name == f"lensnet_guard-{__version__}-py3-none-any.whl"
         with zipfile.ZipFile(wheel) as archive:
             packed = set(archive.namelist())
-        code = {str(f.relative_to(ROOT / "src")) for f in (ROOT / "src").rglob("*.py")}
+        files = [f for end in ("py", "pyi") for f in (ROOT / "src").rglob(f"*.{end}")]
+        code = {str(f.relative_to(ROOT / "src")) for f in files}
         info = f"lensnet_guard-{__version__}.dist-info"
         names = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
         metadata = {f"{info}/{name}" for name in names}

@@ -77,3 +77,11 @@ class TestPublicFace:
             print("structlog" in sys.modules)
         """
         assert run_python(code).stdout == "set()\nTrue\n"
+
+    def test_a_name_that_is_not_in_the_stub(self):
+        """It is missing, as from any module; and what is there can be listed."""
+        with pytest.raises(
+            AttributeError, match="module 'lensnet_guard' has no attribute 'nothing'"
+        ):
+            lensnet_guard.nothing  # noqa: B018
+        assert {*lensnet_guard.__all__, "__doc__"} <= {*dir(lensnet_guard)}

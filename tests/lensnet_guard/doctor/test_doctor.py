@@ -149,7 +149,7 @@ class TestAttempt:
         """Is told beside what was seen; what others warn of is not."""
 
         class Untested(UserWarning):
-            __module__ = "lensnet_guard.errors"
+            __module__ = "lensnet_guard"
 
         def warn(_: Path) -> str:
             import warnings
