@@ -67,7 +67,7 @@ def guarded(frames: int, log: Path | None = None) -> Runner:
     calls = loop(guard.module)
 
     def run() -> float:
-        with patch("lensnet_guard.history.CALL_FRAMES", frames), guard.context("inference"):
+        with patch("lensnet_guard.logs.history.CALL_FRAMES", frames), guard.context("inference"):
             return calls()
 
     return run
@@ -85,7 +85,7 @@ def enforce_only() -> Runner:
         with ExitStack() as stack:
             stack.enter_context(guard.context("inference"))
             stack.enter_context(patch.object(guard._history, "add_call", Same(record)))
-            stack.enter_context(patch("lensnet_guard.guard.describe_inputs", Same(())))
+            stack.enter_context(patch("lensnet_guard.boundary.admission.describe_inputs", Same(())))
             return calls()
 
     return run

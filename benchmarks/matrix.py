@@ -2,7 +2,7 @@
 
 Example: python benchmarks/matrix.py
          python benchmarks/matrix.py --only 2.15 --internals
-         python benchmarks/matrix.py --only 2.7 2.9 --tests tests/lensnet_guard/test_recompute.py
+         python benchmarks/matrix.py --only 2.7 2.9 --tests tests/lensnet_guard/boundary
 
 Each torch has an environment of its own, made once with uv, in the user's cache folder, and made
 anew when what it needs changes. Two things follow constraints.txt: every library but torch, and
@@ -35,9 +35,8 @@ HEADINGS = (
 LIBRARIES = ("lightning", "accelerate", "transformers")
 SUITE = ["tests/lensnet_guard"]
 INTERNALS = [  # all that reads what torch does not promise
-    *("test_torch_internals.py", "test_recompute.py", "test_compile.py", "test_compiled.py"),
-    *("test_hazards.py", "test_tripwire.py", "test_armed_class.py", "test_untested.py"),
-    *("test_proxy.py", "plumbing"),
+    *("test_torch_internals.py", "test_untested.py", "calls/test_compiled.py"),
+    *("boundary", "plumbing"),
 ]
 TRAINING = ("--steps", "6", "--batch-size", "2", "--warmup-steps", "2", "--log-interval", "2")
 MAKE_S, TESTS_S, TRAINING_S = 1_800, 5_400, 900  # what each may take

@@ -5,5 +5,7 @@ command line and the pytest plugin live in this package too, and start without t
 """
 
 from lensnet_guard._face import attach
+from lensnet_guard._moved import find_moved_modules
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)
+find_moved_modules()

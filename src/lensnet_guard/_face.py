@@ -15,7 +15,7 @@ from lensnet_guard._extras import require
 def attach(
     package: str, file: str, *, extra: str | None = None
 ) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
-    """What makes a package give out the names of its stub.
+    """Return what makes a package give out the names of its stub.
 
     Args:
         package: The package's ``__name__``.

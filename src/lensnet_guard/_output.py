@@ -18,7 +18,7 @@ def show(text: str | bytes) -> None:
     Nothing happens where it is closed, or its reader has seen enough.
 
     Args:
-        text: characters that the output's encoding lacks come out as their escapes; bytes as they
+        text: Characters that the output's encoding lacks come out as their escapes; bytes as they
             are.
     """
     out = sys.stdout
@@ -58,14 +58,14 @@ def require_own(path: Path, inputs: Iterable[Path], mark: bytes, *, force: bool)
     """Make sure that a file may be written over.
 
     Args:
-        path: where a command is to write.
-        inputs: what it reads, if it is there.
-        mark: what stands at the beginning of the files that the command makes.
-        force: write over any file but the inputs.
+        path: Where a command is to write.
+        inputs: What it reads, if it is there.
+        mark: What stands at the beginning of the files that the command makes.
+        force: Write over any file but the inputs.
 
     Raises:
-        FileExistsError: it is an input; or it is there, holds something, and has no such mark.
-        OSError: it cannot be read.
+        FileExistsError: It is an input; or it is there, holds something, and has no such mark.
+        OSError: It cannot be read.
     """
     if not path.is_file():
         return

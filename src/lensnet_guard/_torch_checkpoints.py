@@ -25,17 +25,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lensnet_guard.untested import is_tested
 
+_C: Any = torch._C  # noqa: SLF001  # for two functions that torch shows nowhere else
+
 # What the guard reads by a private name, and what it cannot tell without. The first is used for
 # this alone: with another class in its place, checkpoints may be other objects than expected.
 # Without hooks (which torch 2.7 does not show) nothing is lost, only every stack is looked through.
 _NAMES: tuple[tuple[Any, str, str], ...] = (
     (checkpointing, "_CheckpointFrame", "which call a checkpoint runs again"),
-    (torch._C, "_current_graph_task_id", "one backward pass from the next"),
+    (_C, "_current_graph_task_id", "one backward pass from the next"),
 )
 
 
 def losses() -> list[str]:
-    """What this torch does not let the guard tell of checkpoints; empty where all is known."""
+    """Return what this torch does not let the guard tell of checkpoints; empty if all is known."""
     missing = [(o, name, loss) for o, name, loss in _NAMES if not hasattr(o, name)]
     told = [f"{loss} ({owner.__name__}.{name} is gone)" for owner, name, loss in missing]
     if not is_tested():
@@ -44,7 +46,7 @@ def losses() -> list[str]:
 
 
 def _file(module: str) -> str:
-    """The source of a module of torch's, whoever has replaced functions in it meanwhile."""
+    """Return the source of a module of torch's, whoever has replaced functions in it meanwhile."""
     return str(sys.modules[module].__file__)
 
 
@@ -53,7 +55,7 @@ _FILES = frozenset((_file(checkpointing.__name__),))
 
 
 def _public() -> Iterator[CodeType | None]:
-    """The public functions under which a checkpoint's forward runs, as far as they are torch's."""
+    """Yield the public functions of torch under which a checkpoint's forward runs."""
     for name in ("checkpoint", "checkpoint_sequential"):
         yield getattr(inspect.unwrap(getattr(checkpointing, name)), "__code__", None)
     yield getattr(checkpointing.CheckpointFunction.forward, "__code__", None)
@@ -70,7 +72,7 @@ _Role = Literal["engine", "checkpoints", "module"]
 
 
 class _Roles(dict[str, _Role | None]):
-    """What a source file is of torch: one look-up for each frame of a stack."""
+    """Knows what a source file is of torch, by one look-up for each frame of a stack."""
 
     def __missing__(self, file: str) -> _Role | None:
         role: _Role | None = None
@@ -84,31 +86,32 @@ class _Roles(dict[str, _Role | None]):
 
 
 _roles = _Roles()
-_graph_task = getattr(torch._C, "_current_graph_task_id", None)
-_hooks_on_top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_graph_task = getattr(_C, "_current_graph_task_id", None)
+_autograd = getattr(_C, "_autograd", None)
+_hooks_on_top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 _grad_enabled = torch.is_grad_enabled
 
 
 def backward_pass() -> int | None:
-    """A number for the running backward pass of this thread; None outside one, or unknown."""
+    """Return a number for this thread's running backward pass; None outside one, or unknown."""
     number: int = _graph_task() if _graph_task is not None else -1
     return None if number == -1 else number
 
 
 def may_be_recomputing() -> bool:
-    """Whether a checkpoint may be running again: a quick look before `recomputed_checkpoint`."""
+    """Return whether a checkpoint may be running again, before `recomputed_checkpoint` is asked."""
     # Outside a backward pass it does when a saved tensor is read; then under hooks of its own.
     return _graph_task is None or _graph_task() != -1 or _saved_tensor_hooks() is not None
 
 
 def may_be_in_checkpoint() -> bool:
-    """Whether a checkpoint's forward may be running: a quick look before `open_checkpoints`."""
+    """Return whether a checkpoint's forward may be running, before `open_checkpoints` is asked."""
     # Reentrant checkpoints run under no_grad, the other kind under saved-tensor hooks.
     return not _grad_enabled() or _saved_tensor_hooks() is not None
 
 
 def open_checkpoints(frame: FrameType | None) -> list[object]:
-    """Torch's objects for the checkpoints whose forward runs from ``frame`` outwards.
+    """Return torch's objects for the checkpoints whose forward runs from ``frame`` outwards.
 
     `recomputed_checkpoint` finds the same again. What lies outside a running backward pass or
     recompute does not count.
@@ -132,7 +135,7 @@ def open_checkpoints(frame: FrameType | None) -> list[object]:
 
 
 def recomputed_checkpoint(frame: FrameType | None) -> tuple[object, ...] | None:
-    """What torch holds of the checkpoint that is being run again from ``frame`` outwards.
+    """Return what torch holds of the checkpoint that is being run again from ``frame`` outwards.
 
     Not only inside backward: reading a saved tensor of the graph recomputes too. The innermost
     frame of torch's decides: a hook that runs inside backward is no recompute, even when that
@@ -160,13 +163,13 @@ def recomputed_checkpoint(frame: FrameType | None) -> tuple[object, ...] | None:
 
 
 def stops_recomputing(error: BaseException) -> bool:
-    """Whether an exception only says that a checkpoint has recomputed all that it needs."""
+    """Return whether an exception only says that a checkpoint has recomputed all that it needs."""
     public = getattr(checkpointing, "CheckpointError", ())
     return _is_of_checkpoints(type(error)) and not isinstance(error, public)
 
 
 def is_composable(module: nn.Module) -> bool:
-    """Whether torch's composable checkpoint is applied to a module.
+    """Return whether torch's composable checkpoint is applied to a module.
 
     It opens inside the module's call, so that nothing shows it as that call is admitted.
     """
@@ -178,13 +181,13 @@ def _saved_tensor_hooks() -> Any:
 
 
 def _is_of_checkpoints(cls: type) -> bool:
-    """Whether a class is defined where torch's checkpoints are."""
+    """Return whether a class is defined where torch's checkpoints are."""
     module = sys.modules.get(cls.__module__)
     return _roles[getattr(module, "__file__", None) or ""] == "checkpoints"
 
 
 def _is_checkpoint(value: object) -> bool:
-    """Whether a value is what torch keeps of one checkpoint."""
+    """Return whether a value is what torch keeps of one checkpoint."""
     if isinstance(value, FunctionCtx):
         return True
     # Modes that save or find selected results may serve several checkpoints.
@@ -198,26 +201,26 @@ def _held(frame: FrameType) -> tuple[object, ...]:
 
 
 def _generators(values: Iterable[object]) -> "Iterator[GeneratorType[Any, Any, Any]]":
-    """The generators that torch suspends while the forward of a checkpoint runs."""
+    """Yield the generators that torch suspends while the forward of a checkpoint runs."""
     for value in values:
         if isinstance(value, GeneratorType) and _roles[value.gi_code.co_filename] == "checkpoints":
             yield value
 
 
 def _started(values: Iterable[object]) -> Iterator[object]:
-    """The checkpoints that such generators among some values have begun."""
+    """Yield the checkpoints that such generators among some values have begun."""
     for generator in _generators(values):
         if generator.gi_frame is not None:
             yield from _held(generator.gi_frame)
 
 
 def _runs_forward(frame: FrameType) -> bool:
-    """Whether a function of torch's has a checkpoint begun, whose forward it runs."""
+    """Return whether a function of torch's has a checkpoint begun, whose forward it runs."""
     return any(True for _ in _generators(frame.f_locals.values()))
 
 
 def _behind_hooks() -> Iterator[object]:
-    """The checkpoint whose forward has put up the saved-tensor hooks that are on top."""
+    """Yield the checkpoint whose forward has put up the saved-tensor hooks that are on top."""
     for hook in _saved_tensor_hooks() or ():
         if isinstance(hook, FunctionType) and _roles[hook.__code__.co_filename] == "checkpoints":
             for cell in hook.__closure__ or ():
@@ -227,7 +230,7 @@ def _behind_hooks() -> Iterator[object]:
 
 
 def _composable_state(module: object) -> tuple[object, ...]:
-    """What torch's composable checkpoint keeps on a module, in a dict that nothing else changes."""
+    """Return what torch's composable checkpoint keeps on a module, in a dict of its own."""
     if not isinstance(module, nn.Module):
         return ()
     kept = (value for value in vars(module).values() if isinstance(value, dict))

@@ -24,7 +24,7 @@ _TREES = "torch._inductor.cudagraph_trees"
 
 
 def losses() -> list[str]:
-    """What is missing of that which torch has from its import on; empty where all is there."""
+    """Return what is missing of that which torch has from its import on; empty if nothing is."""
     told = []
     if not hasattr(torch.nn.Module, _COMPILED_IN_PLACE):
         told.append(f"whether a module is compiled (nn.Module.{_COMPILED_IN_PLACE} is gone)")
@@ -42,14 +42,16 @@ def _tell(loss: str) -> None:
 
 
 def _read(module: str, path: str, unknown: Any, loss: str) -> Any:
-    """A name of a module of torch's that is loaded; importing one takes long.
+    """Return a name of a module of torch's that is loaded; importing one takes long.
 
     Args:
-        unknown: the answer where the module is not loaded, or the name is gone.
-        loss: what cannot be told without the name.
+        module: The module's full name.
+        path: The name in it, with dots where it is the attribute of another.
+        unknown: The answer where the module is not loaded, or the name is gone.
+        loss: What cannot be told without the name.
 
     Warns:
-        UntestedTorch: the module is there and the name is not.
+        UntestedTorch: The module is there and the name is not.
     """
     found = sys.modules.get(module)
     if found is None:
@@ -63,7 +65,7 @@ def _read(module: str, path: str, unknown: Any, loss: str) -> Any:
 
 
 def compiler_options(module: torch.nn.Module) -> Mapping[str, object] | None:
-    """How a module was compiled: None when it was not, empty where its backend does not tell.
+    """Return how a module was compiled: None if it was not, empty where its backend does not tell.
 
     Read from torch 2.7 to 2.15, torch/nn/modules/module.py and torch/_dynamo/eval_frame.py: a
     module compiled in place keeps a function that tells, a wrapper made by ``torch.compile`` tells
@@ -85,7 +87,7 @@ def compiler_options(module: torch.nn.Module) -> Mapping[str, object] | None:
 
 
 def mark_counter() -> int:
-    """How often ``torch.compiler.cudagraph_mark_step_begin`` was called; 0 where unknown.
+    """Return how often ``torch.compiler.cudagraph_mark_step_begin`` was called; 0 where unknown.
 
     Read from torch 2.7 to 2.15, torch/_inductor/cudagraph_trees.py.
     """
@@ -94,7 +96,7 @@ def mark_counter() -> int:
 
 
 def generation() -> int | None:
-    """Torch's number of compiled calls so far: outputs of an older one may be overwritten.
+    """Return torch's number of compiled calls so far: outputs of an older one may be overwritten.
 
     Read from torch 2.7 to 2.15, torch/_dynamo/mutation_guard.py.
     """
@@ -107,11 +109,11 @@ class GraphTree(NamedTuple):
     """The CUDA graphs of one device, as this thread runs them.
 
     Attributes:
-        phase: what ran last: ``"warmup"``, ``"recording"``, ``"execution"``, or ``"none"``.
-        pending_backward: a forward waits for its backward: until then no output is overwritten.
-        live: outputs of the calls that share memory now and that are in use, each by the ``cdata``
+        phase: What ran last: ``"warmup"``, ``"recording"``, ``"execution"``, or ``"none"``.
+        pending_backward: A forward waits for its backward: until then no output is overwritten.
+        live: Outputs of the calls that share memory now and that are in use, each by the ``cdata``
             of a weak reference to its storage.
-        cloned: those that are in use are copied before their memory is used again.
+        cloned: Those that are in use are copied before their memory is used again.
     """
 
     phase: str
@@ -121,7 +123,7 @@ class GraphTree(NamedTuple):
 
 
 def graph_tree(device: torch.device) -> GraphTree | None:
-    """The graphs that torch has recorded for a device; None where there are none, or unknown.
+    """Return the graphs that torch has recorded for a device; None if there are none, or unknown.
 
     Read from torch 2.7 to 2.15, torch/_inductor/cudagraph_trees.py.
     """
@@ -148,7 +150,7 @@ def graph_tree(device: torch.device) -> GraphTree | None:
 
 
 def is_overwritten(output: torch.Tensor | StorageWeakRef) -> bool:
-    """Whether torch refuses to read an output, because a later run has written over it.
+    """Return whether torch refuses to read an output, because a later run has written over it.
 
     Torch takes the storage from the tensors that a call gave out, and marks one that views of them
     still hold: hence both are asked (read from torch 2.7 to 2.15, ``dealloc_current_path_weakrefs``
@@ -157,7 +159,7 @@ def is_overwritten(output: torch.Tensor | StorageWeakRef) -> bool:
     try:
         found: Any = output
         if not isinstance(output, torch.Tensor):
-            found = torch.UntypedStorage._new_with_weak_ptr(output.cdata)
+            found = torch.UntypedStorage._new_with_weak_ptr(output.cdata)  # noqa: SLF001  # no other way
         if found is not None:
             found.data_ptr()
     except RuntimeError as error:
@@ -173,14 +175,14 @@ OF_A_GRADIENT = "gradient tensor output"
 
 
 def clones_outputs(options: Mapping[str, object], tree: GraphTree | None) -> bool:
-    """Whether outputs that are in use are copied before a call would write over them.
+    """Return whether outputs that are in use are copied before a call would write over them.
 
     As with ``cudagraph_trees_generation_cloning="user_visible"``, read from torch 2.14 and 2.15,
     torch/_inductor/config.py; before there was no such thing.
 
     Args:
-        options: of the compiled module, as they were when it was compiled.
-        tree: tells it of the graphs that were recorded, where there are any.
+        options: Of the compiled module, as they were when it was compiled.
+        tree: Tells it of the graphs that were recorded, where there are any.
     """
     if tree is not None:
         return tree.cloned
@@ -190,7 +192,7 @@ def clones_outputs(options: Mapping[str, object], tree: GraphTree | None) -> boo
 
 
 def compile_counters() -> tuple[int, int]:
-    """Graphs that torch has compiled so far in this process, and CUDA graphs that it skipped.
+    """Return how many graphs torch has compiled so far, and how many CUDA graphs it skipped.
 
     Read from torch 2.7 to 2.15, torch/_dynamo/output_graph.py and
     torch/_inductor/cudagraph_utils.py.
@@ -201,14 +203,15 @@ def compile_counters() -> tuple[int, int]:
 
 
 def default_store(prefix: str) -> Any:
-    """What all ranks of torch.distributed read and write, under a prefix; None where unknown.
+    """Return what all ranks of torch.distributed read and write, under a prefix; None if unknown.
 
     A connection of its own: one that another thread waits on is locked. Read from torch 2.7 to
     2.15, torch/distributed/distributed_c10d.py.
     """
     try:
         distributed: Any = torch.distributed
-        store = _connection(distributed.distributed_c10d._get_default_store())
+        default = distributed.distributed_c10d._get_default_store()  # noqa: SLF001  # nor here
+        store = _connection(default)
         store.set_timeout(timedelta(seconds=5))  # one that has vanished is waited for no longer
         return distributed.PrefixStore(prefix, store)
     except RuntimeError:
@@ -219,7 +222,7 @@ def default_store(prefix: str) -> Any:
 
 
 def _connection(store: Any) -> Any:
-    """One more to what a store is connected to; torch 2.7's stores do not make it themselves."""
+    """Connect once more to what a store is connected to, as torch 2.7's cannot do themselves."""
     if hasattr(store, "clone"):
         return store.clone()
     distributed: Any = torch.distributed
@@ -229,14 +232,14 @@ def _connection(store: Any) -> Any:
 
 
 def capturing() -> bool:
-    """Whether the user captures a CUDA graph: its replays will run no Python."""
+    """Return whether the user captures a CUDA graph: its replays will run no Python."""
     # A build with CUDA on a machine without a driver raises when it is asked for the stream.
     initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def profiling() -> bool:
-    """Whether a torch profiler is taking a trace, in whatever thread; False where unknown.
+    """Return whether a torch profiler is taking a trace, in whatever thread; False where unknown.
 
     Read from torch 2.7 to 2.15, torch/autograd/profiler.py: a flag of the process, which holds for
     NVTX and ITT too. The one that C++ tells is the thread's own, and stays down with
@@ -253,23 +256,22 @@ def eager_only(reason: str) -> Callable[[_Function], _Function]:
     without importing torch._dynamo (read from torch 2.7 to 2.15, torch/_dynamo/eval_frame.py).
 
     Args:
-        reason: what torch prints where the function stands in the way of a full graph.
+        reason: What torch prints where the function stands in the way of a full graph.
     """
 
     def mark(function: _Function) -> _Function:
         try:
-            frames = torch._C._dynamo.eval_frame
-            skip = frames._FrameAction.SKIP
-            frames.set_code_exec_strategy(
-                function.__code__,
-                frames._FrameExecStrategy(skip, skip),
-            )
+            frames: Any = torch._C._dynamo.eval_frame  # noqa: SLF001  # importing it takes seconds
+            skip = frames._FrameAction.SKIP  # noqa: SLF001
+            strategy = frames._FrameExecStrategy(skip, skip)  # noqa: SLF001
+            frames.set_code_exec_strategy(function.__code__, strategy)
         except (AttributeError, TypeError):
             disable: Any = torch.compiler.disable
             why = {"reason": reason} if "reason" in signature(disable).parameters else {}
             return disable(function, **why)  # type: ignore[no-any-return]
-        function._torchdynamo_disable = True  # type: ignore[attr-defined]
-        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        marked: Any = function
+        marked._torchdynamo_disable = True  # noqa: SLF001  # what torch's own wrapper sets
+        marked._torchdynamo_disable_msg = reason  # noqa: SLF001
         return function
 
     return mark

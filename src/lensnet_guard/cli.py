@@ -239,7 +239,7 @@ def _size(path: Path) -> int:
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
-    """The analysis as a JSON-ready object."""
+    """Return the analysis as a JSON-ready object."""
     runs = []
     for run in analysis.runs:
         fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}

@@ -9,36 +9,58 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from lensnet_guard.guard import Guard, Mode
-from lensnet_guard.policy import CallPolicy
-from lensnet_guard.proxy import guard_of, is_proxy
-from lensnet_guard.tripwire import armed_by, runs
+from lensnet_guard.boundary.proxy import is_proxy
+from lensnet_guard.boundary.tripwire import armed_by, runs
+from lensnet_guard.calls.policy import CallPolicy, Mode
+from lensnet_guard.guard import Guard, M, guard_of
 
 _MISSING = object()
 
 
 def guard_module(
-    module: nn.Module,
+    module: M,
     *,
     policy: CallPolicy | None = None,
     mode: Mode | None = None,
     log: str | os.PathLike[str] | None = None,
     name: str | None = None,
-) -> Guard:
+) -> Guard[M]:
     """Guard a module: call ``guard.module`` from now on, never the raw module.
 
     Args:
-        policy: the contract; the default allows one ``"preference_scorer"`` call per micro-step.
+        module: The raw module; it is changed in place, and given back by ``guard.uninstall()``.
+        policy: The contract; the default allows one ``"preference_scorer"`` call per micro-step.
         mode: ``"enforce"`` (default), ``"observe"`` or ``"off"``; the environment variable
             LENSNET_GUARD decides when the argument is not given.
-        log: folder for the JSONL log.
-        name: how records and messages call the module; its class name by default.
+        log: Folder for the JSONL log.
+        name: How records and messages call the module; its class name by default.
+
+    Returns:
+        The guard, whose ``module`` passes for the raw one.
 
     Raises:
-        TypeError: not a module, or one that has no forward (a ModuleList); a policy, name or log
+        TypeError: Not a module, or one that has no forward (a ModuleList); a policy, name or log
             of another type.
-        ValueError: an unknown mode, or a module that is guarded already.
+        ValueError: An unknown mode, or a module that is guarded already.
     """
+    _check_module(module)
+    if policy is not None and not isinstance(policy, CallPolicy):
+        raise TypeError(f"policy must be a CallPolicy, not {policy!r}")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be a string, not {name!r}")
+    chosen = _resolve_mode(mode)
+    guard = Guard(module, policy or CallPolicy(), chosen, name or type(module).__name__)
+    if log is not None and guard.mode != "off":
+        try:
+            guard.start_log(log)
+        except BaseException:
+            guard.uninstall()
+            raise
+    return guard
+
+
+def _check_module(module: object) -> None:
+    """Refuse what cannot be guarded."""
     guard = guard_of(module)
     if guard is not None:
         raise ValueError(f"{guard.name} is guarded already; use its guard: guard_of(module)")
@@ -60,20 +82,6 @@ def guard_module(
             f"a {type(module).__name__} has no forward, so there is no call of it to count. Guard "
             "the modules in it one by one"
         )
-    if policy is not None and not isinstance(policy, CallPolicy):
-        raise TypeError(f"policy must be a CallPolicy, not {policy!r}")
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"name must be a string, not {name!r}")
-    guard = Guard(
-        module, policy or CallPolicy(), _resolve_mode(mode), name or type(module).__name__
-    )
-    if log is not None and guard.mode != "off":
-        try:
-            guard.start_log(log)
-        except BaseException:
-            guard.uninstall()
-            raise
-    return guard
 
 
 @contextmanager
@@ -92,15 +100,21 @@ def lensnet_guard(
     block adds the log and the final verdict.
 
     Args:
-        owner_or_module: an object with the module as ``attribute``, or the module itself.
-        policy, mode, log: as for `guard_module`.
+        owner_or_module: An object with the module as ``attribute``, or the module itself.
+        attribute: The name by which the owner holds the module.
+        policy: The contract, as for `guard_module`.
+        mode: ``"enforce"``, ``"observe"`` or ``"off"``, as for `guard_module`.
+        log: Folder for the JSONL log, as for `guard_module`.
+
+    Yields:
+        The guard.
 
     Raises:
-        TypeError: neither a module nor an owner of one.
-        ValueError: another policy or mode than the existing guard's, or a second log.
+        TypeError: Neither a module nor an owner of one.
+        ValueError: Another policy or mode than the existing guard's, or a second log.
 
     Warns:
-        RuntimeWarning: at the end, if violations were recorded and nothing was raised.
+        RuntimeWarning: At the end, if violations were recorded and nothing was raised.
     """
     name, module = _find_module(owner_or_module, attribute)
     guard = guard_of(module)
@@ -129,14 +143,18 @@ def lensnet_guard(
         elif logging:
             guard.end_log()
     if guard.violation_count > before:
-        last = guard.violations[-1]
-        warnings.warn(
-            f"lensnet_guard: {guard.violation_count - before} violations of {guard.name}'s "
-            f"contract were recorded and none left this block; the last is {last.reason} "
-            f"at {last.caller}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        _warn_of_violations(guard, guard.violation_count - before)
+
+
+def _warn_of_violations(guard: Guard, number: int) -> None:
+    last = guard.violations[-1]
+    warnings.warn(
+        f"lensnet_guard: {number} violations of {guard.name}'s "
+        f"contract were recorded and none left this block; the last is {last.reason} "
+        f"at {last.caller}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _find_module(owner_or_module: Any, attribute: str) -> tuple[str | None, Any]:

@@ -12,17 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lensnet_guard.pytest_session import MODES, RAISED, Raised, Session, fail_if_swallowed
+from lensnet_guard.testing.plugin_session import (
+    MODES,
+    RAISED,
+    PluginSession,
+    Raised,
+    fail_if_swallowed,
+)
 
 if TYPE_CHECKING:
-    from lensnet_guard.capture import CapturedCalls
+    from lensnet_guard.calls.policy import CallPolicy
+    from lensnet_guard.calls.record import Context
     from lensnet_guard.guard import Guard
-    from lensnet_guard.policy import CallPolicy
-    from lensnet_guard.record import Context
+    from lensnet_guard.testing.capture import CapturedCalls
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options and ini keys; a marker goes before an option, that before ini, that before env."""
+    """Add options and ini keys. A marker goes before an option, that before ini and environment."""
     group = parser.getgroup("lensnet-guard", "call contracts")
     group.addoption(
         "--lensnet-guard",
@@ -49,16 +55,19 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "lensnet_guard(mode=None, *, log=None): mode and log folder of guards in this test.",
     )
-    config.pluginmanager.register(Session(config), "lensnet_guard_session")
+    config.pluginmanager.register(PluginSession(config), "lensnet_guard_session")
 
 
 @pytest.fixture
 def assert_lensnet_calls(
     pytestconfig: pytest.Config,
 ) -> Callable[..., AbstractContextManager["CapturedCalls"]]:
-    """``with assert_lensnet_calls(n=1, context=..., scope=..., guard=..., info=...) as calls:``."""
+    """Expect an exact number of calls of a block, one by default.
 
-    from lensnet_guard.expectation import Asserted
+    Example:
+        ``with assert_lensnet_calls(n=1, context=..., scope=..., guard=..., info=...) as calls:``
+    """
+    from lensnet_guard.testing.expectation import Asserted
 
     def expect(
         n: int = 1,
@@ -78,9 +87,12 @@ def assert_lensnet_calls(
 def assert_max_lensnet_calls(
     pytestconfig: pytest.Config,
 ) -> Callable[..., AbstractContextManager["CapturedCalls"]]:
-    """``with assert_max_lensnet_calls(3) as calls:``, with the same filters."""
+    """Expect no more than a number of calls of a block, with the same filters.
 
-    from lensnet_guard.expectation import Asserted
+    Example:
+        ``with assert_max_lensnet_calls(3) as calls:``
+    """
+    from lensnet_guard.testing.expectation import Asserted
 
     def expect(
         n: int,
@@ -99,7 +111,7 @@ def assert_max_lensnet_calls(
 @pytest.fixture
 def lensnet_calls() -> Iterator["CapturedCalls"]:
     """The calls of every guarded module since the fixture was set up; asserts nothing."""
-    from lensnet_guard.capture import capture
+    from lensnet_guard.testing.capture import capture
 
     with capture() as captured:
         yield captured
@@ -107,11 +119,11 @@ def lensnet_calls() -> Iterator["CapturedCalls"]:
 
 @pytest.fixture
 def lensnet_guard(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Guard"]]:
-    """Guard a module, or an owner's, for this test: ``guard = lensnet_guard(model)``.
+    """Guard a module, or an owner's, for this test.
 
-    Takes what `lensnet_guard.lensnet_guard` takes, and puts everything back afterwards. A violation
-    that does not reach the test, because other code swallowed it or it was raised in a thread,
-    fails the test all the same.
+    ``guard = lensnet_guard(model)`` takes what `lensnet_guard.lensnet_guard` takes, and everything
+    is put back after the test. A violation that does not reach the test, because other code
+    swallowed it or it was raised in a thread, fails the test all the same.
     """
     from lensnet_guard.install import lensnet_guard as guarded
 
@@ -131,8 +143,8 @@ def lensnet_guard(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Gua
             installed = guarded(owner_or_module, attribute=attribute, **keywords)
             made = stack.enter_context(_without_verdict(installed))
             if made.mode == "enforce":
-                made._history.add_sink(raised)
-                stack.callback(made._history.remove_sink, raised)
+                made.add_sink(raised)
+                stack.callback(made.remove_sink, raised)
             return made
 
         try:

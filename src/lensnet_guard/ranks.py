@@ -26,12 +26,13 @@ import torch
 import torch.distributed as dist
 
 from lensnet_guard._torch_internals import default_store
-from lensnet_guard.errors import RankStopped
+from lensnet_guard.calls.errors import RankStopped
 from lensnet_guard.guard import Guard
-from lensnet_guard.sinks import Sink
+from lensnet_guard.logs.sinks import Sink
 
 if TYPE_CHECKING:
-    from lensnet_guard.record import CallRecord
+    from lensnet_guard.calls.budget import MicroStep
+    from lensnet_guard.calls.record import CallRecord
 
 POLL_S = 0.25  # between looks for what stopped another rank
 TELL_S = 3.0  # that a rank which stops waits for the others to hear why
@@ -46,10 +47,12 @@ class RankState:
     """What one rank has done so far.
 
     Attributes:
-        micro_steps, calls: training micro-steps that it has ended, training calls that it began.
-        step, micro_step: of the micro-step that ended last; -1 where it has no number.
-        callers: the newest lines that made training calls.
-        leaving: it compares no more.
+        micro_steps: How many training micro-steps it has ended.
+        calls: How many training calls it has begun.
+        step: The optimizer step of the micro-step that ended last; -1 where it has no number.
+        micro_step: The number of that micro-step in it, likewise.
+        callers: The newest lines that made training calls.
+        leaving: Whether it compares no more.
     """
 
     micro_steps: int
@@ -78,23 +81,19 @@ def compare_ranks(guard: Guard, *, every: int = 1) -> Iterator[None]:
     What raises out of the block on one rank is told to all others, which end too.
 
     Args:
-        guard: the module's guard.
-        every: micro-steps between comparisons. 1 notices before the backward of the very micro-step
+        guard: The module's guard.
+        every: Micro-steps between comparisons. 1 notices before the backward of the very micro-step
             that differs; a comparison takes as long as a small all-reduce between the hosts.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised.
-        TypeError, ValueError: ``every`` is no int of at least 1.
-        RankDivergence: the ranks differ; names every rank's counts and callers.
-        RankStopped: another rank raised; says what.
+        RuntimeError: Torch.distributed is not initialised.
+        TypeError: ``every`` is no whole number.
+        ValueError: ``every`` is less than 1.
+        RankDivergence: The ranks differ; names every rank's counts and callers.
+        RankStopped: Another rank raised; says what.
     """
-
-    def violate(reason: str, detail: str) -> None:
-        guard._violate(reason, guard._open.position(), detail)
-
-    ranks = Ranks(guard.name, every, violate)
-    guard._history.add_sink(ranks)
-    guard._ranks, outer = ranks, guard._ranks
+    ranks = Ranks(guard.name, every, guard.violate)
+    guard.add_sink(ranks)
     try:
         yield
         ranks.compare(leaving=True)
@@ -109,8 +108,7 @@ def compare_ranks(guard: Guard, *, every: int = 1) -> Iterator[None]:
             raise RankStopped(heard) from error
         raise
     finally:
-        guard._ranks = outer
-        guard._history.remove_sink(ranks)
+        guard.remove_sink(ranks)
         ranks.leave()
 
 
@@ -118,9 +116,9 @@ class Ranks(Sink):
     """What this rank has done, and what it hears of the others.
 
     Args:
-        module: the guarded module's name.
-        every: micro-steps between comparisons.
-        violate: records, logs and raises a violation: its class's name, and details.
+        module: The guarded module's name.
+        every: Micro-steps between comparisons.
+        violate: Records, logs and raises a violation: its class's name, and details.
     """
 
     def __init__(self, module: str, every: int, violate: Callable[[str, str], None]) -> None:
@@ -160,13 +158,15 @@ class Ranks(Sink):
                     self._callers.remove(caller)
                 self._callers.append(caller)
 
-    def settle(self, step: int | None, micro_step: int | None) -> None:
-        """A training micro-step has ended, and did not raise: compare, when it is time to.
+    def settled(self, ledger: "MicroStep") -> None:
+        """Count a training micro-step that has ended well, and compare when it is time to.
 
         Raises:
-            RankDivergence, RankStopped: see `compare_ranks`.
+            RankDivergence: The ranks differ.
+            RankStopped: Another rank has raised.
         """
         self._micro_steps += 1
+        step, micro_step = ledger.step, ledger.micro_step
         self._last = (-1 if step is None else step, -1 if micro_step is None else micro_step)
         if self._micro_steps % self._every == 0:
             self.compare()
@@ -176,7 +176,7 @@ class Ranks(Sink):
         """Stop when another rank has.
 
         Raises:
-            RankStopped: saying what that rank said.
+            RankStopped: Saying what that rank said.
         """
         if self._heard is not None:
             self._left.set()  # however long the unwinding takes
@@ -186,7 +186,7 @@ class Ranks(Sink):
         """Wait for the others, and look whether they have done the same.
 
         Args:
-            leaving: this rank will not compare again.
+            leaving: This rank will not compare again.
         """
         if self._world == 1 or self._apart:
             return
@@ -224,7 +224,7 @@ class Ranks(Sink):
                 time.sleep(POLL_S / 5)
 
     def listen(self) -> str | None:
-        """What another rank said as it stopped, if it says so now."""
+        """Return what another rank said as it stopped, if it says so now."""
         self._told.wait(2 * POLL_S)
         return self._heard
 

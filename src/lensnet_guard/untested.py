@@ -22,7 +22,7 @@ _told: set[str] = set()
 
 
 def is_tested() -> bool:
-    """Whether the guard's tests run on this minor version of torch."""
+    """Return whether the guard's tests run on this minor version of torch."""
     version = re.match(r"(\d+)\.(\d+)", torch.__version__)
     return version is not None and OLDEST_TESTED <= tuple(map(int, version.groups())) <= (
         NEWEST_TESTED
@@ -33,10 +33,10 @@ def tell_untested(losses: Iterable[str]) -> None:
     """Say what this torch does not let the guard tell apart, unless that was said before.
 
     Args:
-        losses: each as "what cannot be told (the missing name)".
+        losses: Each as "what cannot be told (the missing name)".
 
     Warns:
-        UntestedTorch: when there is anything new to say.
+        UntestedTorch: When there is anything new to say.
     """
     if not (new := [loss for loss in losses if loss not in _told]):
         return

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from tests.lensnet_guard.helpers import X
 from torch import nn
 
 from lensnet_guard import (
@@ -20,8 +21,6 @@ from lensnet_guard import (
     guard_of,
     lensnet_guard,
 )
-
-X = torch.ones(2, 3)
 
 
 class Controller:

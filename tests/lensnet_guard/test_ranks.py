@@ -140,9 +140,9 @@ class TestDivergence:
         for rank, ended in enumerate(both):
             assert ended.code == 1
             told = re.sub(r"^\[rank\d\]: ", "", ended.err, flags=re.MULTILINE)  # torch's prefix
-            message = told[told.rindex("lensnet_guard.errors.RankDivergence") :]
+            message = told[told.rindex("lensnet_guard.RankDivergence") :]
             assert re.fullmatch(
-                r"""lensnet_guard\.errors\.RankDivergence: Linear was not called alike by all """
+                r"""lensnet_guard\.RankDivergence: Linear was not called alike by all """
                 r"""ranks, which hangs what they do together:
   rank 0       4 training calls in 4 micro-steps, the last one step 3, micro-step 0; called from """
                 r"""\S+rank\.py:\d+ in score
@@ -224,12 +224,12 @@ class TestStopped:
             every=100,
         )
         assert (first.code, second.code) == (1, 1)
-        assert "errors.UnsanctionedCall: Linear was called in training outside" in first.err
+        assert "lensnet_guard.UnsanctionedCall: Linear was called in training outside" in first.err
         assert (
             "lensnet_guard: rank 1 ends, because rank 0 stopped: UnsanctionedCall: Linear was "
             "called in training outside its sanctioned scope." in second.err
         )
-        assert "lensnet_guard.errors.RankStopped: rank 0 stopped: UnsanctionedCall" in second.err
+        assert "lensnet_guard.RankStopped: rank 0 stopped: UnsanctionedCall" in second.err
         assert second.seconds < 60
 
     def test_any_exception_is_told(self, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ class TestStopped:
         )
         for ended in ranks:
             assert "KeyboardInterrupt" in ended.err.splitlines()[-1], ended.err
-            assert "errors.RankStopped" not in ended.err
+            assert "lensnet_guard.RankStopped" not in ended.err
 
     def test_a_rank_that_no_longer_comes_back_is_ended(self, tmp_path: Path) -> None:
         """It waits for something that never comes; where, is said."""

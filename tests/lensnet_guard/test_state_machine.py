@@ -259,11 +259,11 @@ class GuardMachine(RuleBasedStateMachine):
     @invariant()
     def the_guard_is_where_the_model_says(self):
         context, step, scope = self.model.where()
-        here = self.guard._open.position()
+        here = self.guard._admission.open.position()
         assert self.guard.current_context == here.context == context
         assert here.micro_step is (step and step.ledger)
         assert here.scope == scope
-        assert self.guard._inside.here is False
+        assert self.guard._admission.inside.here is False
 
     @invariant()
     def the_books_are_those_of_the_model(self):
@@ -473,7 +473,7 @@ class GuardMachine(RuleBasedStateMachine):
             self.throw(self.holders[-(len(self.holders) % 2)], RuntimeError("the end"))
         self.the_guard_is_where_the_model_says()
         self.the_books_are_those_of_the_model()
-        assert self.guard._open.position().blocks == ()
+        assert self.guard._admission.open.position().blocks == ()
         assert in_thread(lambda: self.guard.current_context) is None
         self.seen.update(refusal.reason for refusal in self.model.refusals)
 

@@ -8,7 +8,9 @@ import warnings
 
 import pytest
 import torch
-from tests.lensnet_guard.test_tripwire import BYPASSES, Lens
+from tests.lensnet_guard.boundary.lens import Lens
+from tests.lensnet_guard.boundary.test_tripwire import BYPASSES
+from tests.lensnet_guard.helpers import SCOPE, X
 from torch import nn
 from torch.distributed import HashStore
 from torch.nn.parallel import DistributedDataParallel
@@ -29,9 +31,6 @@ from lensnet_guard import (
 from lensnet_guard.postmortem import read_verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
-
-SCOPE = "preference_scorer"
-X = torch.ones(2, 3)
 
 
 def _no_objects(patch):

@@ -6,24 +6,7 @@ import warnings
 from pathlib import Path
 
 from lensnet_guard.doctor.examination import ANSWER
-
-
-class NotTried(Exception):
-    """The machine has not what the attempt needs; says what. That is no fault of the guard's."""
-
-
-class Broken(Exception):
-    """The mechanism does not do what it promises; says what it did."""
-
-
-def expect(held: bool, otherwise: str) -> None:
-    """Go on if something held.
-
-    Raises:
-        Broken: it did not; with ``otherwise`` as its words.
-    """
-    if not held:
-        raise Broken(otherwise)
+from lensnet_guard.doctor.outcome import Broken, NotTried, first_line
 
 
 def attempt(name: str, folder: Path) -> None:
@@ -34,8 +17,8 @@ def attempt(name: str, folder: Path) -> None:
     crashed.
 
     Args:
-        name: a key of `mechanisms.MECHANISMS`.
-        folder: an empty one that the attempt may write to.
+        name: A key of `mechanisms.MECHANISMS`.
+        folder: An empty one that the attempt may write to.
     """
     state = "holds"
     with warnings.catch_warnings(record=True) as warned:
@@ -56,8 +39,3 @@ def attempt(name: str, folder: Path) -> None:
     }
     detail = "; warned: ".join([detail, *sorted(ours)])
     (folder / ANSWER).write_text(json.dumps({"state": state, "detail": detail}))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something."""
-    return next(filter(None, map(str.strip, str(error).splitlines())), "no message")

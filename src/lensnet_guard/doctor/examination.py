@@ -38,10 +38,10 @@ class Finding:
     """What the attempt at one mechanism showed.
 
     Attributes:
-        name: the mechanism, in words.
+        name: The mechanism, in words.
         state: ``"not tried"`` where the machine has not what it needs, which is no failure.
-        detail: what was seen, or what went wrong.
-        seconds: from the start of its process to its end.
+        detail: What was seen, or what went wrong.
+        seconds: From the start of its process to its end.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Examination:
     """What the doctor found.
 
     Attributes:
-        versions: by name, None for what is not installed.
-        findings: one for each mechanism.
+        versions: By name, None for what is not installed.
+        findings: One for each mechanism.
     """
 
     versions: dict[str, str | None]
@@ -68,7 +68,7 @@ class Examination:
         return all(finding.state != "fails" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """The examination as a JSON-ready object."""
+        """Return the examination as a JSON-ready object."""
         findings = [vars(finding) for finding in self.findings]
         return {"holds": self.holds, "versions": self.versions, "mechanisms": findings}
 
@@ -77,7 +77,7 @@ def examine(done: Callable[[], object] = lambda: None) -> Examination:
     """Try every mechanism.
 
     Args:
-        done: called after each, from several threads.
+        done: Called after each, from several threads.
     """
 
     def one(mechanism: str) -> Finding:
@@ -98,9 +98,9 @@ def try_alone(name: str, command: Sequence[str], limit_s: float = LIMIT_S) -> Fi
     """Run one attempt to its end, or to its time limit, with all the processes that it starts.
 
     Args:
-        name: of the finding.
-        command: gets an empty folder as a further argument, and leaves its answer in there.
-        limit_s: seconds until it is ended.
+        name: Of the finding.
+        command: Gets an empty folder as a further argument, and leaves its answer in there.
+        limit_s: Seconds until it is ended.
     """
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lensnet-guard-") as folder:

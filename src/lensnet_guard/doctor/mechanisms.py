@@ -31,7 +31,7 @@ from lensnet_guard import (
     compare_ranks,
     guard_module,
 )
-from lensnet_guard.doctor.attempt import Broken, NotTried, expect, first_line
+from lensnet_guard.doctor.outcome import Broken, NotTried, expect, first_line
 from lensnet_guard.postmortem import read_verdict
 
 SCOPE = "critic"
@@ -41,7 +41,7 @@ STEPS = 6  # enough for CUDA graphs to be warmed up, recorded and replayed
 
 
 def imports_torch(_: Path) -> str:
-    """That it is there at all: what it was built for, and the devices that it sees."""
+    """Say what torch was built for, and which devices it sees."""
     torch.set_num_threads(1)
     expect(torch.ones(2, 2).matmul(torch.ones(2, 2)).sum().item() == 8, "2 x 2 ones make no 8")
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
@@ -51,7 +51,7 @@ def imports_torch(_: Path) -> str:
 
 
 def refuses_bypasses(_: Path) -> str:
-    """Every way past the guard, and every call that the contract has no place for."""
+    """Try every way past the guard, and every call that the contract has no place for."""
     module, x = _module(), torch.ones(2, 4)
     expected, bare = module(x), copy.deepcopy(module)
     guard = _guard(module)
@@ -74,12 +74,12 @@ def refuses_bypasses(_: Path) -> str:
 
 
 def tells_recomputes(_: Path) -> str:
-    """A non-reentrant activation checkpoint."""
+    """Try a non-reentrant activation checkpoint."""
     return _recompute(use_reentrant=False)
 
 
 def tells_reentrant_recomputes(_: Path) -> str:
-    """A reentrant activation checkpoint."""
+    """Try a reentrant activation checkpoint."""
     return _recompute(use_reentrant=True)
 
 
@@ -107,7 +107,7 @@ def _recompute(*, use_reentrant: bool) -> str:
 
 
 def compiles_once(_: Path) -> str:
-    """`torch.compile`, with a backend that needs no C++ compiler and half a minute less."""
+    """Try `torch.compile`, with a backend that needs no C++ compiler and half a minute less."""
     module, x = _module(), torch.ones(2, 4)
     expected = module(x)
     _compiles(_module(), x, backend="aot_eager")
@@ -132,10 +132,10 @@ def compiles_once(_: Path) -> str:
 
 
 def _compiles(module: nn.Module, x: torch.Tensor, **how: str) -> None:
-    """That this machine compiles a module which is not guarded.
+    """Make sure that this machine compiles a module which is not guarded.
 
     Raises:
-        NotTried: it does not, as where a compiler is missing.
+        NotTried: It does not, as where a compiler is missing.
     """
     module.compile(**how)
     try:
@@ -146,7 +146,7 @@ def _compiles(module: nn.Module, x: torch.Tensor, **how: str) -> None:
 
 
 def reads_its_log(folder: Path) -> str:
-    """Two micro-steps and a refused call, as the post-mortem finds them."""
+    """Try two micro-steps and a refused call, as the post-mortem finds them."""
     guard, x = _guard(_module(), log=folder), torch.ones(2, 4)
     with guard.context("training"):
         for step in range(2):
@@ -161,7 +161,7 @@ def reads_its_log(folder: Path) -> str:
 
 
 def compares_ranks(folder: Path) -> str:
-    """Two processes over gloo, of which this is one: alike at first, and then not."""
+    """Try two processes over gloo, of which this is one: alike at first, and then not."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         raise NotTried("this torch was built without gloo")
     with socket.socket() as free:
@@ -185,10 +185,10 @@ def compares_ranks(folder: Path) -> str:
 
 
 def rank(number: int, port: int) -> str:
-    """One of two ranks: what it saw.
+    """Be one of two ranks, and say what it saw.
 
     Raises:
-        NotTried: gloo does not work here, whatever the guard does.
+        NotTried: Gloo does not work here, whatever the guard does.
     """
     try:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -221,7 +221,7 @@ def rank(number: int, port: int) -> str:
 
 
 def knows_cuda_graphs(_: Path) -> str:
-    """The hazard is warned of, and training under CUDA graphs is that of the eager module."""
+    """Try whether the hazard is warned of, and training under CUDA graphs is as in eager mode."""
     if not torch.cuda.is_available():
         raise NotTried("torch sees no GPU")
     x = torch.ones(2, 4, device="cuda")
@@ -253,7 +253,7 @@ def knows_cuda_graphs(_: Path) -> str:
 
 
 def _train(model: nn.Module, owner: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """One step of gradient descent: its loss."""
+    """Take one step of gradient descent, and return its loss."""
     loss: torch.Tensor = model(x).square().sum()
     torch.autograd.backward(loss)
     with torch.no_grad():
@@ -265,7 +265,7 @@ def _train(model: nn.Module, owner: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _module() -> nn.Sequential:
-    """The same small critic, however often."""
+    """Return the same small critic, however often."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -276,10 +276,10 @@ def _guard(module: nn.Module, log: Path | None = None) -> Guard:
 
 
 def _refused(kind: type[LensNetViolation], what: str, call: Callable[[], object]) -> None:
-    """A call that must be refused as ``kind``.
+    """Make a call that must be refused as ``kind``.
 
     Raises:
-        Broken: it ran, or was refused as something else.
+        Broken: It ran, or was refused as something else.
     """
     try:
         call()

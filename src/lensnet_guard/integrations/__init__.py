@@ -15,13 +15,23 @@ __all__ = ["GuardLost", "Verdict", "sanctioned"]
 
 
 def sanctioned(module: object, scope: str) -> AbstractContextManager[Any]:
-    """The scope of a module's guard, for a model that also works where nobody guards it.
+    """Return the scope of a module's guard, for a model that also works where nobody guards it.
 
     ``with sanctioned(self.reference, "kl"):`` is ``guard.sanctioned("kl")`` while the module is
     guarded. It does nothing while it is not: without an integration, and with the mode ``"off"``.
 
+    Args:
+        module: The guarded module, or any other.
+        scope: The name of a scope of its policy.
+
+    Returns:
+        The block to open.
+
     Raises:
-        ValueError, NoContext, BudgetUnmet, LensNetViolation: as ``guard.sanctioned``.
+        ValueError: The policy has no such scope.
+        NoContext: As ``guard.sanctioned``.
+        BudgetUnmet: As ``guard.sanctioned``.
+        LensNetViolation: As ``guard.sanctioned``.
     """
     guard = guard_of(module)
     return guard.sanctioned(scope) if guard is not None else nullcontext()

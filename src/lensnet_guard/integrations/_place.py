@@ -16,7 +16,13 @@ class GuardLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """An attribute that holds the module: ``owner.attribute``, called ``path`` in messages."""
+    """An attribute that holds the module.
+
+    Attributes:
+        owner: The object that has the attribute.
+        attribute: The attribute's name.
+        path: What messages call it, such as ``"LightningModule.model.critic"``.
+    """
 
     owner: Any
     attribute: str
@@ -31,7 +37,7 @@ class Place:
         """Make sure that the guarded module itself hangs there.
 
         Raises:
-            GuardLost: anything else does.
+            GuardLost: Anything else does.
         """
         found = self.module
         if found is not guard.module:
@@ -46,10 +52,10 @@ class Place:
 
 
 def locate(root: Any, path: str) -> Place:
-    """The place of ``root.<path>``, a dotted path of attributes.
+    """Return the place of ``root.<path>``, a dotted path of attributes.
 
     Raises:
-        AttributeError: there is no such owner.
+        AttributeError: There is no such owner.
     """
     owner = root
     *parents, attribute = path.split(".")
@@ -59,7 +65,7 @@ def locate(root: Any, path: str) -> Place:
 
 
 def find(root: Any, guard: Guard) -> Place | None:
-    """The first place in ``root``, or in a module below it, that holds the guarded module."""
+    """Return the first place in ``root``, or in a module below it, with the guarded module."""
     names = deque([(root, type(root).__name__)])
     seen = {id(root)}
     while names:

@@ -6,18 +6,15 @@ is raised. Here is held what is open between them.
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from lensnet_guard import CallPolicy, Guard, guard_module, guard_of, lensnet_guard
-from lensnet_guard._text import count, short_path
-from lensnet_guard.errors import add_note
+from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of, lensnet_guard
+from lensnet_guard._text import absolute, add_note, count, short_path
 from lensnet_guard.integrations._place import GuardLost, Place, find, locate
-from lensnet_guard.log_file import absolute
 
-Mode = Literal["enforce", "observe", "off"]
 Log = str | os.PathLike[str]
 
 
@@ -26,11 +23,11 @@ class Verdict:
     """What a training came to, in this process.
 
     Attributes:
-        module: the guard's name for the module.
-        micro_steps: training micro-steps that ended, those with a violation included.
-        calls: allowed training calls, by scope.
-        inference_calls: calls in inference context.
-        violations: violations of any kind.
+        module: The guard's name for the module.
+        micro_steps: Training micro-steps that ended, those with a violation included.
+        calls: Allowed training calls, by scope.
+        inference_calls: Calls in inference context.
+        violations: Violations of any kind.
     """
 
     module: str
@@ -59,14 +56,16 @@ class Contract:
     """Which module to guard and how; the arguments that all integrations take.
 
     Args:
-        target: the attribute that holds the module (``"reference"``, ``"model.critic"``), to be
+        target: The attribute that holds the module (``"reference"``, ``"model.critic"``), to be
             guarded for the training; or a guard that exists.
-        policy, mode, log: as for `lensnet_guard.guard_module`; only with an attribute. A relative
-            ``log`` is taken from where the process is now, not where it is as the training starts.
+        policy: As for `lensnet_guard.guard_module`; only with an attribute.
+        mode: As for `lensnet_guard.guard_module`; only with an attribute.
+        log: As for `lensnet_guard.guard_module`; only with an attribute. A relative one
+            is taken from where the process is now, not where it is as the training starts.
 
     Raises:
         TypeError: ``target`` is neither, or ``log`` is not a path.
-        ValueError: policy, mode or log for a guard that exists.
+        ValueError: Policy, mode or log for a guard that exists.
     """
 
     target: str | Guard
@@ -94,14 +93,14 @@ class Watch:
     """Guards a module for the length of one training. Made before the trainer wraps anything.
 
     Args:
-        contract: what to guard.
-        root: where to look for it.
-        must_be_found: whether a guard that exists must be found there; otherwise its place is
+        contract: What to guard.
+        root: Where to look for it.
+        must_be_found: Whether a guard that exists must be found there; otherwise its place is
             checked only if it is.
 
     Attributes:
-        guard: the guard; None before `open` when it is made there.
-        micro_steps: training micro-steps that have ended.
+        guard: The guard; None before `open` when it is made there.
+        micro_steps: Training micro-steps that have ended.
     """
 
     def __init__(self, contract: Contract, root: Any, *, must_be_found: bool = True) -> None:
@@ -111,8 +110,9 @@ class Watch:
         self._began_in = absolute(".")
         self._place: Place | None = None
         self._installed = ExitStack()
-        self._context: tuple[str, AbstractContextManager[None]] | None = None
-        self._step: AbstractContextManager[Any] | None = None
+        self._context: Literal["training", "inference"] | None = None
+        self._in_context = ExitStack()
+        self._step: ExitStack | None = None
         self.guard: Guard | None = None
         self.micro_steps = 0
         target = contract.target
@@ -127,8 +127,9 @@ class Watch:
         """Guard the module, or check that it still is; inference context from now on.
 
         Raises:
-            GuardLost: it was guarded before, and what hangs in its place is something else.
-            TypeError, ValueError: as `lensnet_guard.lensnet_guard`.
+            GuardLost: It was guarded before, and what hangs in its place is something else.
+            TypeError: As `lensnet_guard.lensnet_guard`.
+            ValueError: As `lensnet_guard.lensnet_guard`.
         """
         target = self._contract.target
         if isinstance(target, Guard):
@@ -150,13 +151,13 @@ class Watch:
         """Close whatever is open, and put back what was there before `open`."""
         self.abandon(error)
         self.enter(None)
-        self._installed.__exit__(*_exception(error))
+        _leave(self._installed, error)
 
     def check(self) -> None:
         """Make sure that what the training calls is the guarded module.
 
         Raises:
-            GuardLost: it is not.
+            GuardLost: It is not.
         """
         if self._place is not None and self.guard is not None:
             self._place.check(self.guard)
@@ -166,46 +167,44 @@ class Watch:
     def enter(self, context: Literal["training", "inference"] | None) -> None:
         """Switch to a context; a micro-step that never ended is given up."""
         self.abandon()
-        if self._context is not None:
-            if self._context[0] == context:
-                return
-            _, block = self._context
-            self._context = None
-            block.__exit__(None, None, None)
+        if self._context == context:
+            return
+        self._context = None
+        self._in_context.close()
         if context is not None and self.guard is not None:
-            block = self.guard.context(context)
-            block.__enter__()
-            self._context = context, block
+            self._in_context.enter_context(self.guard.context(context))
+            self._context = context
 
     def begin_step(self, step: int, micro_step: int) -> None:
         """Open a training micro-step.
 
         Raises:
-            GuardLost: what the training calls is not the guarded module any more.
+            GuardLost: What the training calls is not the guarded module any more.
         """
         assert self.guard is not None
         self.check()
         self.enter("training")
-        block = self.guard.micro_step(step, micro_step)
-        block.__enter__()
+        block = ExitStack()
+        block.enter_context(self.guard.micro_step(step, micro_step))
         self._step = block
 
     def end_step(self) -> None:
         """Close the micro-step, if one is open, and settle its budgets.
 
         Raises:
-            BudgetUnmet, LensNetViolation: as the end of ``guard.micro_step``.
+            BudgetUnmet: As the end of ``guard.micro_step``.
+            LensNetViolation: As the end of ``guard.micro_step``.
         """
         block, self._step = self._step, None
         if block is not None:
             self.micro_steps += 1
-            block.__exit__(None, None, None)
+            block.close()
 
     def abandon(self, error: BaseException | None = None) -> None:
         """Close a micro-step that was cut short: no budget is due."""
         block, self._step = self._step, None
         if block is not None:
-            block.__exit__(*_exception(error or _Abandoned()))
+            _leave(block, error or Abandoned())
 
     # What it came to ---------------------------------------------------------------------------
 
@@ -219,7 +218,7 @@ class Watch:
         self._violations_before = guard.violation_count
 
     def verdict(self) -> Verdict:
-        """The sums since `open`, or since the last `count_from_here`."""
+        """Return the sums since `open`, or since the last `count_from_here`."""
         guard = self.guard
         assert guard is not None
         calls = {s: guard.count("training", s) - before for s, before in self._before.items()}
@@ -235,7 +234,8 @@ class Watch:
         """Say on an exception where the calls are written down, in a log or now.
 
         Args:
-            folder: where to write them for a guard without a log, relative to where the process was
+            error: What ends the training; the place is added to it as a note.
+            folder: Where to write them for a guard without a log, relative to where the process was
                 when the watch was made; with None nothing is written.
         """
         guard = self.guard
@@ -288,18 +288,20 @@ class Watch:
         return guard
 
 
-class _Abandoned(Exception):
-    """Closes a micro-step that never came to its end."""
+class Abandoned(Exception):
+    """What breaks off a micro-step that never came to its end, as the log calls it."""
 
 
 def getattr_path(root: Any, path: str) -> Any:
-    """What hangs at a dotted path now; None when there is nothing."""
+    """Return what hangs at a dotted path now; None when there is nothing."""
     for name in path.split("."):
         root = getattr(root, name, None)
     return root
 
 
-def _exception(error: BaseException | None) -> tuple[Any, Any, Any]:
+def _leave(blocks: ExitStack, error: BaseException | None) -> None:
+    """Close blocks: at their end, or by an exception that is on its way through them."""
     if error is None:
-        return None, None, None
-    return type(error), error, error.__traceback__
+        blocks.close()
+    else:
+        blocks.__exit__(type(error), error, error.__traceback__)

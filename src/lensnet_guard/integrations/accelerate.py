@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
+from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of
+from lensnet_guard._text import absolute
 from lensnet_guard.integrations._place import GuardLost, find
-from lensnet_guard.integrations._watch import Contract, Log, Mode, Verdict, Watch
-from lensnet_guard.log_file import absolute
+from lensnet_guard.integrations._watch import Contract, Log, Verdict, Watch
 
 try:
     from accelerate import Accelerator
@@ -33,17 +33,21 @@ class GuardedAccelerator:
     inference in between, where calls are free.
 
     Args:
-        accelerator: the accelerator of the loop.
-        guard: a guard that exists, of a module that `prepare` gets as a part of another, or that is
+        accelerator: The accelerator of the loop.
+        guard: A guard that exists, of a module that `prepare` gets as a part of another, or that is
             not prepared at all. Without one `prepare` makes it.
-        policy, mode, log, name: as for `lensnet_guard.guard_module`; only without ``guard``.
+        policy: As for `lensnet_guard.guard_module`; only without ``guard``.
+        mode: As for `lensnet_guard.guard_module`; only without ``guard``.
+        log: As for `lensnet_guard.guard_module`; only without ``guard``.
+        name: As for `lensnet_guard.guard_module`; only without ``guard``.
 
     Attributes:
-        guard: the guard; None before `prepare` when it is made there.
-        verdict: what the last block came to in this process; None before its end.
+        guard: The guard; None before `prepare` when it is made there.
+        verdict: What the last block came to in this process; None before its end.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit together.
+        TypeError: ``guard`` is no guard, or ``log`` is not a path.
+        ValueError: A guard that exists, with a policy, mode or log for it.
     """
 
     def __init__(
@@ -69,16 +73,16 @@ class GuardedAccelerator:
         self.verdict: Verdict | None = None
 
     def prepare(self, *objects: Any) -> Any:
-        """What ``accelerator.prepare`` gives back, with the guard on.
+        """Return what ``accelerator.prepare`` gives back, with the guard on.
 
         Args:
-            objects: without a guard so far, the first is the module to guard; it comes back
+            objects: Without a guard so far, the first is the module to guard; it comes back
                 guarded, and is what to call.
 
         Raises:
-            TypeError: there is no guard, and the first object is no module.
-            ValueError: there is none, and the first object is guarded already.
-            GuardLost: accelerate gave back a module without the guarded module in it.
+            TypeError: There is no guard, and the first object is no module.
+            ValueError: There is none, and the first object is guarded already.
+            GuardLost: Accelerate gave back a module without the guarded module in it.
         """
         if self.guard is None:
             return self._prepare_and_guard(*objects)
@@ -102,9 +106,9 @@ class GuardedAccelerator:
         """``accelerator.accumulate(*models)`` and one micro-step, numbered as accelerate counts.
 
         Raises:
-            RuntimeError: outside ``with guarded:``.
-            GuardLost: the module that held the guarded one holds something else now.
-            LensNetViolation: as ``guard.micro_step``.
+            RuntimeError: Outside ``with guarded:``.
+            GuardLost: The module that held the guarded one holds something else now.
+            LensNetViolation: As ``guard.micro_step``.
         """
         watch = self._watch
         if watch is None:

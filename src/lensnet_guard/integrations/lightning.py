@@ -5,8 +5,8 @@ Needs ``pip install lensnet-guard[lightning]``.
 
 from typing import Any
 
-from lensnet_guard import CallPolicy, Guard
-from lensnet_guard.integrations._watch import Contract, Log, Mode, Verdict, Watch
+from lensnet_guard import CallPolicy, Guard, Mode
+from lensnet_guard.integrations._watch import Contract, Log, Verdict, Watch
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,18 +27,21 @@ class LensNetGuardCallback(Callback):
     the end, also after an exception.
 
     Args:
-        target: the attribute of the LightningModule that holds the module (``"critic"``,
+        target: The attribute of the LightningModule that holds the module (``"critic"``,
             ``"model.critic"``); or a guard that exists, whose module is a part of it.
-        policy, mode, log: as for `lensnet_guard.guard_module`; only with an attribute.
+        policy: As for `lensnet_guard.guard_module`; only with an attribute.
+        mode: As for `lensnet_guard.guard_module`; only with an attribute.
+        log: As for `lensnet_guard.guard_module`; only with an attribute.
 
     Attributes:
-        guard: the guard of this or the last run; None before the first.
-        verdict: what the last ``fit`` came to in this process; None before its end.
+        guard: The guard of this or the last run; None before the first.
+        verdict: What the last ``fit`` came to in this process; None before its end.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit together.
-        GuardLost: from ``fit``, when what the module calls is not the guarded one.
-        LensNetViolation: from ``fit``, the violations of the contract. The log is named on an
+        TypeError: The first argument is neither a name nor a guard, or ``log`` is not a path.
+        ValueError: A guard that exists, with a policy, mode or log for it.
+        GuardLost: From ``fit``, when what the module calls is not the guarded one.
+        LensNetViolation: From ``fit``, the violations of the contract. The log is named on an
             exception; without a log the last calls are written to ``trainer.default_root_dir``.
     """
 

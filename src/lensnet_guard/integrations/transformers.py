@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lensnet_guard import CallPolicy, Guard
-from lensnet_guard.integrations._watch import Contract, Log, Mode, Verdict, Watch
+from lensnet_guard import CallPolicy, Guard, Mode
+from lensnet_guard.integrations._watch import Contract, Log, Verdict, Watch
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -30,22 +30,24 @@ class LensNetGuardCallback(TrainerCallback):
     an exception until the next ``train`` or `close`.
 
     Args:
-        guard: the guard of a module that the training calls.
+        guard: The guard of a module that the training calls.
+        watch: What is open already for that guard, and outlasts ``train``, as `guarded_trainer` has
+            it; without one, every ``train`` has its own.
 
     Attributes:
-        guard: the same.
-        verdict: what the last ``train`` came to in this process; None before its end.
+        guard: The same.
+        verdict: What the last ``train`` came to in this process; None before its end.
 
     Raises:
-        GuardLost: from ``train``, when the model held the guarded module when training began or
+        GuardLost: From ``train``, when the model held the guarded module when training began or
             when the last step did, and holds something else there now.
-        LensNetViolation: from ``train``, the violations of the contract.
+        LensNetViolation: From ``train``, the violations of the contract.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, *, watch: Watch | None = None) -> None:
         self._contract = Contract(guard)
-        self._watch: Watch | None = None
-        self._owns_watch = True
+        self._watch = watch
+        self._owns_watch = watch is None
         self._substep = 0
         self.guard = guard
         self.verdict: Verdict | None = None
@@ -135,23 +137,26 @@ def guarded_trainer(
     of the block the module is given back as it was, also after an exception.
 
     Args:
-        target: the attribute of the trainer that holds the module (``"reference"``,
+        trainer: The trainer; its callback is added for the length of the block.
+        target: The attribute of the trainer that holds the module (``"reference"``,
             ``"model.critic"``); or a guard that exists, whose module hangs there somewhere.
-        policy, mode, log: as for `lensnet_guard.guard_module`; only with an attribute.
+        policy: As for `lensnet_guard.guard_module`; only with an attribute.
+        mode: As for `lensnet_guard.guard_module`; only with an attribute.
+        log: As for `lensnet_guard.guard_module`; only with an attribute.
 
     Yields:
         The callback, with ``guard`` and, after ``train``, ``verdict``.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit together.
-        GuardLost: what the trainer calls is not the guarded module, at the start or at any step.
-        LensNetViolation: the violations of the contract. The log is named on an exception; without
+        TypeError: The first argument is neither a name nor a guard, or ``log`` is not a path.
+        ValueError: A guard that exists, with a policy, mode or log for it.
+        GuardLost: What the trainer calls is not the guarded module, at the start or at any step.
+        LensNetViolation: The violations of the contract. The log is named on an exception; without
             a log the last calls are written to ``trainer.args.output_dir``.
     """
     watch = Watch(Contract(target, policy, mode, log), trainer)
     try:
-        callback = LensNetGuardCallback(watch.open())
-        callback._watch, callback._owns_watch = watch, False
+        callback = LensNetGuardCallback(watch.open(), watch=watch)
         trainer.add_callback(callback)
         try:
             yield callback

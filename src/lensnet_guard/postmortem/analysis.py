@@ -7,8 +7,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
+from lensnet_guard import _schema
 from lensnet_guard._text import count
 from lensnet_guard.postmortem.events import (
     call_key,
@@ -29,11 +30,10 @@ from lensnet_guard.postmortem.findings import (
     Violation,
 )
 from lensnet_guard.postmortem.judge import current_runs, judge
-from lensnet_guard.postmortem.reader import Line, LogFile, open_logs, read_lines, segment_of
+from lensnet_guard.postmortem.reader import Line, OpenFile, open_logs, read_lines, segment_of
 
 KEPT_VIOLATIONS = 200  # of each run, the first
 KEPT_DEVIATIONS = 200
-SCHEMA_VERSION = 1  # of the logs that are read; `lensnet_guard.log` writes it
 
 
 def analyse(
@@ -42,10 +42,14 @@ def analyse(
     """Read run folders and log files.
 
     Args:
-        progress: is told of the bytes that were read.
+        targets: Run folders and log files.
+        progress: Is told of the bytes that were read.
+
+    Returns:
+        All runs, with the verdict on them.
 
     Raises:
-        FileNotFoundError: a target does not exist, or a folder holds no log.
+        FileNotFoundError: A target does not exist, or a folder holds no log.
     """
     runs: list[Run] = []
     for log, files in open_logs(targets):
@@ -76,7 +80,7 @@ class _Reading:
         self.runs.append(self.run)
         return self.run
 
-    def take_file(self, file: LogFile, progress: Callable[[int], object]) -> None:
+    def take_file(self, file: OpenFile, progress: Callable[[int], object]) -> None:
         """Take all lines of a file; one that cannot be read hides no other."""
         self._held |= file.held  # between two files, a writer holds the one that is full
         self._file = file.path.name
@@ -99,19 +103,19 @@ class _Reading:
             if line.torn:
                 run.torn_at = where
             return
-        name = event["event"]
-        if name == "run.begin":
+        name = event[_schema.EVENT]
+        if name == _schema.RUN_BEGIN:
             self._end_run()
             run = self._new_run() if run.events else run
         run.events += 1
-        run.ended = name == "run.end"
-        run.last = number(event.get("timestamp")) or run.last
-        take = _TAKERS.get(name)
+        run.ended = name == _schema.RUN_END
+        run.last = number(event.get(_schema.TIMESTAMP)) or run.last
+        take = self._takers.get(name)
         if take is not None:
             take(self, event)
 
     def finish(self) -> list[Run]:
-        """The last file has been taken: all runs."""
+        """Return all runs: the last file has been taken."""
         self.run.running = self._held and not self.run.ended
         self._end_run()
         return self.runs
@@ -124,36 +128,37 @@ class _Reading:
 
     def _header(self, event: Mapping[str, Any]) -> None:
         run = self.run
-        run.rank = text(event.get("rank")) or "?"
-        run.pid = whole(event.get("process.pid"))
-        run.parent = whole(event.get("process.parent_pid"))
-        run.process = text(event.get("service.instance.id"))
-        run.forked = event.get("process.forked") is True
-        run.host = text(event.get("host.name")) or "?"
-        run.module = text(event.get("module")) or run.module
-        run.mode = text(event.get("mode")) or "?"
-        run.argv = texts(event.get("process.command_args"))
-        versions = event.get("versions")
+        run.rank = text(event.get(_schema.RANK)) or "?"
+        run.pid = whole(event.get(_schema.PID))
+        run.parent = whole(event.get(_schema.PARENT_PID))
+        run.process = text(event.get(_schema.PROCESS))
+        run.forked = event.get(_schema.FORKED) is True
+        run.host = text(event.get(_schema.HOST)) or "?"
+        run.module = text(event.get(_schema.MODULE)) or run.module
+        run.mode = text(event.get(_schema.MODE)) or "?"
+        run.argv = texts(event.get(_schema.ARGUMENTS))
+        versions = event.get(_schema.VERSIONS)
         if isinstance(versions, dict):
             run.versions = {str(k): str(v) for k, v in versions.items()}
-        run.started = run.started or number(event.get("timestamp"))
-        if (schema := event.get("schema_version")) != SCHEMA_VERSION:
-            run.damage.add(f"it has schema {schema!r}, and this is a reader of {SCHEMA_VERSION}")
+        run.started = run.started or number(event.get(_schema.TIMESTAMP))
+        if (schema := event.get(_schema.SCHEMA_VERSION)) != _schema.VERSION:
+            run.damage.add(f"it has schema {schema!r}, and this is a reader of {_schema.VERSION}")
 
     def _segment(self, event: Mapping[str, Any]) -> None:
         run = self.run
         self._header(event)
-        before = counts(event.get("before"))
-        names = ("calls", "inference_calls", "micro_steps", "violations")
+        before = counts(event.get(_schema.BEFORE))
+        calls = _schema.CALLS, _schema.INFERENCE_CALLS
+        names = (*calls, _schema.MICRO_STEPS, _schema.VIOLATIONS)
         sums = tuple(before.get(name, 0) for name in names)
         found = run.training_calls, run.inference_calls, run.micro_steps, run.violation_count
-        segment = whole(event.get("segment")) or 0
+        segment = whole(event.get(_schema.SEGMENT)) or 0
         if run.events == 1:  # older segments were dropped
             run.dropped_segments = True
         elif self._taken is not None and self._taken < segment:
             lost = range(int(self._taken) + 1, segment + 1)
             run.damage.add(f"{self._file} follows segment {segment}, and {_missing(lost)}")
-        elif found != sums and not before.get("lost_lines"):
+        elif found != sums and not before.get(_schema.LOST_LINES):
             told, read = sums[0] + sums[1], found[0] + found[1]
             run.damage.add(
                 f"{self._file} tells of {count(told, 'call')} before it, {read} are there"
@@ -182,7 +187,7 @@ class _Reading:
 
     def _end(self, event: Mapping[str, Any]) -> None:
         begin = self._open.pop(call_key(event), None)
-        outcome, compiled = text(event.get("outcome")) or "", event.get("compiled")
+        outcome, compiled = text(event.get(_schema.OUTCOME)) or "", event.get(_schema.COMPILED)
         if begin is None:
             return
         if outcome.startswith("raised"):
@@ -192,10 +197,12 @@ class _Reading:
             self._compiled(begin, compiled)
 
     def _compiled(self, begin: Mapping[str, Any], end: Mapping[str, Any]) -> None:
-        run, phase = self.run, text(end.get("phase"))
+        run, phase = self.run, text(end.get(_schema.PHASE))
         if phase is not None:
             run.phases[phase] += 1
-        graphs, skipped = (whole(end.get(k)) for k in ("graphs_compiled", "cuda_graphs_skipped"))
+        graphs, skipped = (
+            whole(end.get(k)) for k in (_schema.GRAPHS_COMPILED, _schema.CUDA_GRAPHS_SKIPPED)
+        )
         if graphs or skipped:
             call = read_call(begin)
             what = f"compiled {count(graphs, 'graph')}" if graphs else "gave up CUDA graphs"
@@ -215,17 +222,17 @@ class _Reading:
             run.violations.append(Violation(call, allowed, _differences(call, allowed)))
 
     def _micro_step(self, event: Mapping[str, Any]) -> None:
-        if event.get("context") != "training":
+        if event.get(_schema.CONTEXT) != "training":
             return
-        if event.get("raised") is not None:  # broken off: how many calls it made means nothing
+        if event.get(_schema.RAISED) is not None:  # how many calls it made then means nothing
             self._since_step = self._ran_since_step = 0
             return
         run = self.run
-        made, due = counts(event.get("calls")), counts(event.get("due"))
+        made, due = counts(event.get(_schema.CALLS)), counts(event.get(_schema.DUE))
         run.micro_steps += 1
         run.micro_step_calls.append(self._ran_since_step)
         self._since_step = self._ran_since_step = 0
-        step, micro_step = whole(event.get("step")), whole(event.get("micro_step"))
+        step, micro_step = whole(event.get(_schema.STEP)), whole(event.get(_schema.MICRO_STEP))
         run.steps.extend(_fitting(number) for number in (step, micro_step))
         if due and made != due:
             run.deviation_count += 1
@@ -241,27 +248,26 @@ class _Reading:
         self.run.overwritten.add(f"the output of {earlier} was overwritten by {call}")
 
     def _run_end(self, event: Mapping[str, Any]) -> None:
-        self.run.lost_lines = whole(event.get("lost_lines")) or 0
+        self.run.lost_lines = whole(event.get(_schema.LOST_LINES)) or 0
         # The run's own sum counts, where lines of its violations have gone.
-        told = whole(event.get("violations")) or 0
+        told = whole(event.get(_schema.VIOLATIONS)) or 0
         self.run.violation_count = max(self.run.violation_count, told)
 
-
-_TAKERS: dict[str, Callable[[_Reading, Mapping[str, Any]], None]] = {
-    "run.begin": _Reading._header,
-    "segment.begin": _Reading._segment,
-    "call.begin": _Reading._begin,
-    "call.end": _Reading._end,
-    "violation": _Reading._violation,
-    "hazard": _Reading._hazard,
-    "overwritten": _Reading._overwritten,
-    "micro_step.end": _Reading._micro_step,
-    "run.end": _Reading._run_end,
-}
+    _takers: ClassVar = {
+        _schema.RUN_BEGIN: _header,
+        _schema.SEGMENT_BEGIN: _segment,
+        _schema.CALL_BEGIN: _begin,
+        _schema.CALL_END: _end,
+        _schema.VIOLATION: _violation,
+        _schema.HAZARD: _hazard,
+        _schema.OVERWRITTEN: _overwritten,
+        _schema.MICRO_STEP_END: _micro_step,
+        _schema.RUN_END: _run_end,
+    }
 
 
 def _pair(event: Mapping[str, Any]) -> tuple[str, str]:
-    """The earlier and the later call of a line that tells of two."""
+    """Return the earlier and the later call of a line that tells of two."""
     return (
         f"call {whole(event.get('earlier_seq'))} at {text(event.get('earlier_at'))}",
         f"call {whole(event.get('seq'))} at {text(event.get('at'))}",
@@ -293,7 +299,7 @@ def _on(enabled: bool) -> str:
 
 
 def _divergence(runs: Iterable[Run]) -> Divergence | None:
-    """The first micro-step in which ranks made different numbers of training calls.
+    """Return the first micro-step in which ranks made different numbers of training calls.
 
     Micro-steps are compared by step and number; what a rank has not ended yet tells nothing, nor
     does a scope that stands alone and has no number.
@@ -315,5 +321,5 @@ def _divergence(runs: Iterable[Run]) -> Divergence | None:
 
 
 def _fitting(number: int | None) -> int:
-    """A number that an array takes; -1 for none."""
+    """Return a number that an array takes; -1 for none."""
     return -1 if number is None else max(-1, min(number, 2**62))

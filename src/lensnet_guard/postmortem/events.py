@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lensnet_guard import _schema
 from lensnet_guard._text import count
 from lensnet_guard.postmortem.findings import Call, CallSite
 
@@ -14,75 +15,79 @@ _MOST = 2**63
 
 
 def read_call(event: Mapping[str, Any]) -> Call:
-    """The call that a ``call.begin`` or ``violation`` line tells of."""
-    stack = event.get("stack")
+    """Return the call that a ``call.begin`` or ``violation`` line tells of."""
+    stack = event.get(_schema.STACK)
     frames = tuple(_frame(frame) for frame in stack) if isinstance(stack, list) else ()
-    caller = whole(event.get("caller"))
-    seq = whole(event.get("seq"))
+    caller = whole(event.get(_schema.CALLER))
+    seq = whole(event.get(_schema.SEQ))
     return Call(
         seq=-1 if seq is None else seq,
-        module=text(event.get("module")) or "?",
-        kind=text(event.get("kind")) or "?",
-        reason=text(event.get("reason")),
-        context=text(event.get("context")),
-        scope=text(event.get("scope")),
-        step=whole(event.get("step")),
-        micro_step=whole(event.get("micro_step")),
-        thread=text(event.get("thread")) or "?",
-        grad_enabled=event.get("grad_enabled") is True,
-        inputs=texts(event.get("inputs")),
+        module=text(event.get(_schema.MODULE)) or "?",
+        kind=text(event.get(_schema.KIND)) or "?",
+        reason=text(event.get(_schema.REASON)),
+        context=text(event.get(_schema.CONTEXT)),
+        scope=text(event.get(_schema.SCOPE)),
+        step=whole(event.get(_schema.STEP)),
+        micro_step=whole(event.get(_schema.MICRO_STEP)),
+        thread=text(event.get(_schema.THREAD)) or "?",
+        grad_enabled=event.get(_schema.GRAD_ENABLED) is True,
+        inputs=texts(event.get(_schema.INPUTS)),
         stack=frames,
         caller=frames[caller] if caller is not None and 0 <= caller < len(frames) else "unknown",
-        timestamp=number(event.get("timestamp")),
-        message=text(event.get("message")),
-        compiled=_compiled(event.get("compiled")),
+        timestamp=number(event.get(_schema.TIMESTAMP)),
+        message=text(event.get(_schema.MESSAGE)),
+        compiled=_compiled(event.get(_schema.COMPILED)),
     )
 
 
 def call_key(event: Mapping[str, Any]) -> tuple[object, ...]:
-    """What ``call.end`` has in common with its ``call.begin``."""
-    return whole(event.get("guard")), text(event.get("module")), whole(event.get("seq"))
+    """Return what ``call.end`` has in common with its ``call.begin``."""
+    return (
+        whole(event.get(_schema.GUARD)),
+        text(event.get(_schema.MODULE)),
+        whole(event.get(_schema.SEQ)),
+    )
 
 
 def read_site(event: Mapping[str, Any]) -> CallSite:
-    """Where a call was made, without reading the rest of its line."""
-    stack, caller = event.get("stack"), whole(event.get("caller"))
+    """Return where a call was made, without reading the rest of its line."""
+    stack, caller = event.get(_schema.STACK), whole(event.get(_schema.CALLER))
     known = isinstance(stack, list) and caller is not None and 0 <= caller < len(stack)
     return CallSite(
-        module=text(event.get("module")) or "?",
-        context=text(event.get("context")),
-        scope=text(event.get("scope")),
-        kind=text(event.get("kind")) or "?",
-        reason=text(event.get("reason")),
+        module=text(event.get(_schema.MODULE)) or "?",
+        context=text(event.get(_schema.CONTEXT)),
+        scope=text(event.get(_schema.SCOPE)),
+        kind=text(event.get(_schema.KIND)) or "?",
+        reason=text(event.get(_schema.REASON)),
         caller=_frame(stack[caller]) if known else "unknown",  # type: ignore[index]
     )
 
 
 def text(value: object) -> str | None:
-    """A string, or None for anything else. What would steer a terminal comes out as its escape."""
+    """Return a string, without what would steer a terminal; None for anything else."""
     if not isinstance(value, str):
         return None
     return value if value.isprintable() else _CONTROL.sub(lambda c: ascii(c[0])[1:-1], value)
 
 
 def texts(value: object) -> tuple[str, ...]:
-    """A list's items as text."""
+    """Return a list's items as text."""
     return tuple(text(str(item)) or "" for item in value) if isinstance(value, list) else ()
 
 
 def whole(value: object) -> int | None:
-    """A whole number of 64 bits, or None."""
+    """Return a whole number of 64 bits, or None."""
     # By its type: a bool is an int too.
     return value if type(value) is int and -_MOST <= value < _MOST else None
 
 
 def number(value: object) -> float | None:
-    """A finite float, or None."""
+    """Return a finite float, or None."""
     return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def counts(value: object) -> dict[str, int]:
-    """A dict of whole numbers."""
+    """Return a dict of whole numbers."""
     if not isinstance(value, dict):
         return {}
     return {str(name): count for name, count in value.items() if whole(count) is not None}
@@ -91,26 +96,26 @@ def counts(value: object) -> dict[str, int]:
 def _frame(value: object) -> str:
     if not isinstance(value, dict):
         return "unknown"
-    path, line = value.get("code.file.path"), value.get("code.line.number")
+    path, line = value.get(_schema.FILE), value.get(_schema.LINE)
     return text(f"{path}:{line} in {value.get('code.function.name')}") or ""
 
 
 def _compiled(value: object) -> str | None:
-    """What a line tells of compilation and CUDA graphs, in words."""
+    """Return what a line tells of compilation and CUDA graphs, in words."""
     if not isinstance(value, dict):
         return None
-    graphs = value.get("cuda_graphs") is True
+    graphs = value.get(_schema.CUDA_GRAPHS) is True
     words = ["compiled with CUDA graphs" if graphs else "compiled"]
-    if value.get("capturing") is True:
+    if value.get(_schema.CAPTURING) is True:
         words.append("captured by the caller's own CUDA graph, whose replays are not seen")
-    if (generation := whole(value.get("generation"))) is not None:
+    if (generation := whole(value.get(_schema.GENERATION))) is not None:
         words.append(f"generation {generation}")
-    if marks := whole(value.get("marks")):
+    if marks := whole(value.get(_schema.MARKS)):
         words.append(count(marks, "step mark"))
-    if value.get("pending_backward") is True:
+    if value.get(_schema.PENDING_BACKWARD) is True:
         words.append("a backward was pending")
-    if value.get("new_inputs") is True:
+    if value.get(_schema.NEW_INPUTS) is True:
         words.append("the first inputs of these shapes")
-    if live := value.get("live_outputs"):
+    if live := value.get(_schema.LIVE_OUTPUTS):
         words.append(f"outputs in use of call {', '.join(texts(live))}")
     return ", ".join(words)

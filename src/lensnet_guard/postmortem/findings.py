@@ -12,7 +12,26 @@ KEPT_LINES = 20  # that are named where lines are unreadable
 
 @dataclass(frozen=True)
 class Call:
-    """A call, a refused call, or an unmet budget, as its line tells."""
+    """A call, a refused call, or an unmet budget, as its line tells.
+
+    Attributes:
+        seq: The number of the record; -1 where the line does not tell.
+        module: The guard's name for the module.
+        kind: ``"call"``, ``"recompute"``, ``"bypass"``, ``"micro_step"`` or ``"context"``.
+        reason: For a violation the name of its class, else None.
+        context: ``"training"``, ``"inference"`` or None.
+        scope: The scope or sanctioned caller that applied.
+        step: The number of the optimizer step; None outside a micro-step.
+        micro_step: The number of the micro-batch in it, likewise.
+        thread: The name of the thread that called.
+        grad_enabled: Whether autograd was recording.
+        inputs: Shape, dtype and device of each argument, as text.
+        stack: The frames that led to the call, innermost first, as ``file:line in function``.
+        caller: The frame outside the guard and torch.
+        timestamp: Seconds since the epoch.
+        message: Of a violation its message; of a call that raised, what.
+        compiled: What torch told of compilation and CUDA graphs, in words.
+    """
 
     seq: int
     module: str
@@ -34,7 +53,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Violation:
-    """A violation, and what set it apart from the call that was allowed before it."""
+    """A violation, and what set it apart from the call that was allowed before it.
+
+    Attributes:
+        call: What was refused.
+        allowed: The call before it, if there was one.
+        differences: What the two do not have in common, in words.
+    """
 
     call: Call
     allowed: Call | None
@@ -43,7 +68,14 @@ class Violation:
 
 @dataclass(frozen=True)
 class Deviation:
-    """A training micro-step that made other calls than were due."""
+    """A training micro-step that made other calls than were due.
+
+    Attributes:
+        step: The number of the optimizer step.
+        micro_step: The number of the micro-batch in it.
+        made: Calls that were made, by scope.
+        due: Calls that had to be made, by scope.
+    """
 
     step: int | None
     micro_step: int | None
@@ -53,7 +85,16 @@ class Deviation:
 
 @dataclass(frozen=True)
 class CallSite:
-    """Calls that one line of code made in one context and scope."""
+    """Calls that one line of code made in one context and scope.
+
+    Attributes:
+        module: The guard's name for the module.
+        context: ``"training"``, ``"inference"`` or None.
+        scope: The scope or sanctioned caller that applied.
+        kind: As of a `Call`.
+        reason: For violations the name of their class, else None.
+        caller: The line, as ``file:line in function``.
+    """
 
     module: str
     context: str | None
@@ -65,13 +106,18 @@ class CallSite:
 
 @dataclass
 class Notes:
-    """Sentences of one kind: how many there are, and the first of them."""
+    """Sentences of one kind.
+
+    Attributes:
+        count: How many there are.
+        kept: The first of them.
+    """
 
     count: int = 0
     kept: list[str] = field(default_factory=list)
 
     def add(self, note: str) -> None:
-        """One more."""
+        """Count one more, and keep it if it is one of the first."""
         self.count += 1
         if len(self.kept) < KEPT_NOTES:
             self.kept.append(note)
@@ -82,26 +128,47 @@ class Run:
     """One run of one guard in one process.
 
     Attributes:
-        log: the log's path without its suffix.
-        started, last: timestamps of the first and the last line, seconds since the epoch.
-        ended: ``run.end`` is there. running: the process still holds the file.
-        training_calls, inference_calls: allowed ones; recomputes are counted apart.
-        cut_off_calls: training calls in micro-steps that never ended.
-        steps: step and number of every training micro-step, one after the other.
-        forked: a worker forked from the process that had opened the log.
-        parent: the pid of the process that a worker was forked or spawned by; None for the first.
-        micro_step_calls: calls that ran in every training micro-step, in order; in observe mode
-            the violations among them too.
-        in_flight: calls that had begun and not ended when the log stopped.
-        raised: the last call, if it raised and nothing came after; raised_count: all that raised.
-        unreadable: lines that are no event, as ``file:line``, the first of them.
-        torn_at: the line in which a file ends, as ``file:line``.
-        hazards: outputs in use that a call was about to overwrite.
-        overwritten: outputs that torch says have been overwritten.
-        compilations: calls that made torch compile, or give up CUDA graphs for a function.
-        phases: calls by what torch's CUDA graphs did in them.
-        damage: files that cannot be read, and lines that ought to be there.
-        process: identifies the process among those that wrote to the folder.
+        log: The log's path without its suffix.
+        rank: The process's rank, ``"?"`` where the log does not tell.
+        pid: The process.
+        host: The machine's name.
+        module: The guard's name for the module.
+        mode: The guard's mode.
+        argv: The process's command line.
+        versions: The versions of what the run needs, by name.
+        started: The time of the first line, in seconds since the epoch.
+        last: The time of the last line, likewise.
+        ended: Whether ``run.end`` is there.
+        running: Whether the process still holds the file.
+        events: How many lines are events.
+        training_calls: How many calls were allowed in training; recomputes are counted apart.
+        inference_calls: How many calls were allowed in any other context.
+        recomputes: How many calls ran again.
+        cut_off_calls: How many training calls were made in micro-steps that never ended.
+        micro_steps: How many training micro-steps have ended, but for those that were broken off.
+        micro_step_calls: How many calls ran in each of them, in order; in observe mode the
+            violations among them too.
+        steps: Step and number of each of them, one after the other.
+        sites: How many calls each call site has made.
+        deviations: Micro-steps that made other calls than were due, the first of them.
+        deviation_count: How many there are.
+        violations: The first violations.
+        violation_count: How many there are.
+        in_flight: Calls that had begun and not ended when the log stopped.
+        raised: The last call, if it raised and nothing came after.
+        raised_count: How many calls raised.
+        unreadable: Lines that are no event, as ``file:line``, the first of them.
+        torn_at: The line in which a file ends, as ``file:line``.
+        hazards: Outputs in use that a call was about to overwrite.
+        overwritten: Outputs that torch says have been overwritten.
+        compilations: Calls that made torch compile, or give up CUDA graphs for a function.
+        phases: How many calls torch's CUDA graphs warmed up, recorded and replayed.
+        damage: Files that cannot be read, and lines that ought to be there.
+        lost_lines: How many lines could not be written.
+        dropped_segments: Whether the first files of the log are gone, as in a long run.
+        forked: Whether the process was forked from the one that had opened the log.
+        parent: The pid of the process that a worker was forked or spawned by; None for the first.
+        process: What tells the process from the others that wrote to the folder.
     """
 
     log: str
@@ -147,7 +214,7 @@ class Run:
 
     @property
     def died(self) -> bool:
-        """The log stops before the end of the run, and nobody is writing it.
+        """Whether the log stops before the end of the run, and nobody is writing it.
 
         A forked worker ends without a word; it has died only when a call was in flight.
         """
@@ -194,7 +261,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Ranks whose training calls differ: the first micro-step in which they do."""
+    """Ranks whose training calls differ.
+
+    Attributes:
+        step: The step of the first micro-step in which they do.
+        calls: The calls that each rank made in it.
+    """
 
     step: int
     calls: dict[str, int]
@@ -205,7 +277,9 @@ class Analysis:
     """All runs of all logs, oldest first in each log.
 
     Attributes:
-        verdict: one line: clean, violations, a crash and where, a damaged log, or still running.
+        runs: The runs.
+        divergence: Where ranks went apart, if they did.
+        verdict: One line: clean, violations, a crash and where, a damaged log, or still running.
         exit_code: 0 clean (or still running), 1 violations, crash or damage, 2 unreadable.
     """
 

@@ -14,7 +14,7 @@ _Runs = Sequence[Run]
 
 
 def judge(runs: _Runs, divergence: Divergence | None) -> tuple[str, int]:
-    """The verdict in a line, and the exit code: 0 clean, 1 not clean, 2 unreadable."""
+    """Return the verdict in a line, and the exit code: 0 clean, 1 not clean, 2 unreadable."""
     current = current_runs(runs)
     if not current:
         return "unreadable: no line of the log is an event", 2
@@ -37,7 +37,7 @@ def judge(runs: _Runs, divergence: Divergence | None) -> tuple[str, int]:
 
 
 def current_runs(runs: _Runs) -> list[Run]:
-    """The runs that no later process of their rank has taken the place of.
+    """Return the runs that no later process of their rank has taken the place of.
 
     Guards of one process may have runs side by side. Its workers belong to it: they take nobody's
     place, and lose theirs with it.
@@ -65,7 +65,7 @@ def current_runs(runs: _Runs) -> list[Run]:
 
 
 def _heads(runs: _Runs) -> dict[int, object]:
-    """By the run's `id`, the process that it descends from, or its own when no log tells of one."""
+    """Return, by `id` of the run, the process that it descends from, or its own."""
     heads: dict[int, object] = {}
     newest: dict[tuple[str, str, int | None], Run] = {}  # pids come again: by the time of the run
     for run in sorted(runs, key=_start):
@@ -146,7 +146,7 @@ def _damage(runs: _Runs, current: _Runs) -> str | None:
 
 
 def _asides(runs: _Runs, current: _Runs) -> list[str]:
-    """What a clean verdict does not hide."""
+    """Return what a clean verdict does not hide."""
     asides = []
     if hazards := [hazard for run in current for hazard in run.hazards.kept]:
         number = sum(run.hazards.count for run in current)

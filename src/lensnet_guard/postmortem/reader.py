@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
+from lensnet_guard import _schema
+
 try:
     import fcntl
 except ImportError:  # Windows: a log that is still being written looks like that of a dead process
@@ -27,9 +29,9 @@ class Line:
     """One line of a file.
 
     Attributes:
-        number: from 1, in its file.
-        event: the JSON object; None when the line is none, or names no event.
-        torn: the file ends within it; what is whole but for its newline is not torn.
+        number: From 1, in its file.
+        event: The JSON object; None when the line is none, or names no event.
+        torn: The file ends within it; what is whole but for its newline is not torn.
     """
 
     number: int
@@ -38,13 +40,13 @@ class Line:
 
 
 def find_logs(targets: Iterable[str | os.PathLike[str]]) -> dict[str, list[Path]]:
-    """The files of each log, full segments first, in the order in which they were written.
+    """Return the files of each log, full segments first, in the order in which they were written.
 
     Args:
-        targets: run folders and log files.
+        targets: Run folders and log files.
 
     Raises:
-        FileNotFoundError: a target does not exist, or a folder holds no log.
+        FileNotFoundError: A target does not exist, or a folder holds no log.
     """
     targets = tuple(targets)
     for target in map(Path, targets):
@@ -55,12 +57,12 @@ def find_logs(targets: Iterable[str | os.PathLike[str]]) -> dict[str, list[Path]
     return _find(targets)
 
 
-class LogFile(NamedTuple):
+class OpenFile(NamedTuple):
     """A file of a log, opened for reading.
 
     Attributes:
         lines: None when it cannot be opened; ``error`` says why.
-        held: a live process was writing to it.
+        held: A live process was writing to it.
     """
 
     path: Path
@@ -69,13 +71,13 @@ class LogFile(NamedTuple):
     error: OSError | None = None
 
 
-def open_logs(targets: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, list[LogFile]]]:
-    """Each log with its files, as they were at one moment.
+def open_logs(targets: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, list[OpenFile]]]:
+    """Yield each log with its files, as they were at one moment.
 
     A live process sets full files aside and drops the oldest; a file that is open stays.
 
     Raises:
-        FileNotFoundError: a target does not exist, or a folder holds no log.
+        FileNotFoundError: A target does not exist, or a folder holds no log.
     """
     targets = tuple(targets)
     for log, paths in find_logs(targets).items():
@@ -95,7 +97,7 @@ _TRIES = 1_000
 def _find(
     targets: Iterable[str | os.PathLike[str]], only: str | None = None
 ) -> dict[str, list[Path]]:
-    """The files of each log, or of one."""
+    """Return the files of each log, or of one."""
     logs: dict[str, list[Path]] = {}
     seen: set[Path] = set()
     name = "lensnet.rank" if only is None else os.path.basename(only)
@@ -119,21 +121,21 @@ def _log(path: Path) -> str:
 
 
 def segment_of(path: Path) -> float:
-    """The number of a full segment; the current file, without one, comes last."""
+    """Return the number of a full segment; the current file, without one, comes last."""
     name = _LOG_NAME.fullmatch(path.name)
     return int(name["segment"]) if name and name["segment"] else float("inf")
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> LogFile:
+def _open(path: Path, stack: contextlib.ExitStack) -> OpenFile:
     try:
         file = stack.enter_context(path.open("rb"))
     except OSError as error:
-        return LogFile(path, None, error=error)
-    return LogFile(path, file, _is_held(file))
+        return OpenFile(path, None, error=error)
+    return OpenFile(path, file, _is_held(file))
 
 
 def _is_held(file: BinaryIO) -> bool:
-    """Whether a live process is writing the file."""
+    """Return whether a live process is writing the file."""
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -173,4 +175,6 @@ def _event(raw: bytes) -> dict[str, Any] | None:
             parsed = json.loads(raw)
         except (ValueError, RecursionError):
             return None
-    return parsed if isinstance(parsed, dict) and isinstance(parsed.get("event"), str) else None
+    return (
+        parsed if isinstance(parsed, dict) and isinstance(parsed.get(_schema.EVENT), str) else None
+    )

@@ -132,7 +132,7 @@ def _details(call: Call) -> Sequence[Text]:
 
 
 def short_paths(text: str) -> str:
-    """Paths below the working directory relative to it, so that a terminal can open them."""
+    """Make paths below the working directory relative to it, for a terminal to open."""
     try:
         here = os.getcwd() + os.sep
     except FileNotFoundError:  # the working directory is gone

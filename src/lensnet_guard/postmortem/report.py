@@ -75,19 +75,19 @@ pre { white-space:pre-wrap; font-size:.85rem; margin:.3rem 0 .3rem 1rem }
 
 
 def inputs(folder: Path) -> tuple[Path, Path]:
-    """What a report shows beside the logs, where a run's folder has it: metrics and picture."""
+    """Return the files that a report shows beside the logs, if they are there: metrics, picture."""
     return folder / "metrics.jsonl", folder / "overview.png"
 
 
 def render_report(
     analysis: Analysis, timelines: dict[str, list[Timeline]], folder: Path
 ) -> Iterator[str]:
-    """The page, piece by piece.
+    """Yield the page, piece by piece.
 
     Args:
-        analysis: of the same logs as the timelines.
-        timelines: of every log's runs; see `read_timelines`.
-        folder: of the run, whose ``metrics.jsonl`` and ``overview.png`` are shown if they are there
+        analysis: Of the same logs as the timelines.
+        timelines: Of every log's runs; see `read_timelines`.
+        folder: Of the run, whose ``metrics.jsonl`` and ``overview.png`` are shown if they are there
             and can be read.
     """
     yield _HEAD
@@ -205,7 +205,7 @@ def _damage(run: Run) -> Iterator[str]:
 
 
 def _training(folder: Path) -> Iterator[str]:
-    """Curves and LOD strips, where the run has them."""
+    """Yield curves and LOD strips, where the run has them."""
     metrics, overview = inputs(folder)
     rows = _metrics(metrics)
     plots = [piece for title, names in _CURVES.items() for piece in _plot(title, rows, names)]
@@ -215,7 +215,7 @@ def _training(folder: Path) -> Iterator[str]:
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of numbers, thinned out evenly; lines that are no such rows are passed over."""
+    """Return rows of numbers, thinned out evenly; lines that are no such rows are passed over."""
     rows: list[dict[str, float]] = []
     stride = 1
     if not path.is_file():  # a pipe would be waited for, a device has no end

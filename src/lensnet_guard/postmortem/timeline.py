@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lensnet_guard import _schema
 from lensnet_guard.postmortem.events import call_key, read_call, read_site, whole
 from lensnet_guard.postmortem.events import number as read_number
 from lensnet_guard.postmortem.findings import Call, CallSite
-from lensnet_guard.postmortem.reader import LogFile, open_logs, read_lines
+from lensnet_guard.postmortem.reader import OpenFile, open_logs, read_lines
 
 MARKS = 2_000  # that a timeline holds, and that a page shows
 _STRETCHES = 512  # that the time of a run is cut into, at most
@@ -34,23 +35,23 @@ OUTCOMES = {  # name -> CSS class; the last is drawn on top
 
 
 def numbered_events(
-    files: Iterable[LogFile], progress: Callable[[int], object] = lambda _: None
+    files: Iterable[OpenFile], progress: Callable[[int], object] = lambda _: None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The events of one log, each with its run's number from 0, as `analyse` counts runs."""
+    """Yield the events of one log, each with its run's number from 0, as `analyse` counts runs."""
     number, events = 0, 0
     for file in files:
         for line in read_lines(file.lines, progress) if file.lines is not None else ():
             if line.event is None:
                 continue
-            if line.event["event"] == "run.begin" and events:
+            if line.event[_schema.EVENT] == _schema.RUN_BEGIN and events:
                 number, events = number + 1, 0
             events += 1
             yield number, line.event
 
 
 def moment(event: Mapping[str, Any], before: float) -> float:
-    """When an event happened, seconds since the epoch; ``before`` where its line does not tell."""
-    at = read_number(event.get("timestamp"))
+    """Return when an event happened, in seconds since the epoch; ``before`` if it does not tell."""
+    at = read_number(event.get(_schema.TIMESTAMP))
     return at if at is not None and 0 <= at <= _LAST_MOMENT else before
 
 
@@ -70,7 +71,7 @@ class MicroStepBegins:
 
     def end(self, event: Mapping[str, Any]) -> tuple[str, float] | None:
         """Take ``micro_step.end``: thread and time of its first call, None when it had none."""
-        key = (event.get("context"), event.get("step"), event.get("micro_step"))
+        key = (event.get(_schema.CONTEXT), event.get(_schema.STEP), event.get(_schema.MICRO_STEP))
         found = [(at, thread) for thread, (opened, at) in self._open.items() if opened == key]
         for _, thread in found:
             del self._open[thread]
@@ -83,10 +84,12 @@ class Mark:
     """One call or micro-step, or several in the same stretch of time.
 
     Attributes:
-        row: of `ROWS`. outcome: of `OUTCOMES`.
-        start, length: seconds; start counts from the beginning of the timeline.
-        count: how many it stands for.
-        label: of the first of them.
+        row: Where it is drawn, of `ROWS`.
+        outcome: How it is drawn, of `OUTCOMES`.
+        start: Seconds from the beginning of the timeline.
+        length: Seconds that it lasted.
+        count: How many it stands for.
+        label: What the first of them was.
     """
 
     row: str
@@ -101,8 +104,9 @@ class Timeline:
     """The timeline of one run, taken event by event.
 
     Attributes:
-        stacks: of each call site, the stack of its first call, innermost frame first.
-        began, last: seconds since the epoch; 0 when nothing was taken.
+        stacks: Of each call site, the stack of its first call, innermost frame first.
+        began: The time of the first event, in seconds since the epoch; 0 when none was taken.
+        last: The time of the last one, likewise.
     """
 
     def __init__(self) -> None:
@@ -118,17 +122,19 @@ class Timeline:
         at = moment(event, self.last)
         self.began = self.began or at
         self.last = max(self.last, at)
-        name = event["event"]
-        if name in ("call.begin", "violation"):
-            self._call(event, at, refused=name == "violation")
-        elif name == "call.end":
+        name = event[_schema.EVENT]
+        if name in (_schema.CALL_BEGIN, _schema.VIOLATION):
+            self._call(event, at, refused=name == _schema.VIOLATION)
+        elif name == _schema.CALL_END:
             call, began = self._open.pop(call_key(event), (None, at))
             if call is not None:
-                self._add_call(call, _outcome(call, event.get("outcome")), began, at)
-        elif name == "micro_step.end":
+                self._add_call(call, _outcome(call, event.get(_schema.OUTCOME)), began, at)
+        elif name == _schema.MICRO_STEP_END:
             _, began = self._begins.end(event) or ("", at)
-            outcome = "micro-step with violations" if event.get("violations") else "micro-step"
-            step, micro_step = whole(event.get("step")), whole(event.get("micro_step"))
+            outcome = (
+                "micro-step with violations" if event.get(_schema.VIOLATIONS) else "micro-step"
+            )
+            step, micro_step = whole(event.get(_schema.STEP)), whole(event.get(_schema.MICRO_STEP))
             label = f"step {step}, micro-step {micro_step}"
             self._add(MICRO_STEPS, outcome, began, at, label)
 
@@ -139,7 +145,7 @@ class Timeline:
         self._open.clear()
 
     def marks(self, limit: int = MARKS) -> list[Mark]:
-        """At most ``limit`` marks, unless every row and outcome needs one of its own."""
+        """Return at most ``limit`` marks, unless every row and outcome needs one of its own."""
         while len(self._marks) > limit and self._coarsen():
             pass
         marks = [
@@ -192,13 +198,17 @@ class Timeline:
 def read_timelines(
     targets: Iterable[str | os.PathLike[str]], progress: Callable[[int], object] = lambda _: None
 ) -> dict[str, list[Timeline]]:
-    """The timelines of every log's runs, in the order of `analyse`.
+    """Return the timelines of every log's runs, in the order of `analyse`.
 
     Args:
-        progress: is told of the bytes that were read.
+        targets: Run folders and log files.
+        progress: Is told of the bytes that were read.
+
+    Returns:
+        The timelines, by the log's path without its suffix.
 
     Raises:
-        FileNotFoundError: a target does not exist, or a folder holds no log.
+        FileNotFoundError: A target does not exist, or a folder holds no log.
     """
     timelines: dict[str, list[Timeline]] = {}
     for log, files in open_logs(targets):
@@ -213,7 +223,7 @@ def read_timelines(
 
 
 def draw(timeline: Timeline, limit: int = MARKS) -> Iterator[str]:
-    """The timeline as HTML: legend, a stretchable SVG for each row, and seconds below."""
+    """Yield the timeline as HTML: legend, a stretchable SVG for each row, and seconds below."""
     marks = timeline.marks(limit)
     if not marks:
         return
@@ -236,7 +246,7 @@ def draw(timeline: Timeline, limit: int = MARKS) -> Iterator[str]:
 
 
 def legend(css: str, text: str) -> str:
-    """A coloured square and what it means."""
+    """Return a coloured square and what it means."""
     box = f'<svg viewBox="0 0 1 1" aria-hidden="true"><rect class="{css}" width="1" height="1"/>'
     return f'<span class="key soft">{box}</svg>{html.escape(text)}</span>'
 

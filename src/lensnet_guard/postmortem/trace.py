@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
+from lensnet_guard import _schema
 from lensnet_guard._text import json_line
 from lensnet_guard.postmortem.events import call_key, counts, read_call, text, whole
 from lensnet_guard.postmortem.events import number as read_number
@@ -25,13 +26,18 @@ def write_trace(
     file: BinaryIO,
     progress: Callable[[int], object] = lambda _: None,
 ) -> int:
-    """Write run folders and log files as one trace, event by event; returns how many.
+    """Write run folders and log files as one trace, event by event.
 
     Args:
-        progress: is told of the bytes of log that were read.
+        targets: Run folders and log files.
+        file: Takes the trace.
+        progress: Is told of the bytes of log that were read.
+
+    Returns:
+        How many events were written.
 
     Raises:
-        FileNotFoundError: a target does not exist, or a folder holds no log.
+        FileNotFoundError: A target does not exist, or a folder holds no log.
     """
     file.write(b'{"displayTimeUnit":"ms","otherData":{' + MARK + b'},"traceEvents":[')
     written = 0
@@ -46,7 +52,7 @@ def write_trace(
 def trace_events(
     targets: Iterable[str | os.PathLike[str]], progress: Callable[[int], object] = lambda _: None
 ) -> Iterator[dict[str, Any]]:
-    """The events of the trace, in the order in which the log's lines allow them to be told."""
+    """Yield the events of the trace, each as soon as the log's lines allow it."""
     taken: set[int] = set()
     for _, files in open_logs(targets):
         run, last = None, -1
@@ -61,8 +67,8 @@ def trace_events(
 
 
 def _free_pid(event: Mapping[str, Any], taken: set[int]) -> int:
-    """The process's own number, or the next free one: ranks on other hosts may share it."""
-    pid = event.get("process.pid")
+    """Return the process's own number, or the next free one: ranks on other hosts may share it."""
+    pid = event.get(_schema.PID)
     # Viewers keep it in 32 bits.
     pid = pid if isinstance(pid, int) and not isinstance(pid, bool) and 0 < pid < 2**31 else 1
     while pid in taken:
@@ -85,23 +91,23 @@ class _Run:
         """Take one event of the log; none of them raises."""
         at = moment(event, self._last)
         self._last = max(self._last, at)
-        name = event["event"]
-        if name in ("run.begin", "segment.begin"):
+        name = event[_schema.EVENT]
+        if name in (_schema.RUN_BEGIN, _schema.SEGMENT_BEGIN):
             yield self._process_name(event)
-        elif name == "call.begin":
+        elif name == _schema.CALL_BEGIN:
             call = read_call(event)
             self._begins.call(call, at)
             self._open[call_key(event)] = call, at
-        elif name == "call.end":
+        elif name == _schema.CALL_END:
             if (opened := self._open.pop(call_key(event), None)) is not None:
                 yield from self._call(event, *opened, at)
-        elif name == "violation":
+        elif name == _schema.VIOLATION:
             yield from self._violation(event, at)
-        elif name == "micro_step.end":
+        elif name == _schema.MICRO_STEP_END:
             yield from self._micro_step(event, at)
 
     def finish(self) -> Iterator[dict[str, Any]]:
-        """Calls in flight begin and never end."""
+        """Yield the calls in flight, which begin and never end."""
         for call, at in self._open.values():
             args = _args(call) | {"outcome": "in flight when the log stopped"}
             yield from self._emit(call.thread, at, args, ph="B", name=_title(call), cat=call.kind)
@@ -111,11 +117,11 @@ class _Run:
         self, event: Mapping[str, Any], call: Call, began: float, ended: float
     ) -> Iterator[dict[str, Any]]:
         # The begin's line counts into the duration; a slice must not reach into the next one.
-        took = read_number(event.get("duration_ms"))
+        took = read_number(event.get(_schema.DURATION_MS))
         seconds = max(0.0, ended - began)
         if took is not None and 0 <= took <= _LONGEST_MS:
             seconds = min(took / 1e3, seconds or math.inf)
-        args = _args(call) | {"outcome": text(event.get("outcome")), "duration_ms": took}
+        args = _args(call) | {"outcome": text(event.get(_schema.OUTCOME)), "duration_ms": took}
         name, dur = _title(call), _micro(seconds)
         yield from self._emit(call.thread, began, args, ph="X", dur=dur, name=name, cat=call.kind)
 
@@ -127,21 +133,21 @@ class _Run:
         yield from self._emit(call.thread, at, args, ph="i", s="t", name=name, cat="violation")
 
     def _micro_step(self, event: Mapping[str, Any], ended: float) -> Iterator[dict[str, Any]]:
-        """Its begin is not logged: it is drawn from its first call, or as a moment without one."""
+        """Draw it from its first call, for its begin is not logged; as a moment without one."""
         thread, began = self._begins.end(event) or ("", ended)
         shape: dict[str, Any] = {"ph": "i", "s": "t"}
         if thread:
             shape = {"ph": "X", "dur": _micro(max(0.0, ended - began))}
         track = f"micro-steps of {thread}" if thread else "micro-steps without calls"
-        step, micro_step = whole(event.get("step")), whole(event.get("micro_step"))
+        step, micro_step = whole(event.get(_schema.STEP)), whole(event.get(_schema.MICRO_STEP))
         name = f"step {step}, micro-step {micro_step}"
         args = {
-            "context": text(event.get("context")),
+            "context": text(event.get(_schema.CONTEXT)),
             "step": step,
             "micro_step": micro_step,
-            "calls": counts(event.get("calls")),
-            "due": counts(event.get("due")),
-            "violations": whole(event.get("violations")),
+            "calls": counts(event.get(_schema.CALLS)),
+            "due": counts(event.get(_schema.DUE)),
+            "violations": whole(event.get(_schema.VIOLATIONS)),
         }
         yield from self._emit(track, began, args, **shape, name=name, cat="micro_step")
 
@@ -159,7 +165,7 @@ class _Run:
     def _emit(
         self, track: str, at: float, args: dict[str, Any], **fields: Any
     ) -> Iterator[dict[str, Any]]:
-        """An event on a track; before its first, the track's name."""
+        """Yield an event on a track; before its first, the track's name."""
         if track not in self._tracks:
             self._tracks[track] = len(self._tracks) + 1
             yield self._metadata("thread_name", self._tracks[track], track)

@@ -14,17 +14,17 @@ class LogVerdict:
     """What a run folder's logs say.
 
     Attributes:
-        module: the guarded module's name.
-        micro_steps: training micro-steps that ended.
-        calls: training calls that were allowed, in micro-steps that ended.
-        inference_calls: calls in inference context.
-        violations: violations of any kind.
-        cut_off_calls: training calls in micro-steps that never ended, because the process died.
-        calls_per_micro_step: calls of each training micro-step, in log order.
-        unreadable_lines: lines that are no JSON object, such as the last one of a killed process.
-        lost_lines: lines that a run reported as not written.
-        clean: the post-mortem finds nothing wrong, and the logs go on to the end of the run.
-        ended: whether every log file ends with ``run.end``; a killed process leaves none, nor does
+        module: The guarded module's name.
+        micro_steps: Training micro-steps that ended.
+        calls: Training calls that were allowed, in micro-steps that ended.
+        inference_calls: Calls in inference context.
+        violations: Violations of any kind.
+        cut_off_calls: Training calls in micro-steps that never ended, because the process died.
+        calls_per_micro_step: Calls of each training micro-step, in log order.
+        unreadable_lines: Lines that are no JSON object, such as the last one of a killed process.
+        lost_lines: Lines that a run reported as not written.
+        clean: The post-mortem finds nothing wrong, and the logs go on to the end of the run.
+        ended: Whether every log file ends with ``run.end``; a killed process leaves none, nor does
             one whose disk was full.
     """
 
@@ -58,7 +58,7 @@ class LogVerdict:
         return text if self.ended else f"{text}; the log stops before the end of the run"
 
     def to_json(self) -> dict[str, Any]:
-        """The verdict as a JSON-ready object, without the list of calls per micro-step."""
+        """Return the verdict as a JSON-ready object, without the list of calls per micro-step."""
         fields = asdict(self)
         del fields["calls_per_micro_step"]
         return fields
@@ -68,7 +68,7 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
     """Read every ``lensnet.rank*.jsonl`` of a run folder.
 
     Raises:
-        FileNotFoundError: there is no log in the folder.
+        FileNotFoundError: There is no log in the folder.
     """
     analysis = analyse([folder])
     runs = analysis.runs

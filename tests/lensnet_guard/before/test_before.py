@@ -1,5 +1,6 @@
 """Logs and pickles that an earlier guard has left (`make`) are read, whatever has moved since."""
 
+import importlib
 import json
 import pickle
 from pathlib import Path
@@ -78,3 +79,25 @@ class TestPickles:
         assert call.inputs == ("float32[2, 3] cpu",)
         assert type(values["violation"]) is BudgetExceeded
         assert values["violation"].record.seq == values["violation"].earlier[0].seq + 2
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("armed_class.itself", "budget.MicroStep", "compiled.CompileState", "copies.rebuild"),
+            *("errors.BudgetUnmet", "guard.Guard", "hazards.LensNetHazard", "policy.CallPolicy"),
+            *("proxy.guard_of", "record.CallRecord", "record.Frame"),
+        ],
+    )
+    def test_what_a_pickle_may_name(self, name):
+        """By the module that it was in, it is found where it is now: the very same object."""
+        module, _, leaf = name.partition(".")
+        found = getattr(importlib.import_module(f"lensnet_guard.{module}"), leaf)
+        assert found is getattr(importlib.import_module(found.__module__), leaf)
+
+    @pytest.mark.parametrize("name", ["lensnet_guard.nothing", "lensnet_guard.calls.copies"])
+    def test_what_never_was(self, name):
+        """It is not found, as ever."""
+        with pytest.raises(ModuleNotFoundError, match=name):
+            importlib.import_module(name)

@@ -1,6 +1,7 @@
 """What all integrations share: optional libraries, scopes where nobody guards, places."""
 
 import importlib
+import json
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from lensnet_guard import UnsanctionedCall, guard_module
 from lensnet_guard.integrations import sanctioned
 from lensnet_guard.integrations._place import find, locate
 from lensnet_guard.integrations._watch import Contract, Verdict, Watch
+from lensnet_guard.postmortem import read_verdict
 
 
 class TestOptionalLibraries:
@@ -142,3 +144,17 @@ class TestVerdict:
     def test_of_no_step_at_all(self):
         """A training that never began has no average."""
         assert Verdict("critic", 0, {"value": 0}, 0, 0).calls_per_micro_step == 0
+
+
+class TestBrokenOff:
+    def test_a_micro_step_that_never_came_to_its_end(self, scorer, tmp_path):
+        """The log gives the reason in a public word, and no budget is missed."""
+        watch = Watch(Contract("scorer", log=tmp_path), SimpleNamespace(scorer=scorer))
+        watch.open()
+        watch.begin_step(0, 0)
+        watch.enter("inference")
+        watch.close()
+        lines = map(json.loads, next(tmp_path.iterdir()).read_text().splitlines())
+        ended = [line["raised"] for line in lines if line["event"] == "micro_step.end"]
+        assert ended == ["Abandoned"]
+        assert read_verdict(tmp_path).violations == 0

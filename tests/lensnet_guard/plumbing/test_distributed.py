@@ -25,7 +25,7 @@ from lensnet_guard import (
     UnsanctionedCall,
     guard_module,
 )
-from lensnet_guard.proxy import GuardedModule
+from lensnet_guard.boundary.proxy import GuardedModule
 
 
 @pytest.mark.usefixtures("group")

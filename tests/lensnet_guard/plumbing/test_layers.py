@@ -96,7 +96,9 @@ class TestParametrizations:
         parametrize.remove_parametrizations(critic.head, "weight")
         assert type(critic.head) is nn.Linear
 
-    @pytest.mark.parametrize("through", [lambda guard: guard.module.head, lambda g: g._raw.head])
+    @pytest.mark.parametrize(
+        "through", [lambda guard: guard.module.head, lambda g: g.module.__wrapped__.head]
+    )
     def test_after_guarding(self, guard, through):
         """It is refused in so many words."""
         with pytest.raises(RuntimeError) as caught:

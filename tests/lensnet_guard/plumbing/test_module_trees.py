@@ -28,7 +28,7 @@ from lensnet_guard import (
     guard_module,
     guard_of,
 )
-from lensnet_guard.proxy import GuardedModule
+from lensnet_guard.boundary.proxy import GuardedModule
 
 
 class TestWalking:

@@ -16,7 +16,7 @@ from lensnet_guard import (
     guard_module,
     guard_of,
 )
-from lensnet_guard.proxy import EAGER
+from lensnet_guard.boundary.proxy import EAGER
 
 
 class TestExport:

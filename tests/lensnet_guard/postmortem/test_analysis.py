@@ -8,15 +8,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.lensnet_guard.helpers import FILE, SCOPE, X
 from torch import nn
 
-from lensnet_guard import CallPolicy, LensNetViolation, guard_module, log_file
+from lensnet_guard import CallPolicy, LensNetViolation, guard_module
+from lensnet_guard.logs import log_file
 from lensnet_guard.postmortem.analysis import KEPT_VIOLATIONS, analyse
 from lensnet_guard.postmortem.reader import MAX_LINE_BYTES, find_logs, read_lines
-
-X = torch.ones(2, 3)
-SCOPE = "preference_scorer"
-FILE = "lensnet.rank0.jsonl"
 
 
 def train(guard, steps, calls=lambda step: 1):

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.lensnet_guard.helpers import FILE
 from torch import nn
 
-from lensnet_guard import guard_module, log_file
-from lensnet_guard.log import RunLog
+from lensnet_guard import guard_module
+from lensnet_guard.logs import log_file
+from lensnet_guard.logs.run_log import RunLog
 from lensnet_guard.postmortem import analyse, reader
 from lensnet_guard.postmortem.reader import find_logs, open_logs
 from lensnet_guard.postmortem.timeline import read_timelines
-
-FILE = "lensnet.rank0.jsonl"
 
 
 @pytest.fixture

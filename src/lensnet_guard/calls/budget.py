@@ -1,0 +1,96 @@
+"""The ledger of one micro-step: which calls spent which budget, and what went wrong meanwhile."""
+
+import copy
+from collections.abc import Mapping
+
+from lensnet_guard._text import add_note
+from lensnet_guard.calls.errors import LensNetViolation
+from lensnet_guard.calls.record import CallRecord, Context
+
+
+class MicroStep:
+    """One forward/backward of one micro-batch, as the guard keeps book of it.
+
+    A micro-step may be shared by several threads (``guard.carry``); the guard holds its lock from
+    reading a budget to spending it, so that no two calls can spend the same unit.
+
+    Args:
+        step: Optimizer step, or None for a sanctioned scope that stands alone.
+        micro_step: Number of the micro-batch inside the step, or None likewise.
+        due: Calls per scope or caller that must have been made when the micro-step ends.
+        context: That it was opened in, and the only one in which it counts.
+
+    Attributes:
+        context: The same.
+        step: The same.
+        micro_step: The same.
+        due: The same.
+        violations: What went wrong in it.
+        raised: The type of what broke it off; None as long as nothing has.
+    """
+
+    def __init__(
+        self,
+        step: int | None,
+        micro_step: int | None,
+        due: Mapping[str, int],
+        context: Context | None = "training",
+    ) -> None:
+        self.context = context
+        self.step = step
+        self.micro_step = micro_step
+        self.due = due
+        self.violations: list[LensNetViolation] = []
+        self.raised: str | None = None
+        self._spent: dict[str, list[CallRecord]] = {}
+
+    def spent(self, scope: str) -> list[CallRecord]:
+        """Return the calls that spent the budget of ``scope``, oldest first."""
+        return self._spent.get(scope, [])
+
+    def spend(self, scope: str, record: CallRecord) -> None:
+        """Book one call on the budget of ``scope``."""
+        self._spent.setdefault(scope, []).append(record)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Calls made so far, by scope; due scopes without a call are listed with 0."""
+        spent = self._spent.copy()  # in one go: another thread may be spending
+        return {**dict.fromkeys(self.due, 0), **{s: len(calls) for s, calls in spent.items()}}
+
+    def unmet(self) -> dict[str, tuple[int, int]]:
+        """Return ``{scope: (made, due)}`` of every budget that was not spent in full."""
+        made = self.calls
+        return {s: (made[s], due) for s, due in self.due.items() if made[s] < due}
+
+    def raise_swallowed(self) -> None:
+        """Raise the first violation of this micro-step again: the body must have swallowed it."""
+        if self.violations:
+            raise self.violations[0]
+
+    def forget_tracebacks(self) -> None:
+        """Keep copies of the violations that hold no frame: the micro-step is at its end.
+
+        Those frames hold the micro-step in turn. The circle would keep what they hold, and torch's
+        checkpoints take the saved-tensor hooks of the thread down only when they are freed.
+        """
+        self.violations = [copy.copy(violation) for violation in self.violations]
+
+    def note_swallowed(self, error: BaseException) -> None:
+        """Tell of swallowed violations on an unrelated exception that is on its way out."""
+        if not self.violations:
+            return
+        headline = str(self.violations[0]).partition("\n")[0]
+        note = f"Before this, a LensNetViolation was swallowed: {headline}"
+        if not any(shown in self.violations for shown in _traceback_of(error)):
+            add_note(error, note)  # once: a block inside this one may have told
+
+
+def _traceback_of(error: BaseException) -> list[BaseException]:
+    """Return the error and every other that its traceback shows; causes may go in a circle."""
+    shown: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in shown:
+        shown.append(link)
+        link = link.__cause__ if link.__suppress_context__ else link.__context__
+    return shown

@@ -1,0 +1,193 @@
+"""The violations, and the words in which each explains itself.
+
+A violation carries all its evidence: the record of the refused call, the earlier calls that spent
+the budget, and a message that says what happened, where, and what to do. It survives pickling.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lensnet_guard.calls.policy import CallPolicy
+    from lensnet_guard.calls.record import CallRecord
+
+
+class LensNetViolation(Exception):
+    """A broken call contract. Never raised itself, only as one of its subclasses.
+
+    Attributes:
+        record: The refused call (or the unmet budget) with its stack and context; None only where
+            somebody made the exception anew from its text, as DataLoader does for its workers.
+        earlier: The allowed calls of the same micro-step that had spent the budget before.
+    """
+
+    headline = "{module} broke its call contract"
+    remedy = ""
+
+    def __init__(
+        self,
+        message: str,
+        record: "CallRecord | None" = None,
+        earlier: Sequence["CallRecord"] = (),
+    ) -> None:
+        super().__init__(message)
+        self.record = record
+        self.earlier = tuple(earlier)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.record, self.earlier), self.__dict__
+
+
+class UnsanctionedCall(LensNetViolation):
+    """A training call outside every sanctioned scope."""
+
+    headline = "{module} was called in training outside its sanctioned scope"
+    remedy = (
+        "Remove the call, or run it in inference context outside the micro-step. Only the "
+        "contract's one caller opens {sanction}."
+    )
+
+
+class BudgetExceeded(LensNetViolation):
+    """A training call in a sanctioned scope whose budget is spent."""
+
+    headline = "{module} was called in training more often than its budget allows"
+    remedy = (
+        "Score everything in one batched call, or raise the budget in CallPolicy "
+        "if the contract really allows more."
+    )
+
+
+class BudgetUnmet(LensNetViolation):
+    """A micro-step that ended with fewer calls than its budget."""
+
+    headline = "A micro-step ended before the call budget of {module} was met"
+    remedy = (
+        "Find why the call was skipped (an early return, a cached result, an empty batch), "
+        "or lower the budget in CallPolicy."
+    )
+
+
+class NoContext(LensNetViolation):
+    """A call, a scope or a micro-step where neither training nor inference is declared."""
+
+    headline = "{module} was used in a thread that has declared neither training nor inference"
+    remedy = (
+        'Declare it with `guard.context("training")` or `guard.context("inference")`. Threads '
+        "and executors start without one: bind their function with `guard.carry(fn)`."
+    )
+
+
+class ReentrantCall(LensNetViolation):
+    """A call made from inside a running call of the same module."""
+
+    headline = "{module} was called from inside its own running call"
+    remedy = "The module's forward, or a hook on it, calls the guarded module: remove that call."
+
+
+class BypassedGuard(LensNetViolation):
+    """A run of the module that did not come through the proxy."""
+
+    headline = "{module} was run behind its guard's back"
+    remedy = (
+        "Call guard.module, not the module behind it or a part of it. A part that another model "
+        "runs too is named in CallPolicy(shared_submodules=...)."
+    )
+
+
+class ContextSwitchRefused(LensNetViolation):
+    """A switch to inference inside an open training micro-step, or another micro-step in one."""
+
+    headline = "{module} cannot change context inside an open micro-step"
+    remedy = (
+        "Close the micro-step first. Helpers that run inside it work in its context and on its "
+        "budget."
+    )
+
+
+class RankDivergence(LensNetViolation):
+    """Ranks of a distributed run that have not made the same calls."""
+
+    headline = "{module} was not called alike by all ranks, which hangs what they do together:"
+    remedy = (
+        "Let all ranks decide alike: from what they share (reduce it first), never from one "
+        "rank's own data; and give each as many batches."
+    )
+
+
+VIOLATIONS: Mapping[str, type[LensNetViolation]] = MappingProxyType(
+    {
+        violation.__name__: violation
+        for violation in (
+            UnsanctionedCall,
+            BudgetExceeded,
+            BudgetUnmet,
+            NoContext,
+            ReentrantCall,
+            BypassedGuard,
+            ContextSwitchRefused,
+            RankDivergence,
+        )
+    }
+)  # by the reason that a record gives
+
+
+class RankStopped(RuntimeError):
+    """Another rank of a distributed run has raised, and says why."""
+
+
+# A traceback names them as who catches them does, and a pickle by what never moves.
+for _public in (LensNetViolation, *VIOLATIONS.values(), RankStopped):
+    _public.__module__ = "lensnet_guard"
+
+
+def build_violation(
+    record: "CallRecord",
+    policy: "CallPolicy",
+    *,
+    made: Mapping[str, int] = MappingProxyType({}),
+    earlier: Sequence["CallRecord"] = (),
+    detail: str = "",
+) -> LensNetViolation:
+    """Return the exception for a refused record; tests pin its message line by line.
+
+    Args:
+        record: What is refused; its ``reason`` names the class.
+        policy: The contract that it breaks.
+        made: Calls of the micro-step so far, by scope.
+        earlier: The calls that spent the budget.
+        detail: What else the headline should say.
+    """
+    violation = VIOLATIONS[str(record.reason)]
+    lines = [f"{violation.headline.format(module=record.module)}{detail}."]
+    stack = record.stack()
+    caller = stack.index(record.caller) if stack else 0
+    for number, frame in enumerate(stack[caller : caller + 3]):
+        lines.append(_row("called from" if number == 0 else "", frame))
+    where = str(record.context or "unset")
+    if record.step is not None:
+        where += f", step {record.step}, micro-step {record.micro_step}"
+    lines.append(_row("context", f"{where} (thread {record.thread})"))
+    lines.append(_row("scope", record.scope or "none open"))
+    for scope, budget in policy.budgets.items():
+        lines.append(_row("budget", f"{scope}: {made.get(scope, 0)} of {budget} spent"))
+    lines.extend(_row("spent by", f"call {c.seq} at {c.caller}{_end_of(c)}") for c in earlier)
+    lines.append(_row("what to do", violation.remedy.format(sanction=_sanction(policy))))
+    return violation("\n".join(lines), record, earlier)
+
+
+def _sanction(policy: "CallPolicy") -> str:
+    """Return the code that makes a training call legal."""
+    if policy.scopes:
+        return " or ".join(f'`with guard.sanctioned("{scope}"):`' for scope in policy.scopes)
+    return f"`with guard.micro_step(step):` around {' or '.join(policy.sanctioned_callers)}"
+
+
+def _end_of(call: "CallRecord") -> str:
+    """Return how a call ended, when it did not return: then its budget is spent all the same."""
+    return f", which {call.outcome}" if call.outcome and "raised" in call.outcome else ""
+
+
+def _row(title: str, text: object) -> str:
+    return f"  {title:<12} {text}"

@@ -1,0 +1,1 @@
+"""What the tests of a pytest user expect, and see fail."""

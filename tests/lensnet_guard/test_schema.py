@@ -1,0 +1,58 @@
+"""The names in a log: one list for writer and reader, and nothing is written that is not in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lensnet_guard import CallRecord, _schema, guard_module
+from lensnet_guard.calls.compiled import CompileState
+
+BEFORE = Path(__file__).parent / "before" / "run"
+NAMES = {value for name, value in vars(_schema).items() if name.isupper()}
+
+
+def names_of(lines):
+    """Events and fields of a log's lines, down to frames and sums; not the keys of a contract."""
+    for line in map(json.loads, lines):
+        yield from (line[_schema.EVENT], *line)
+        yield from line.get(_schema.BEFORE, {})
+        yield from line.get(_schema.COMPILED) or {}
+        for frame in line.get(_schema.STACK, ()):
+            yield from frame
+
+
+@pytest.mark.parametrize(
+    ("fields", "cls"), [(_schema.RECORD, CallRecord), (_schema.COMPILE_STATE, CompileState)]
+)
+def test_what_is_written_as_it_is(fields, cls):
+    """Every public field of a record, in its order."""
+    assert fields == tuple(name for name in cls.__slots__ if not name.startswith("_"))
+
+
+def test_no_name_stands_for_two():
+    """Every constant has a string of its own."""
+    strings = [value for name, value in vars(_schema).items() if name.isupper()]
+    assert len({*strings}) == len(strings)
+
+
+def test_every_name_in_a_log_is_in_the_list(graphed_guard, tmp_path, x):
+    """In a log of today, with compiled calls, and in one of before there was a list."""
+    graphed_guard.start_log(tmp_path)
+    with graphed_guard.context("training"), graphed_guard.sanctioned("preference_scorer"):
+        graphed_guard.module(x)
+    plain = guard_module(graphed_guard.module.__class__(3, 2), log=tmp_path / "plain")
+    with plain.context("inference"):
+        plain.module(x)
+    plain.end_log()
+    graphed_guard.end_log()
+    files = [*tmp_path.rglob("*.jsonl"), *BEFORE.glob("*.jsonl")]
+    assert len(files) == 4
+    for file in files:
+        assert {*names_of(file.read_text().splitlines())} <= NAMES
+
+
+def test_it_needs_nothing(run_python):
+    """A reader of logs starts without torch."""
+    code = "import sys, lensnet_guard._schema; print({'torch', 'orjson'} & {*sys.modules})"
+    assert run_python(code).stdout == "set()\n"
