@@ -8,7 +8,7 @@ from megacontext.controller import MCController as MCController
 from megacontext.cut import Cut as Cut
 from megacontext.cut import UnreachableTarget as UnreachableTarget
 from megacontext.gistnet import GistNet as GistNet
-from megacontext.hf_language_model import language_model_sizes as language_model_sizes
+from megacontext.hf_loading import language_model_sizes as language_model_sizes
 from megacontext.language_model import LanguageModel as LanguageModel
 from megacontext.lensnet import LensNet as LensNet
 from megacontext.metric_sinks import MetricSink as MetricSink

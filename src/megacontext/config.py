@@ -40,7 +40,7 @@ class MCConfig:
             standard deviation over the batch.
         language_model: a folder that ``save_pretrained`` of Hugging Face transformers made, or the
             ``config.json`` of one for random weights; "" for our own model. ``vocab_size`` and
-            ``d_model`` must be the model's (`hf_language_model.language_model_sizes`), and
+            ``d_model`` must be the model's (`hf_loading.language_model_sizes`), and
             ``lm_layers`` says nothing.
 
     Raises:

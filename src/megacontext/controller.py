@@ -9,10 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
 from megacontext import preference
 from megacontext.allocators.training import TrainingWCVariationAllocator
 from megacontext.config import MCConfig
@@ -24,10 +22,7 @@ from megacontext.cut import (
     lod0_tail,
     relative_detail,
 )
-from megacontext.gistnet import GistNet
-from megacontext.hf_language_model import new_language_model
-from megacontext.inference import InferenceSessions
-from megacontext.lensnet import LensNet
+from megacontext.inference import SessionHost
 from megacontext.micro_step import (
     MCBatchResult,
     Variants,
@@ -36,16 +31,15 @@ from megacontext.micro_step import (
     scores_by_sequence,
     without_graph,
 )
+from megacontext.networks import PREFERENCE_SCORER
 from megacontext.tokens import check_batch
 from megacontext.transfer import to_device
 from megacontext.tree import MegaContextTree
 from megacontext.working_context import NO_LABEL, WorkingContext
 
-PREFERENCE_SCORER = "preference_scorer"
 
-
-class MCController(InferenceSessions, nn.Module):
-    """Language model, GistNet, guarded LensNet and training allocator in one.
+class MCController(SessionHost):
+    """Networks and training allocator in one, and a session at a time.
 
     Args:
         config: sizes; checked when it was made.
@@ -60,54 +54,8 @@ class MCController(InferenceSessions, nn.Module):
     """
 
     def __init__(self, config: MCConfig, *, bf16: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.bf16 = bf16
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)  # not the generators of devices
-            self.language_model = new_language_model(config)
-            self.gistnet = GistNet(config.d_model)
-            lensnet = LensNet(
-                config.d_model,
-                config.lens_layers,
-                config.num_heads,
-                config.max_lod,
-                causal=config.causal_lens,
-            )
-        policy = CallPolicy(scopes={PREFERENCE_SCORER: 1})
-        self.lensnet: LensNet = guard_module(lensnet, policy=policy, mode="enforce").module
+        super().__init__(config, bf16=bf16)
         self.allocator = config.new_allocator()
-
-    @property
-    def guard(self) -> Guard:
-        """LensNet's guard: contexts, records, counts."""
-        guard = guard_of(self.lensnet)
-        if guard is None:
-            raise RuntimeError(
-                "mc.lensnet is no longer guarded: something replaced it by a raw module. "
-                "Assign a guarded one: mc.lensnet = guard_module(lensnet).module"
-            )
-        return guard
-
-    def context(self, context: str) -> AbstractContextManager[None]:
-        """``with mc.context("training"):`` or ``with mc.context("inference"):``."""
-        return self.guard.context(context)  # type: ignore[arg-type]  # checked there
-
-    def compile_networks(self) -> None:
-        """Compile language model, GistNet and LensNet in place, for batches of fixed shapes.
-
-        LensNet and GistNet get CUDA graphs where they run on CUDA. Parameters must have gradient
-        buffers of their own then (`optimization.own_gradients`). For training: a session's shapes
-        change, and torch gives up compiling after eight.
-        """
-        # A network with CUDA graphs writes every call's outputs to the same memory, and does so
-        # from the next call of any of them on that no backward is pending for. What is read after
-        # one is therefore the output of an ordinary operation: of a gather, a loss, a metric.
-        # And LensNet, with its graphs, is the last to be called before backward: a compiled call
-        # after it would let its backward start over with the memory that GistNet's backward needs.
-        self.language_model.compile(dynamic=False)
-        self.gistnet.compile(mode="reduce-overhead", dynamic=False)
-        self.lensnet.compile(mode="reduce-overhead", dynamic=False)
 
     # One micro-step ----------------------------------------------------------------------------
 
@@ -147,7 +95,7 @@ class MCController(InferenceSessions, nn.Module):
             variants = self.build_variants(tree)
             nll = self.token_nll(variants.working_context)
             view, pairs = self._comparison(tree, variants, nll)
-            with self.guard.sanctioned(PREFERENCE_SCORER), self._autocast():
+            with self.guard.sanctioned(PREFERENCE_SCORER), self.autocast():
                 scores = self.lensnet(*lensnet_inputs(view))
             scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
             lens_loss = self._lens_loss(scores, pairs, gists)
@@ -195,7 +143,7 @@ class MCController(InferenceSessions, nn.Module):
         labels = None
         if labelled is not None:
             labels = tokens.masked_fill(~to_device(labelled, tokens.device), NO_LABEL)
-        with self._autocast():
+        with self.autocast():
             return MegaContextTree.build(
                 tokens,
                 self.language_model.embed(tokens),
@@ -253,43 +201,12 @@ class MCController(InferenceSessions, nn.Module):
             tree = self.build_tree(tokens, labelled=labelled)
             variants = self.build_variants(tree, self.config.new_allocator())
             view, pairs = self._comparison(tree, variants, self.token_nll(variants.working_context))
-            with self._autocast():
+            with self.autocast():
                 scores = self.lensnet(*lensnet_inputs(view))
             scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
             return preference.preference_metrics(scores, pairs, gists)["preference_agreement"]
 
-    # Without LensNet ---------------------------------------------------------------------------
-
-    def full_detail_loss(self, tokens: Tensor, labelled: Tensor | None = None) -> Tensor:
-        """Mean NLL of the language model on plain LOD0 contexts, nats; scalar. Needs no LensNet.
-
-        Args:
-            tokens: int64 ``[B, T]``.
-            labelled: bool ``[B, T]``, the tokens that count; all by default.
-        """
-        check_batch(tokens, None, self.config)
-        starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        logits = self._logits(self.language_model.embed(tokens), starts, torch.ones_like(starts))
-        labels = tokens if labelled is None else tokens.masked_fill(~labelled, NO_LABEL)
-        return F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LABEL
-        )
-
     # Pieces of process_batch -------------------------------------------------------------------
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        """Around forward passes of the networks, and nothing else."""
-        if not self.bf16:
-            return nullcontext()
-        return torch.autocast(self.language_model.embedding.weight.device.type, torch.bfloat16)
-
-    def _logits(
-        self, embeddings: Tensor, starts: Tensor, spans: Tensor, pad_mask: Tensor | None = None
-    ) -> Tensor:
-        """The language model's, in the dtype of the embeddings, also where it ran in bfloat16."""
-        with self._autocast():
-            logits: Tensor = self.language_model(embeddings, starts, spans, pad_mask)
-        return logits.to(embeddings.dtype)
 
     def _training_context(self) -> AbstractContextManager[None]:
         return self.context("training") if self.guard.current_context is None else nullcontext()
@@ -344,17 +261,6 @@ class MCController(InferenceSessions, nn.Module):
             max_lod=self.config.max_lod,
             window=self.config.focus_window,
         )
-
-    def token_nll(self, context: WorkingContext) -> Tensor:
-        """NLL of each entry's label, nats, ``[R, W]``; 0 where there is none."""
-        logits = self._logits(context.embeddings, context.starts, context.spans, context.pad_mask)
-        flat = F.cross_entropy(
-            logits.flatten(0, 1),
-            context.labels.flatten(),
-            ignore_index=NO_LABEL,
-            reduction="none",
-        )
-        return flat.view_as(context.labels)
 
     def _judged_nll(self, nll: Tensor, variants: Variants, tree: MegaContextTree) -> Tensor:
         """NLL of each variant summed over the tokens of the horizon, nats, ``[B, 1 + V]``."""

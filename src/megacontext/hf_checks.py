@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from megacontext.hf_language_model import HFLanguageModel
+from megacontext.hf_language_model import HFLanguageModel
 
 _TOKENS, _POSITIONS = 8, 64  # that are read; of so many, where there are
 _SAME = 1e-3  # of the largest logit: kernels sum in another order
@@ -23,7 +22,7 @@ _MOVED = 1e-5  # of it; what moves them less has no effect
 _INSTEAD = "take a model of another family, such as Llama, Qwen or GPT-2"
 
 
-def check_reading(path: Path, language_model: "HFLanguageModel") -> None:
+def check_reading(path: Path, language_model: HFLanguageModel) -> None:
     """Refuse a model that reads plain tokens otherwise than in the library, or entries not at all.
 
     Args:
@@ -75,7 +74,7 @@ def check_reading(path: Path, language_model: "HFLanguageModel") -> None:
 
 
 def _read(
-    language_model: "HFLanguageModel", tokens: Tensor, half: int, gap: int
+    language_model: HFLanguageModel, tokens: Tensor, half: int, gap: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits ``[T, vocab_size]`` of plain tokens; with a gap; and with the first half hidden."""
     starts = torch.arange(tokens.shape[1]).repeat(3, 1)
@@ -87,7 +86,7 @@ def _read(
     return plain, moved, hidden
 
 
-def _read_in_pieces(language_model: "HFLanguageModel", tokens: Tensor, half: int) -> Tensor:
+def _read_in_pieces(language_model: HFLanguageModel, tokens: Tensor, half: int) -> Tensor:
     """Logits ``[T, vocab_size]`` of plain tokens, as a session reads them."""
     seen = language_model.new_seen(tokens.shape[1])
     embeddings, starts = language_model.embed(tokens), torch.arange(tokens.shape[1])[None]

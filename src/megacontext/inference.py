@@ -1,4 +1,4 @@
-"""The inference side of MCController: sessions over a history that grows.
+"""Networks that hold a session: the inference side of a controller.
 
 Each method runs in inference context, which it opens when none is set, and without gradients.
 """
@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from megacontext.cut import Cut
+from megacontext.networks import Networks
 from megacontext.session import Session, Tokens, session_about
 from megacontext.session_config import SessionConfig
 from megacontext.session_folder import SessionFolder
@@ -20,12 +20,9 @@ from megacontext.session_report import InferenceReport
 from megacontext.tokens import check_range
 from megacontext.working_context import WorkingContext
 
-if TYPE_CHECKING:
-    from megacontext.controller import MCController
 
-
-class InferenceSessions:
-    """What `MCController` can do with one session at a time.
+class SessionHost(Networks):
+    """Networks that can hold one session at a time, over a history that grows.
 
     What runs a network raises a RuntimeError in training context, and all but the first two methods
     do when there is no session.
@@ -68,16 +65,16 @@ class InferenceSessions:
             raise ValueError(f"tree_store must be 'memory' or 'disk', not {tree_store!r}")
         if (tree_store == "disk") != (path is not None):
             raise ValueError("tree_store='disk' and path belong together: give both or neither")
-        with self._inference() as mc:
+        with self._inference():
             several = isinstance(tokens, Iterable) and not isinstance(tokens, Tensor)
             given: Iterator[object] = iter(tokens if several else [tokens])
-            chunks: Iterator[Tokens] = (_as_tokens(c, mc.config.vocab_size) for c in given)
+            chunks: Iterator[Tokens] = (_as_tokens(c, self.config.vocab_size) for c in given)
             first = next(chunks, None)
             if first is None:
                 raise ValueError("a session begins with at least one token")
-            Session.check(mc, settings)
+            Session.check(self, settings)
             folder = (
-                None if path is None else SessionFolder.create(path, session_about(mc, settings))
+                None if path is None else SessionFolder.create(path, session_about(self, settings))
             )
             return self._start(
                 settings, folder, lambda session: session.begin(chain([first], chunks), progress)
@@ -96,12 +93,12 @@ class InferenceSessions:
             BlockingIOError: another process, or another controller, is using it.
             ValueError: it was made by another model, or is damaged.
         """
-        with self._inference() as mc:
-            about = session_about(mc, SessionConfig())
+        with self._inference():
+            about = session_about(self, SessionConfig())
             folder, saved = SessionFolder.open(path, about)
             try:
                 settings = SessionConfig(**saved)
-                Session.check(mc, settings)
+                Session.check(self, settings)
             except (TypeError, ValueError) as error:
                 folder.close()
                 raise ValueError(f"the settings in {path} are not usable: {error}") from error
@@ -121,8 +118,8 @@ class InferenceSessions:
             OSError: the folder cannot be written. `inference_report` says what was appended.
         """
         session = self._current()
-        with self._inference() as mc:
-            return session.step(_as_tokens(new_tokens, mc.config.vocab_size))
+        with self._inference():
+            return session.step(_as_tokens(new_tokens, self.config.vocab_size))
 
     @property
     def working_context(self) -> WorkingContext:
@@ -161,7 +158,7 @@ class InferenceSessions:
         """Put a new session in the place of the one before, if it starts."""
         session = None
         try:
-            session = Session(self._controller, settings, folder)
+            session = Session(self, settings, folder)
             logits = how(session)
         except BaseException:
             if session is not None:
@@ -174,10 +171,6 @@ class InferenceSessions:
         self._session = session
         return logits
 
-    @property
-    def _controller(self) -> "MCController":
-        return cast("MCController", self)
-
     def _current(self) -> Session:
         if self._session is None:
             raise RuntimeError(
@@ -186,10 +179,9 @@ class InferenceSessions:
         return self._session
 
     @contextmanager
-    def _inference(self) -> Iterator["MCController"]:
+    def _inference(self) -> Iterator[None]:
         """Inference context, and no gradients."""
-        mc = self._controller
-        context = mc.guard.current_context
+        context = self.guard.current_context
         if context == "training":
             raise RuntimeError(
                 "inference sessions cannot be used in training context; "
@@ -197,10 +189,10 @@ class InferenceSessions:
             )
         with torch.no_grad():
             if context == "inference":
-                yield mc
+                yield
             else:
-                with mc.context("inference"):
-                    yield mc
+                with self.context("inference"):
+                    yield
 
 
 def _as_tokens(tokens: object, vocab_size: int) -> Tokens:

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,24 +23,22 @@ from megacontext.allocators.rules import FocusRules, first_that_fits
 from megacontext.cut import Cut, coarse_cut
 from megacontext.hf_language_model import HFSeen
 from megacontext.language_model import Seen
+from megacontext.networks import Networks
 from megacontext.session_config import SessionConfig, check_sizes
 from megacontext.session_folder import SessionFolder, fingerprint
 from megacontext.session_report import FocusEvent, InferenceReport
 from megacontext.tree_store import TreeStore
 from megacontext.working_context import NO_LABEL, WorkingContext
 
-if TYPE_CHECKING:
-    from megacontext.controller import MCController
-
 Tokens = NDArray[np.int64]
 _EVENTS_KEPT = 1_000
 
 
 class Session:
-    """One history and the working context over it; ``MCController`` has methods for its use.
+    """One history and the working context over it; `SessionHost` has methods for its use.
 
     Args:
-        mc: the model.
+        networks: the model.
         settings: the user's.
         folder: where the tree is kept; in memory if None.
 
@@ -50,23 +48,23 @@ class Session:
     """
 
     def __init__(
-        self, mc: "MCController", settings: SessionConfig, folder: SessionFolder | None = None
+        self, networks: Networks, settings: SessionConfig, folder: SessionFolder | None = None
     ) -> None:
-        config = mc.config
-        self.rules = self.check(mc, settings)
+        config = networks.config
+        self.rules = self.check(networks, settings)
         self.settings = settings
-        self._mc = mc
+        self._networks = networks
         self._folder = folder
         self._allocator = FocusAllocator(
-            mc.lensnet,
-            mc.guard,
+            networks.lensnet,
+            networks.guard,
             self.rules,
             horizon_tokens=config.horizon_tokens,
             focus_window=config.focus_window,
         )
         self.store = TreeStore(
-            mc.language_model,
-            mc.gistnet,
+            networks.language_model,
+            networks.gistnet,
             block_size=config.block_size,
             max_lod=config.max_lod,
             folder=folder.path if folder is not None else None,
@@ -83,19 +81,19 @@ class Session:
         self._busy = threading.Lock()
 
     @staticmethod
-    def check(mc: "MCController", settings: SessionConfig) -> FocusRules:
+    def check(networks: Networks, settings: SessionConfig) -> FocusRules:
         """The rules that settings make for a model.
 
         Raises:
             ValueError: sizes with which a session would fail later.
         """
-        config = mc.config
+        config = networks.config
         rules = settings.rules(
             settings.wc_length or config.train_wc_length,
             block_size=config.block_size,
             max_lod=config.max_lod,
             recent_tokens=config.recent_tokens,
-            max_tokens=mc.language_model.max_tokens,
+            max_tokens=networks.language_model.max_tokens,
         )
         check_sizes(rules, config.horizon_tokens, config.focus_window)
         return rules
@@ -346,7 +344,7 @@ class Session:
         seen, self._seen = self._seen, None  # half-read by an interrupted model is not read
         if seen is None:
             room = self.rules.wc_length + self.settings.refocus_interval
-            seen = self._mc.language_model.new_seen(room)
+            seen = self._networks.language_model.new_seen(room)
             context = self._gather(self.cut)
             embeddings, starts, spans = context.embeddings, context.starts, context.spans
         else:
@@ -355,16 +353,16 @@ class Session:
             first = int(self._focused.positions[0])
             starts = torch.from_numpy(new - first).to(self.store.device)[None]
             spans = torch.ones_like(starts)
-        logits: Tensor = self._mc.language_model(embeddings, starts, spans, None, seen)
+        logits: Tensor = self._networks.language_model(embeddings, starts, spans, None, seen)
         self._seen, self._seen_tokens = seen, len(self.store)
         return logits[:, -last:]
 
 
-def session_about(mc: "MCController", settings: SessionConfig) -> dict[str, Any]:
+def session_about(networks: Networks, settings: SessionConfig) -> dict[str, Any]:
     """What the folder of a session says of the model that made it."""
     sizes = ("vocab_size", "d_model", "block_size", "max_lod", "recent_tokens")
     return {
-        "model": {name: getattr(mc.config, name) for name in sizes},
-        "weights": fingerprint(mc.language_model.embedding, mc.gistnet),
+        "model": {name: getattr(networks.config, name) for name in sizes},
+        "weights": fingerprint(networks.language_model.embedding, networks.gistnet),
         "settings": dataclasses.asdict(settings),
     }

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megacontext.hf_language_model import folder_of, import_transformers
+from megacontext.hf_loading import folder_of, import_transformers
 
 Tokens = NDArray[np.int64]
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")

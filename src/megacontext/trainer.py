@@ -30,7 +30,7 @@ from megacontext.distributed import (
     local_part,
 )
 from megacontext.files import reading
-from megacontext.hf_language_model import check_language_model, kept_files
+from megacontext.hf_loading import check_language_model, kept_files
 from megacontext.metric_sinks import MetricSink, MetricSinkError, TensorBoardSink, write_all
 from megacontext.micro_step import Cuts, MCBatchResult
 from megacontext.optimization import new_optimizer, own_gradients, rate_at, update

@@ -114,14 +114,14 @@ class TestTraining:
         model = dataclasses.replace(config, vocab_size=256)
         settings = dataclasses.replace(settings, compile=True, bf16=True, lm_steps=0, steps=3)
         autocast: list[bool] = []
-        language_model = MCController._logits
+        language_model = MCController.logits
 
         def noting(mc: MCController, *args: Any) -> Tensor:
-            with mc._autocast():
+            with mc.autocast():
                 autocast.append(torch.is_autocast_enabled("cpu"))
             return language_model(mc, *args)
 
-        monkeypatch.setattr(MCController, "_logits", noting)
+        monkeypatch.setattr(MCController, "logits", noting)
         stance = iter([lambda: torch.compiler.set_stance("fail_on_recompile")])
         train(tmp_path / "run", model, settings, report=lambda _: next(stance, lambda: None)())
         assert set(autocast) == {True}

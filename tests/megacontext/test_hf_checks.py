@@ -10,7 +10,8 @@ import torch
 
 from megacontext.cli import main
 from megacontext.hf_checks import _plain_tokens
-from megacontext.hf_language_model import HFLanguageModel, load_language_model
+from megacontext.hf_language_model import HFLanguageModel
+from megacontext.hf_loading import load_language_model
 
 transformers = pytest.importorskip("transformers")
 

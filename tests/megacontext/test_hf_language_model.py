@@ -16,7 +16,7 @@ from torch import Tensor
 
 import megacontext
 from megacontext import MCConfig, MCController, SessionConfig, hf_language_model
-from megacontext.hf_language_model import language_model_sizes
+from megacontext.hf_loading import language_model_sizes
 from megacontext.pretrained import load_model
 from megacontext.run_folder import RunFolder
 from megacontext.train_config import TrainConfig
@@ -104,7 +104,7 @@ class TestNames:
         def forward() -> None: ...
 
         forward.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
-        assert hf_language_model._cache_name(SimpleNamespace(forward=forward)) == name
+        assert hf_language_model.cache_name(SimpleNamespace(forward=forward)) == name
 
 
 class TestReading:

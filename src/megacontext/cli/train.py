@@ -17,7 +17,7 @@ from megacontext.cli.endings import EXIT_CODES, Termination, plain_endings, usag
 from megacontext.cli.streams import PipeConsole
 from megacontext.config import MCConfig
 from megacontext.distributed import device_name
-from megacontext.hf_language_model import (
+from megacontext.hf_loading import (
     PRETRAINED_RATE,
     check_language_model,
     language_model_sizes,
