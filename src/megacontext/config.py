@@ -1,17 +1,12 @@
 """Sizes and probabilities of a MegaContext model, checked before anything is built."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
 from megacontext.allocators.training import TrainingWCVariationAllocator
-from megacontext.cut import UnreachableTarget, check_int, focus_view, kept_tokens
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from megacontext.checks import check_choice, check_numbers
+from megacontext.cut import Geometry, UnreachableTarget, kept_tokens
 
 
 @dataclass(frozen=True)
@@ -98,14 +93,12 @@ class MCConfig:
             raise ValueError(f"seed must be below 2**63, not {self.seed}")
         self.new_allocator()  # checks block_size, max_lod and probability
         self._check_target()
-        focus_view(
-            self.sequence_tokens,
-            block_size=self.block_size,
-            recent_tokens=self.recent_tokens,
-            horizon_tokens=self.horizon_tokens,
-            max_lod=self.max_lod,
-            window=self.focus_window,
-        )
+        self.geometry.focus_view(self.sequence_tokens, self.horizon_tokens)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shape of trees and working contexts; its window is that of the focus view."""
+        return Geometry(self.block_size, self.max_lod, self.recent_tokens, self.focus_window)
 
     def new_allocator(self) -> TrainingWCVariationAllocator:
         """The training allocator of this configuration, at the start of its random sequence."""
@@ -141,38 +134,3 @@ class MCConfig:
                 f"to {allocator.max_lod} and {self.recent_tokens} recent tokens at LOD0; "
                 f"the nearest length that can is {nearest}"
             )
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse what is none of the choices.
-
-    Raises:
-        ValueError: naming the field and the choices.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def check_numbers(config: "DataclassInstance", may_be_zero: Sequence[str]) -> None:
-    """Check the int and float fields of a dataclass.
-
-    Args:
-        may_be_zero: names of fields that need not be positive, only not negative.
-
-    Raises:
-        TypeError, ValueError: naming the field.
-    """
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type is int:
-            check_int(field.name, value)
-        elif field.type is float:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{field.name} must be a number, not {value!r}")
-        else:
-            continue
-        if field.name in may_be_zero:
-            if value < 0:
-                raise ValueError(f"{field.name} must not be negative, but is {value}")
-        elif not 0 < value < math.inf:
-            raise ValueError(f"{field.name} must be positive, not {value}")

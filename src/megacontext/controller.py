@@ -16,7 +16,6 @@ from megacontext.allocators.training import TrainingWCVariationAllocator
 from megacontext.config import MCConfig
 from megacontext.cut import (
     Cut,
-    focus_view,
     held_at_lod0,
     kept_tokens,
     lod0_tail,
@@ -228,7 +227,10 @@ class MCController(SessionHost):
             host = torch.from_numpy(np.stack(detail, axis=1))
             finer, coarser = to_device(host, nll.device)
             return variants.working_context, preference.make_plain_pairs(judged, finer, coarser)
-        view_of = {length: self.focus_view(length) for length in set(tree.lengths)}
+        view_of = {
+            n: self.config.geometry.focus_view(n, self.config.horizon_tokens)
+            for n in set(tree.lengths)
+        }
         views = [view_of[length] for length in tree.lengths]
         view = tree.working_context([[cut] for cut in views])
         held = self._held(variants, views, tree)
@@ -250,17 +252,6 @@ class MCController(SessionHost):
         if config.budget_weight:
             loss = loss + config.budget_weight * preference.budget_loss(scores, gists)
         return loss
-
-    def focus_view(self, num_tokens: int) -> Cut:
-        """What LensNet scores of a training sequence: it ends before the horizon."""
-        return focus_view(
-            num_tokens,
-            block_size=self.config.block_size,
-            recent_tokens=self.config.recent_tokens,
-            horizon_tokens=self.config.horizon_tokens,
-            max_lod=self.config.max_lod,
-            window=self.config.focus_window,
-        )
 
     def _judged_nll(self, nll: Tensor, variants: Variants, tree: MegaContextTree) -> Tensor:
         """NLL of each variant summed over the tokens of the horizon, nats, ``[B, 1 + V]``."""

@@ -6,11 +6,12 @@ exactly the tokens it stands for.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megacontext.checks import check_int
 
 Ints = NDArray[np.int64]
 
@@ -89,6 +90,115 @@ class Cut:
     __hash__ = None  # type: ignore[assignment]  # arrays are mutable
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a tree and of the cuts through it.
+
+    Attributes:
+        block_size: Tokens of a LOD1 gist, K, at least 2.
+        max_lod: The highest level of detail, 1 or 2.
+        recent_tokens: Length of the protected tail, which stays at LOD0.
+        window: The most entries of a coarse cut; None for any number.
+
+    Raises:
+        TypeError: A block size or level that is no integer.
+        ValueError: A block size or level of which no tree can be built.
+    """
+
+    block_size: int
+    max_lod: int
+    recent_tokens: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        check_int("block_size", self.block_size)
+        check_int("max_lod", self.max_lod)
+        if self.block_size < 2:
+            raise ValueError(f"block_size must be at least 2 tokens, not {self.block_size}")
+        if self.max_lod not in (1, 2):
+            raise ValueError(
+                f"max_lod must be 1 or 2 (gists, and gists of gists), not {self.max_lod}"
+            )
+
+    @property
+    def coarsest_span(self) -> int:
+        """Tokens of an entry at the highest level of detail."""
+        span: int = self.block_size**self.max_lod
+        return span
+
+    def within(self, window: int) -> "Geometry":
+        """The same shape, for coarse cuts of at most ``window`` entries."""
+        return replace(self, window=window)
+
+    def coarse_cut(self, first: int, end: int, lod0_from: int | None = None) -> Cut:
+        """Tokens ``[first, end)`` as gists up to about ``lod0_from``, and at LOD0 from there on.
+
+        The history is LOD1; where that exceeds ``window`` entries and ``max_lod`` is 2, its oldest
+        aligned K² spans are LOD2, as few as it takes.
+
+        Args:
+            first: A multiple of the coarsest span.
+            end: The token after the last.
+            lod0_from: The block that holds this token is the first at LOD0; the one where the
+                protected tail begins by default.
+
+        Returns:
+            The cut.
+
+        Raises:
+            ValueError: ``first`` is no such multiple.
+            UnreachableTarget: As coarse as it can be, the cut is longer than ``window``.
+        """
+        k = self.block_size
+        if first % self.coarsest_span:
+            raise ValueError(
+                f"a coarse cut must begin at a multiple of {self.coarsest_span}, not at {first}"
+            )
+        lod0_from = end - self.recent_tokens if lod0_from is None else lod0_from
+        blocks = max(lod0_from - first, 0) // k
+        lod0 = first + blocks * k
+        length = blocks + max(end - lod0, 0)
+        window = length if self.window is None else self.window
+        spans = max(-(-(length - window) // (k - 1)), 0)
+        most = blocks // k if self.max_lod == 2 else 0
+        if spans > most:
+            shortest = length - most * (k - 1)
+            raise UnreachableTarget(
+                f"the focus view of {end - first} tokens has at least {shortest} entries and does "
+                f"not fit a focus_window of {window}; widen the window or shorten the sequence"
+            )
+        lod1 = first + spans * k**2
+        levels = (range(first, lod1, k**2), range(lod1, lod0, k), range(lod0, max(end, lod0)))
+        positions = [np.arange(r.start, r.stop, r.step, dtype=np.int64) for r in levels]
+        lods = np.repeat((2, 1, 0), [len(r) for r in levels])
+        return Cut(np.concatenate(positions), lods, k)
+
+    def focus_view(self, num_tokens: int, horizon_tokens: int) -> Cut:
+        """The coarse cut that LensNet scores: the history as gists, the recent tail at LOD0.
+
+        It ends before the horizon, on which variants are judged. See `coarse_cut`.
+
+        Args:
+            num_tokens: Tokens of the sequence.
+            horizon_tokens: Length of the horizon, at its end.
+
+        Returns:
+            The view.
+
+        Raises:
+            UnreachableTarget: As coarse as it can be, the view is longer than ``window``.
+        """
+        end = max(num_tokens - horizon_tokens, 0)
+        return self.coarse_cut(0, end, max(num_tokens - self.recent_tokens, 0))
+
+    def shortest_length(self, num_tokens: int) -> int:
+        """Entries left when all outside the protected tail is collapsed as far as it goes."""
+        history = max(num_tokens - self.recent_tokens, 0)
+        blocks = history // self.block_size
+        spans = blocks // self.block_size if self.max_lod == 2 else 0
+        return num_tokens - (blocks + spans) * (self.block_size - 1)
+
+
 def spans_of(lods: Ints, block_size: int) -> Ints:
     """Tokens that entries of these LODs cover, int64, of the same shape."""
     spans: Ints = (block_size ** np.arange(3))[lods]  # looked up: integer powers are slow
@@ -116,68 +226,6 @@ def lod0_tail(num_tokens: int, length: int, block_size: int) -> Cut:
     """The last ``length`` of ``num_tokens`` tokens (all of them if fewer), each at LOD0."""
     positions = np.arange(max(num_tokens - length, 0), num_tokens, dtype=np.int64)
     return Cut(positions, np.zeros_like(positions), block_size)
-
-
-def focus_view(
-    num_tokens: int,
-    *,
-    block_size: int,
-    max_lod: int,
-    recent_tokens: int,
-    horizon_tokens: int,
-    window: int,
-) -> Cut:
-    """The coarse cut that LensNet scores: the history as gists, the recent tail at LOD0.
-
-    It ends before the horizon, on which variants are judged. See `coarse_cut`.
-
-    Raises:
-        UnreachableTarget: as coarse as it can be, the view is longer than ``window``.
-    """
-    return coarse_cut(
-        0,
-        max(num_tokens - horizon_tokens, 0),
-        lod0_from=max(num_tokens - recent_tokens, 0),
-        block_size=block_size,
-        max_lod=max_lod,
-        window=window,
-    )
-
-
-def coarse_cut(
-    first: int, end: int, *, lod0_from: int, block_size: int, max_lod: int, window: int
-) -> Cut:
-    """Tokens ``[first, end)`` as gists up to about ``lod0_from``, and at LOD0 from there on.
-
-    The history is LOD1; where that exceeds ``window`` entries and ``max_lod`` is 2, its oldest
-    aligned K² spans are LOD2, as few as it takes.
-
-    Args:
-        first: a multiple of the coarsest span.
-        lod0_from: the block that holds this token is the first at LOD0.
-
-    Raises:
-        ValueError: ``first`` is no such multiple.
-        UnreachableTarget: as coarse as it can be, the cut is longer than ``window``.
-    """
-    k = block_size
-    if first % k**max_lod:
-        raise ValueError(f"a coarse cut must begin at a multiple of {k**max_lod}, not at {first}")
-    blocks = max(lod0_from - first, 0) // k
-    lod0 = first + blocks * k
-    length = blocks + max(end - lod0, 0)
-    spans = max(-(-(length - window) // (k - 1)), 0)
-    most = blocks // k if max_lod == 2 else 0
-    if spans > most:
-        shortest = length - most * (k - 1)
-        raise UnreachableTarget(
-            f"the focus view of {end - first} tokens has at least {shortest} entries and does not "
-            f"fit a focus_window of {window}; widen the window or shorten the sequence"
-        )
-    lod1 = first + spans * k**2
-    levels = (range(first, lod1, k**2), range(lod1, lod0, k), range(lod0, max(end, lod0)))
-    positions = np.concatenate([np.arange(r.start, r.stop, r.step, dtype=np.int64) for r in levels])
-    return Cut(positions, np.repeat((2, 1, 0), [len(r) for r in levels]), k)
 
 
 def held_at_lod0(cuts: Sequence[Cut], view: Cut, num_tokens: int) -> NDArray[np.bool_]:
@@ -219,35 +267,3 @@ def kept_tokens(num_tokens: int, target_length: int, block_size: int) -> int:
     if num_tokens <= target_length:
         return num_tokens
     return num_tokens - (num_tokens - target_length) % (block_size - 1)
-
-
-def shortest_length(num_tokens: int, *, block_size: int, max_lod: int, recent_tokens: int) -> int:
-    """Entries left when everything outside the protected tail is collapsed as far as it goes."""
-    history = max(num_tokens - recent_tokens, 0)
-    blocks = history // block_size
-    spans = blocks // block_size if max_lod == 2 else 0
-    return num_tokens - (blocks + spans) * (block_size - 1)
-
-
-def check_block_size(block_size: Any, max_lod: Any) -> None:
-    """Refuse a tree that cannot be built.
-
-    Raises:
-        TypeError, ValueError: ``block_size`` is no int of at least 2, or ``max_lod`` not 1 or 2.
-    """
-    check_int("block_size", block_size)
-    check_int("max_lod", max_lod)
-    if block_size < 2:
-        raise ValueError(f"block_size must be at least 2 tokens, not {block_size}")
-    if max_lod not in (1, 2):
-        raise ValueError(f"max_lod must be 1 or 2 (gists, and gists of gists), not {max_lod}")
-
-
-def check_int(name: str, value: Any) -> None:
-    """Refuse what is no integer (True and False are none).
-
-    Raises:
-        TypeError: naming the argument.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, not {value!r}")

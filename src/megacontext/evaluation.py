@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from megacontext.allocators.focus import FocusRules, Scored, refocus_cut
+from megacontext.allocators.focus import Scored, refocus_cut
+from megacontext.allocators.rules import FocusRules, FocusTuning
 from megacontext.controller import MCController
-from megacontext.cut import Cut, coarse_cut, lod0_tail
+from megacontext.cut import Cut, lod0_tail
 from megacontext.data import Batch, Source
 from megacontext.recall import RecallBatch
 from megacontext.session_config import SessionConfig
@@ -110,25 +111,12 @@ class _Chunk:
         with torch.no_grad():
             self.tree: MegaContextTree = mc.build_tree(batch.tokens, labelled=batch.labelled)
         self.length = self.tree.lengths[0]
-        self.view = mc.focus_view(self.length)
-        self.start = coarse_cut(
-            0,
-            self.length,
-            lod0_from=self.length - config.recent_tokens,
-            block_size=config.block_size,
-            max_lod=config.max_lod,
-            window=config.train_wc_length,
-        )
+        self.view = config.geometry.focus_view(self.length, config.horizon_tokens)
+        self.geometry = config.geometry.within(config.train_wc_length)
+        self.start = self.geometry.coarse_cut(0, self.length)
         # At equal length: the whole budget is spent, whatever the scores are.
-        self.rules = FocusRules(
-            wc_length=config.train_wc_length,
-            block_size=config.block_size,
-            max_lod=config.max_lod,
-            recent_tokens=config.recent_tokens,
-            expand_threshold=-np.inf,
-            margin=0.0,
-            max_edits=self.length,
-        )
+        tuning = FocusTuning(expand_threshold=-np.inf, margin=0.0, max_edits=self.length)
+        self.rules = FocusRules(self.geometry, tuning)
         self.allocator = replace(config, seed=int(rng.integers(2**32))).new_allocator()
 
     def losses(self, oracle_draws: int) -> dict[str, tuple[Floats, list[Cut]]]:
@@ -225,30 +213,17 @@ class _Chunk:
         Where LOD1 is not enough, the oldest is at LOD2.
         """
         config = self.mc.config
-        k, wc_length = config.block_size, config.train_wc_length
-        blocks = (self.length - wc_length) // (k - 1)
-        return coarse_cut(
-            0,
-            self.length,
-            lod0_from=min(blocks * k, self.length - config.recent_tokens),
-            block_size=k,
-            max_lod=config.max_lod,
-            window=wc_length,
-        )
+        k = config.block_size
+        blocks = (self.length - config.train_wc_length) // (k - 1)
+        lod0_from = min(blocks * k, self.length - config.recent_tokens)
+        return self.geometry.coarse_cut(0, self.length, lod0_from)
 
     def _coarsest(self) -> Cut:
         """Every aligned K² span at LOD2, if there is LOD2."""
         config = self.mc.config
         spans = (self.length - config.recent_tokens) // config.block_size**2
         window = len(self.start) - (config.block_size - 1) * (spans if config.max_lod == 2 else 0)
-        return coarse_cut(
-            0,
-            self.length,
-            lod0_from=self.length - config.recent_tokens,
-            block_size=config.block_size,
-            max_lod=config.max_lod,
-            window=window,
-        )
+        return self.geometry.within(window).coarse_cut(0, self.length)
 
     def _lensnet_scores(self) -> Floats:
         """One call for all sequences, ``[B, E]``."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from megacontext.cut import Cut
 from megacontext.networks import Networks
 from megacontext.session import Session, Tokens, session_about
-from megacontext.session_config import SessionConfig
+from megacontext.session_config import SessionConfig, session_rules
 from megacontext.session_folder import SessionFolder
 from megacontext.session_report import InferenceReport
 from megacontext.tokens import check_range
@@ -72,7 +72,7 @@ class SessionHost(Networks):
             first = next(chunks, None)
             if first is None:
                 raise ValueError("a session begins with at least one token")
-            Session.check(self, settings)
+            session_rules(self.config, settings, self.language_model.max_tokens)
             folder = (
                 None if path is None else SessionFolder.create(path, session_about(self, settings))
             )
@@ -98,7 +98,7 @@ class SessionHost(Networks):
             folder, saved = SessionFolder.open(path, about)
             try:
                 settings = SessionConfig(**saved)
-                Session.check(self, settings)
+                session_rules(self.config, settings, self.language_model.max_tokens)
             except (TypeError, ValueError) as error:
                 folder.close()
                 raise ValueError(f"the settings in {path} are not usable: {error}") from error

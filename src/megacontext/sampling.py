@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megacontext.cut import check_int
+from megacontext.checks import check_int
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megacontext.allocators.focus import Edits, FocusAllocator
-from megacontext.allocators.rules import FocusRules, first_that_fits
-from megacontext.cut import Cut, coarse_cut
+from megacontext.allocators.rules import first_that_fits
+from megacontext.cut import Cut
+from megacontext.focus_allocator import FocusAllocator
+from megacontext.focus_state import FocusState
 from megacontext.hf_language_model import HFSeen
 from megacontext.language_model import Seen
 from megacontext.networks import Networks
-from megacontext.session_config import SessionConfig, check_sizes
+from megacontext.session_config import SessionConfig, session_rules
 from megacontext.session_folder import SessionFolder, fingerprint
 from megacontext.session_report import FocusEvent, InferenceReport
 from megacontext.tree_store import TreeStore
@@ -38,20 +39,20 @@ class Session:
     """One history and the working context over it; `SessionHost` has methods for its use.
 
     Args:
-        networks: the model.
-        settings: the user's.
-        folder: where the tree is kept; in memory if None.
+        networks: The model.
+        settings: The user's.
+        folder: Where the tree is kept; in memory if None.
 
     Raises:
-        ValueError: settings that do not fit the model.
-        OSError: the folder cannot be written.
+        ValueError: Settings that do not fit the model.
+        OSError: The folder cannot be written.
     """
 
     def __init__(
         self, networks: Networks, settings: SessionConfig, folder: SessionFolder | None = None
     ) -> None:
         config = networks.config
-        self.rules = self.check(networks, settings)
+        self.rules = session_rules(config, settings, networks.language_model.max_tokens)
         self.settings = settings
         self._networks = networks
         self._folder = folder
@@ -69,42 +70,26 @@ class Session:
             max_lod=config.max_lod,
             folder=folder.path if folder is not None else None,
         )
-        empty = np.empty(0, dtype=np.int64)
-        self._focused = Cut(empty, empty, config.block_size)  # the cut as of the last refocus
-        self._focused_tokens = 0
-        self._totals = dict.fromkeys(
-            ("refocuses", "lensnet_calls", "expanded", "collapsed", "dropped"), 0
-        )
+        self.focus = FocusState(self.rules.geometry.coarse_cut(0, 0), 0)
         self._events: deque[FocusEvent] = deque(maxlen=_EVENTS_KEPT)
         self._seen: Seen | HFSeen | None = None
         self._seen_tokens = 0
         self._busy = threading.Lock()
-
-    @staticmethod
-    def check(networks: Networks, settings: SessionConfig) -> FocusRules:
-        """The rules that settings make for a model.
-
-        Raises:
-            ValueError: sizes with which a session would fail later.
-        """
-        config = networks.config
-        rules = settings.rules(
-            settings.wc_length or config.train_wc_length,
-            block_size=config.block_size,
-            max_lod=config.max_lod,
-            recent_tokens=config.recent_tokens,
-            max_tokens=networks.language_model.max_tokens,
-        )
-        check_sizes(rules, config.horizon_tokens, config.focus_window)
-        return rules
 
     # What the user does ------------------------------------------------------------------------
 
     def begin(self, chunks: Iterable[Tokens], progress: Callable[[int], None]) -> Tensor:
         """Take in the first tokens, focus on them, and read.
 
+        Args:
+            chunks: The tokens, in pieces ``[n]``.
+            progress: Is told now and then how many were taken in.
+
         Returns:
-            logits after the last token, ``[1, 1, vocab_size]``.
+            Logits after the last token, ``[1, 1, vocab_size]``.
+
+        Raises:
+            ValueError: There are no tokens.
         """
         with self._alone():
             for tokens in chunks:
@@ -119,10 +104,11 @@ class Session:
         """Go on where a session ended or was killed.
 
         Returns:
-            logits after the last token, ``[1, 1, vocab_size]``.
+            Logits after the last token, ``[1, 1, vocab_size]``.
 
         Raises:
-            ValueError: the folder is damaged, or holds no token yet.
+            RuntimeError: The session is in no folder.
+            ValueError: The folder is damaged, or holds no token yet.
         """
         if self._folder is None:
             raise RuntimeError("only a session in a folder can be resumed")
@@ -132,20 +118,23 @@ class Session:
                     f"{self._folder.path} holds no token yet: the session was killed before the "
                     "first; remove the folder and begin again"
                 )
-            focus = self._folder.read_focus()
+            focus = self._folder.read_focus(self.rules.geometry, len(self.store))
             if focus is None:  # killed while it took in its first tokens
                 self._focus_anew()
             else:
-                self._restore(focus)
+                self.focus = focus
                 if self._due():
                     self._refocus(self.settings.iterations)
             return self._read(1)
 
     def step(self, tokens: Tokens) -> Tensor:
-        """Append tokens ``[n]``, refocusing where it is due.
+        """Append tokens, refocusing where it is due.
+
+        Args:
+            tokens: What is new, ``[n]``.
 
         Returns:
-            logits after each of them, ``[1, n, vocab_size]``. A refocus sees no token that it has
+            Logits after each of them, ``[1, n, vocab_size]``. A refocus sees no token that it has
             not yet predicted: only the logits of the last token before it are those of the new
             working context.
         """
@@ -177,12 +166,7 @@ class Session:
     @property
     def cut(self) -> Cut:
         """The cut now: as of the last refocus, and all tokens since at LOD0."""
-        tail = np.arange(self._focused_tokens, len(self.store), dtype=np.int64)
-        return Cut(
-            np.concatenate([self._focused.positions, tail]),
-            np.concatenate([self._focused.lods, np.zeros_like(tail)]),
-            self._focused.block_size,
-        )
+        return self.focus.cut_at(len(self.store))
 
     def working_context(self) -> WorkingContext:
         """What the language model reads now, ``[1, W]``; starts count from the first token of it.
@@ -202,7 +186,7 @@ class Session:
         """The session in figures."""
         cut = self.cut
         ram, disk = self.store.nbytes()
-        by_lod = np.bincount(cut.lods, minlength=self.rules.max_lod + 1)
+        by_lod = np.bincount(cut.lods, minlength=self.rules.geometry.max_lod + 1)
         return InferenceReport(
             tokens=len(self.store),
             first_token=int(cut.positions[0]),
@@ -213,7 +197,7 @@ class Session:
             ram_bytes=ram,
             disk_bytes=disk,
             events=tuple(self._events),
-            **self._totals,
+            **dataclasses.asdict(self.focus.totals),
         )
 
     # How it works ------------------------------------------------------------------------------
@@ -223,7 +207,7 @@ class Session:
         """One caller at a time.
 
         Raises:
-            RuntimeError: there is another.
+            RuntimeError: There is another.
         """
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("another thread is using this session; give each thread its own")
@@ -233,98 +217,31 @@ class Session:
             self._busy.release()
 
     def _since_refocus(self) -> int:
-        return len(self.store) - self._focused_tokens
+        return len(self.store) - self.focus.tokens
 
     def _due(self) -> bool:
         return self._since_refocus() >= self.settings.refocus_interval
 
     def _focus_anew(self) -> None:
         """From all history as gists, in so many iterations that its best parts reach LOD0."""
-        rules, end = self.rules, len(self.store)
-        self._focused = coarse_cut(
-            first_that_fits(0, end, rules),
-            end,
-            lod0_from=end - rules.recent_tokens,
-            block_size=rules.block_size,
-            max_lod=rules.max_lod,
-            window=rules.wc_length,
-        )
-        self._focused_tokens = end
-        self._refocus(max(self.settings.iterations, rules.max_lod))
+        geometry, end = self.rules.geometry, len(self.store)
+        first = first_that_fits(0, end, self.rules)
+        self.focus = FocusState(geometry.coarse_cut(first, end), end)
+        self._refocus(max(self.settings.iterations, geometry.max_lod))
 
     def _refocus(self, iterations: int) -> None:
         """Edit the cut; on disk before it counts, so that an error changes nothing."""
-        cut, resting = self.cut, self._allocator.resting
-        events, totals = [], dict(self._totals)
-        totals["refocuses"] += 1
-        try:
-            for _ in range(iterations):
-                before = len(cut)
-                cut, edits = self._allocator.refocus(cut, self._gather)
-                events.append(self._event(cut, edits, before))
-                totals["lensnet_calls"] += 1
-                totals["expanded"] += len(edits.expanded)
-                totals["collapsed"] += len(edits.collapsed)
-                totals["dropped"] += edits.dropped
-            if self._folder is not None:
-                self._folder.write_focus(
-                    {
-                        "tokens": len(self.store),
-                        "positions": cut.positions,
-                        "lods": cut.lods,
-                        "resting": list(self._allocator.resting),
-                        "totals": totals,
-                    }
-                )
-        except BaseException:
-            self._allocator.resting = resting
-            raise
-        self._focused, self._focused_tokens = cut, len(self.store)
-        self._totals = totals
+        tokens, events = len(self.store), []
+        focus = self.focus.refocused(tokens)
+        for _ in range(iterations):
+            before = len(focus.cut)
+            cut, edits = self._allocator.refocus(focus.cut, focus.resting, self._gather)
+            events.append(FocusEvent.of(edits, cut, before, tokens))
+            focus = focus.edited(cut, edits, self.settings.cooldown)
+        if self._folder is not None:
+            self._folder.write_focus(focus)
+        self.focus, self._seen = focus, None
         self._events.extend(events)
-        self._seen = None
-
-    def _event(self, cut: Cut, edits: Edits, before: int) -> FocusEvent:
-        return FocusEvent(
-            tokens=len(self.store),
-            expanded=len(edits.expanded),
-            collapsed=len(edits.collapsed),
-            dropped=edits.dropped,
-            before=before,
-            after=len(cut),
-            first_token=int(cut.positions[0]),
-        )
-
-    def _restore(self, focus: dict[str, Any]) -> None:
-        """Take up the state of the last refocus.
-
-        Raises:
-            ValueError: it is damaged, or of more tokens than there are.
-        """
-        assert self._folder is not None
-        path = self._folder.path / "focus.json"
-        try:
-            tokens = int(focus["tokens"])
-            positions, lods = (np.array(focus[n], dtype=np.int64) for n in ("positions", "lods"))
-            cut = Cut(positions, lods, self.rules.block_size)
-            if not len(cut) or lods.min() < 0 or lods.max() > self.rules.max_lod:
-                raise ValueError("no such level of detail")
-            cut.check(int(positions[0]), tokens, min(self.rules.recent_tokens, tokens))
-            resting = [np.array(keys, dtype=np.int64) for keys in focus["resting"]]
-            totals = {name: int(focus["totals"][name]) for name in self._totals}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); remove it, and the session will focus anew"
-            ) from error
-        if tokens > len(self.store):
-            raise ValueError(
-                f"{self._folder.path} is damaged: it was focused on {tokens} tokens, and "
-                f"tokens.bin has {len(self.store)}; remove focus.json, and the session will "
-                "focus anew on those"
-            )
-        self._focused, self._focused_tokens = cut, tokens
-        self._allocator.resting = resting
-        self._totals = totals
 
     def _gather(self, cut: Cut) -> WorkingContext:
         """A cut as tensors ``[1, W]``, without labels; starts count from its first token."""
@@ -339,7 +256,7 @@ class Session:
         """Let the language model read what it has not read.
 
         Returns:
-            logits after the last tokens, ``[1, last, vocab_size]``.
+            Logits after the last tokens, ``[1, last, vocab_size]``.
         """
         seen, self._seen = self._seen, None  # half-read by an interrupted model is not read
         if seen is None:
@@ -350,7 +267,7 @@ class Session:
         else:
             new = np.arange(self._seen_tokens, len(self.store), dtype=np.int64)
             embeddings = self.store.embed(self.store.tokens(new))[None]
-            first = int(self._focused.positions[0])
+            first = int(self.focus.cut.positions[0])
             starts = torch.from_numpy(new - first).to(self.store.device)[None]
             spans = torch.ones_like(starts)
         logits: Tensor = self._networks.language_model(embeddings, starts, spans, None, seen)

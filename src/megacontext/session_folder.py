@@ -17,7 +17,9 @@ import numpy as np
 import orjson
 from torch import nn
 
+from megacontext.cut import Geometry
 from megacontext.files import DamagedFileError, reading, replacing
+from megacontext.focus_state import FocusState
 
 try:
     import fcntl
@@ -100,21 +102,41 @@ class SessionFolder:
             raise
         return opened, settings
 
-    def write_focus(self, focus: Mapping[str, Any]) -> None:
+    def write_focus(self, focus: FocusState) -> None:
         """Replace the state of the focus; a kill at any moment leaves the old one or the new one.
 
         Raises:
             OSError: it cannot be written; the old one is kept.
         """
-        self._write("focus.json", focus)
+        self._write("focus.json", focus.to_json())
 
-    def read_focus(self) -> dict[str, Any] | None:
+    def read_focus(self, geometry: Geometry, tokens: int) -> FocusState | None:
         """The state of the focus; None before the first was written.
 
+        Args:
+            geometry: Of the tree.
+            tokens: That the session's history has.
+
         Raises:
-            ValueError: it is damaged.
+            ValueError: it is damaged, or of more tokens than there are.
         """
-        return self._read("focus.json") if (self.path / "focus.json").exists() else None
+        path = self.path / "focus.json"
+        if not path.exists():
+            return None
+        saved = self._read("focus.json")
+        try:
+            focus = FocusState.from_json(saved, geometry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); remove it, and the session will focus anew"
+            ) from error
+        if focus.tokens > tokens:
+            raise ValueError(
+                f"{self.path} is damaged: it was focused on {focus.tokens} tokens, and "
+                f"tokens.bin has {tokens}; remove focus.json, and the session will "
+                "focus anew on those"
+            )
+        return focus
 
     def close(self) -> None:
         """Let others in."""

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from megacontext.allocators.focus import Edits
+from megacontext.cut import Cut
+
 
 @dataclass(frozen=True)
 class FocusEvent:
@@ -22,6 +25,29 @@ class FocusEvent:
     before: int
     after: int
     first_token: int
+
+    @classmethod
+    def of(cls, edits: Edits, cut: Cut, before: int, tokens: int) -> "FocusEvent":
+        """The event of some edits.
+
+        Args:
+            edits: What the iteration did.
+            cut: What they made.
+            before: Entries of the working context before.
+            tokens: Of the history.
+
+        Returns:
+            The event.
+        """
+        return cls(
+            tokens=tokens,
+            expanded=len(edits.expanded),
+            collapsed=len(edits.collapsed),
+            dropped=edits.dropped,
+            before=before,
+            after=len(cut),
+            first_token=int(cut.positions[0]),
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megacontext.config import check_choice, check_numbers
+from megacontext.checks import check_choice, check_numbers
 
 
 @dataclass(frozen=True)

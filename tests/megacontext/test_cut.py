@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megacontext import Cut, TrainingWCVariationAllocator, UnreachableTarget
 from megacontext.cut import (
-    focus_view,
+    Geometry,
     from_block_lods,
     held_at_lod0,
     kept_tokens,
@@ -105,14 +105,7 @@ class TestKeptTokens:
 
 class TestFocusView:
     def view(self, num_tokens: int, window: int = 1_000, max_lod: int = 2) -> Cut:
-        return focus_view(
-            num_tokens,
-            block_size=4,
-            max_lod=max_lod,
-            recent_tokens=8,
-            horizon_tokens=3,
-            window=window,
-        )
+        return Geometry(4, max_lod, recent_tokens=8, window=window).focus_view(num_tokens, 3)
 
     def test_history_as_gists_then_the_tail_up_to_the_horizon(self) -> None:
         """Blocks that end before the recent tail are LOD1; the horizon is not in the view."""
@@ -151,14 +144,7 @@ class TestFocusView:
     ) -> None:
         """It tiles everything before the horizon, and holds the tail at LOD0."""
         horizon = data.draw(st.integers(0, min(recent, tokens)))
-        view = focus_view(
-            tokens,
-            block_size=block_size,
-            recent_tokens=recent,
-            horizon_tokens=horizon,
-            max_lod=2,
-            window=5_000,
-        )
+        view = Geometry(block_size, 2, recent, window=5_000).focus_view(tokens, horizon)
         view.check(0, tokens - horizon, recent_tokens=recent - horizon)
         assert len(view) <= tokens - horizon
 

@@ -81,7 +81,7 @@ class TestEvaluate:
         evaluate(mc, RecallSource(), sequences=40, seed=3, oracle_draws=1)
         assert {call.context for call in guard.calls} == {"inference"}
         asked = guard.count("inference")
-        batches = sum("focus.py" not in str(call.caller) for call in guard.calls)
+        batches = sum("focus_allocator.py" not in str(call.caller) for call in guard.calls)
         assert batches <= 2 < asked
         assert all(parameter.grad is None for parameter in mc.parameters())
 

@@ -43,9 +43,7 @@ def assert_same_state(one: MCController, other: MCController) -> None:
     assert first is not None
     assert second is not None
     assert first.cut == second.cut
-    assert [r.tolist() for r in first._allocator.resting] == [
-        r.tolist() for r in second._allocator.resting
-    ]
+    assert [r.tolist() for r in first.focus.resting] == [r.tolist() for r in second.focus.resting]
     for a, b in zip(first.store._columns, second.store._columns, strict=True):
         every = np.arange(len(a))
         np.testing.assert_allclose(a.take(every), b.take(np.arange(len(b))), atol=1e-5)
@@ -145,13 +143,14 @@ class TestWorkingContext:
         mc.begin_inference_session(HISTORY[:1], settings=OFTEN)
         session = mc._session
         assert session is not None
+        geometry = session.rules.geometry
         for at in range(1, 1_000, 8):
             before = mc.inference_report().tokens
             mc.inference_step(HISTORY[at : at + 8])
             if mc.inference_report().first_token:
                 break
-            assert coarsest_length(0, mc.inference_report().tokens, session.rules) <= 48 + 7
-        assert coarsest_length(0, before + 8, session.rules) > 48
+            assert coarsest_length(0, mc.inference_report().tokens, geometry) <= 48 + 7
+        assert coarsest_length(0, before + 8, geometry) > 48
 
     def test_starts_count_from_the_first_covered_token(self, mc: MCController) -> None:
         """Labels are the tokens after each entry; only the last has none."""

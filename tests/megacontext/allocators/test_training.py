@@ -272,4 +272,4 @@ class TestSeparation:
                 else []
             )
         }
-        assert imported == {"collections.abc", "numpy", "megacontext.cut"}
+        assert imported == {"collections.abc", "numpy", "megacontext.checks", "megacontext.cut"}
