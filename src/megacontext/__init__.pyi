@@ -1,9 +1,11 @@
 """The public names, and where each of them lives; `__init__.py` gives them out."""
 
+from megacontext.allocators.rules import FocusTuning as FocusTuning
 from megacontext.allocators.training import (
     TrainingWCVariationAllocator as TrainingWCVariationAllocator,
 )
 from megacontext.config import MCConfig as MCConfig
+from megacontext.config import Recipe as Recipe
 from megacontext.controller import MCController as MCController
 from megacontext.cut import Cut as Cut
 from megacontext.cut import UnreachableTarget as UnreachableTarget

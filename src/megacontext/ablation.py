@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megacontext.config import MCConfig
+from megacontext.config import MCConfig, Recipe
 from megacontext.evaluation import (
     FULL,
     LENSNET,
@@ -42,14 +42,11 @@ class Ablation:
 
 ABLATIONS = (
     Ablation("the recipe", {}, {}),
-    Ablation("plain recipe: score each variant", {"scored": "variant"}, {}),
-    Ablation("causal LensNet", {"causal_lens": True}, {}),
-    Ablation("NLL of all tokens", {"judged": "all"}, {}),
+    Ablation("plain recipe: score each variant", {"recipe": Recipe(scored="variant")}, {}),
+    Ablation("causal LensNet", {"recipe": Recipe(causal_lens=True)}, {}),
+    Ablation("NLL of all tokens", {"recipe": Recipe(judged="all")}, {}),
     Ablation("3 variants and the baseline", {"num_variants": 3}, {}),
     Ablation("1 variant and the baseline", {"num_variants": 1}, {}),
-    Ablation("with margin rank loss", {"rank_weight": 0.5}, {}),
-    Ablation("with budget loss", {"budget_weight": 0.5}, {}),
-    Ablation("standardized advantages", {"standardize": True}, {}),
     Ablation("no warm-up of the language model", {}, {"lm_steps": 0}),
 )
 
@@ -106,7 +103,7 @@ def ablate(
         )
         mc = load_model(folder, settings.device)
         # Judged as the recipe is, whatever it was trained on.
-        source = load_source(settings, replace(mc.config, judged="horizon"))
+        source = load_source(settings, replace(mc.config, recipe=Recipe()))
         evaluation = evaluate(
             mc, source, sequences=sequences, seed=seed, oracle_draws=1, in_session=False
         )

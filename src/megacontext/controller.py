@@ -4,7 +4,6 @@ Data flows one way: tokens -> tree -> cuts -> one gather -> losses. The controll
 always guarded; the one training call stands in `process_batch`, inside the sanctioned scope.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -13,14 +12,9 @@ from torch import Tensor
 
 from megacontext import preference
 from megacontext.allocators.training import TrainingWCVariationAllocator
+from megacontext.comparison import comparison_of
 from megacontext.config import MCConfig
-from megacontext.cut import (
-    Cut,
-    held_at_lod0,
-    kept_tokens,
-    lod0_tail,
-    relative_detail,
-)
+from megacontext.cut import Cut, kept_tokens, lod0_tail
 from megacontext.inference import SessionHost
 from megacontext.micro_step import (
     MCBatchResult,
@@ -34,7 +28,7 @@ from megacontext.networks import PREFERENCE_SCORER
 from megacontext.tokens import check_batch
 from megacontext.transfer import to_device
 from megacontext.tree import MegaContextTree
-from megacontext.working_context import NO_LABEL, WorkingContext
+from megacontext.working_context import NO_LABEL
 
 
 class MCController(SessionHost):
@@ -55,6 +49,7 @@ class MCController(SessionHost):
     def __init__(self, config: MCConfig, *, bf16: bool = False) -> None:
         super().__init__(config, bf16=bf16)
         self.allocator = config.new_allocator()
+        self.comparison = comparison_of(config)
 
     # One micro-step ----------------------------------------------------------------------------
 
@@ -93,11 +88,16 @@ class MCController(SessionHost):
             tree = self.build_tree(tokens, pad_mask, labelled)
             variants = self.build_variants(tree)
             nll = self.token_nll(variants.working_context)
-            view, pairs = self._comparison(tree, variants, nll)
+            view, pairs = self.comparison(tree, variants, nll)
             with self.guard.sanctioned(PREFERENCE_SCORER), self.autocast():
                 scores = self.lensnet(*lensnet_inputs(view))
             scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
-            lens_loss = self._lens_loss(scores, pairs, gists)
+            lens_loss = preference.preference_loss(
+                scores,
+                pairs,
+                temperature=self.config.temperature,
+                advantage_scale=self.config.advantage_scale,
+            )
             lm_loss = nll.sum() / (variants.working_context.labels != NO_LABEL).sum()
             calls = sum(ledger.calls.values())
         metrics: dict[str, Tensor | int] = {
@@ -199,7 +199,7 @@ class MCController(SessionHost):
         with self.context("inference"), torch.no_grad():
             tree = self.build_tree(tokens, labelled=labelled)
             variants = self.build_variants(tree, self.config.new_allocator())
-            view, pairs = self._comparison(tree, variants, self.token_nll(variants.working_context))
+            view, pairs = self.comparison(tree, variants, self.token_nll(variants.working_context))
             with self.autocast():
                 scores = self.lensnet(*lensnet_inputs(view))
             scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
@@ -209,70 +209,3 @@ class MCController(SessionHost):
 
     def _training_context(self) -> AbstractContextManager[None]:
         return self.context("training") if self.guard.current_context is None else nullcontext()
-
-    def _comparison(
-        self, tree: MegaContextTree, variants: Variants, nll: Tensor
-    ) -> tuple[WorkingContext, preference.PreferencePairs]:
-        """What LensNet is to score, and what the variants' losses say of it.
-
-        Args:
-            nll: of each entry's label, ``[B · (1 + V), W]``.
-        """
-        judged = self._judged_nll(nll, variants, tree)
-        if self.config.scored == "variant":
-            detail = [
-                relative_detail(cuts, length)
-                for cuts, length in zip(variants.cuts, tree.lengths, strict=True)
-            ]
-            host = torch.from_numpy(np.stack(detail, axis=1))
-            finer, coarser = to_device(host, nll.device)
-            return variants.working_context, preference.make_plain_pairs(judged, finer, coarser)
-        view_of = {
-            n: self.config.geometry.focus_view(n, self.config.horizon_tokens)
-            for n in set(tree.lengths)
-        }
-        views = [view_of[length] for length in tree.lengths]
-        view = tree.working_context([[cut] for cut in views])
-        held = self._held(variants, views, tree)
-        return view, preference.make_pairs(judged, held, gists=view.lods > 0)
-
-    def _lens_loss(
-        self, scores: Tensor, pairs: preference.PreferencePairs, gists: Tensor
-    ) -> Tensor:
-        config = self.config
-        loss = preference.preference_loss(
-            scores,
-            pairs,
-            temperature=config.temperature,
-            advantage_scale=config.advantage_scale,
-            standardize=config.standardize,
-        )
-        if config.rank_weight:
-            loss = loss + config.rank_weight * preference.rank_loss(scores, pairs)
-        if config.budget_weight:
-            loss = loss + config.budget_weight * preference.budget_loss(scores, gists)
-        return loss
-
-    def _judged_nll(self, nll: Tensor, variants: Variants, tree: MegaContextTree) -> Tensor:
-        """NLL of each variant summed over the tokens of the horizon, nats, ``[B, 1 + V]``."""
-        context, per_history = variants.working_context, 1 + self.config.num_variants
-        if self.config.judged == "all":
-            return nll.sum(-1).view(-1, per_history)
-        first_judged: Tensor | int = tree.lengths[0] - self.config.horizon_tokens
-        if len(set(tree.lengths)) > 1:
-            first = np.repeat(tree.lengths, per_history)[:, None] - self.config.horizon_tokens
-            first_judged = to_device(torch.from_numpy(first), nll.device)
-        in_horizon = context.starts + context.spans >= first_judged
-        return (nll * in_horizon).sum(-1).view(-1, per_history)
-
-    def _held(self, variants: Variants, views: Sequence[Cut], tree: MegaContextTree) -> Tensor:
-        """Whether each variant holds each view entry's span at LOD0, bool ``[B, 1 + V, E]``."""
-        width, per_history = max(map(len, views)), 1 + self.config.num_variants
-        held = np.zeros((len(views), per_history, width), dtype=np.bool_)
-        for length in set(tree.lengths):  # those that are as long have the same view
-            rows = [row for row, other in enumerate(tree.lengths) if other == length]
-            view = views[rows[0]]
-            cuts = [cut for row in rows for cut in variants.cuts[row]]
-            of_view = held_at_lod0(cuts, view, length)
-            held[rows, :, width - len(view) :] = of_view.reshape(len(rows), per_history, -1)
-        return to_device(torch.from_numpy(held), tree.levels.device)

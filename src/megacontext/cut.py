@@ -238,27 +238,6 @@ def held_at_lod0(cuts: Sequence[Cut], view: Cut, num_tokens: int) -> NDArray[np.
     return held
 
 
-def relative_detail(cuts: Sequence[Cut], num_tokens: int) -> NDArray[np.bool_]:
-    """Where cut i holds all of entry e of cut j in more, and in less, detail than cut j does.
-
-    Args:
-        cuts: V of the same length W.
-
-    Returns:
-        bool ``[2, V, V, W]`` by (more or less, i, j, e).
-    """
-    lods = np.stack([cut.token_lods(num_tokens) for cut in cuts])
-    lods = np.where(lods < 0, 3, lods)  # what a cut does not hold is held in least detail
-    levels = np.arange(3)[:, None, None]
-    finer_or_coarser = np.stack([lods < levels, lods > levels]).cumsum(axis=-1)
-    before = np.pad(finer_or_coarser, ((0, 0), (0, 0), (0, 0), (1, 0)))  # [2, 3, V, N + 1]
-    held = np.zeros((2, len(cuts), len(cuts), len(cuts[0])), dtype=np.bool_)
-    for j, cut in enumerate(cuts):
-        tokens = before[:, cut.lods, :, cut.ends] - before[:, cut.lods, :, cut.positions]
-        held[:, :, j] = (tokens == cut.spans[:, None, None]).transpose(1, 2, 0)
-    return held
-
-
 def kept_tokens(num_tokens: int, target_length: int, block_size: int) -> int:
     """How many of the newest tokens to keep so that ``target_length`` becomes reachable.
 

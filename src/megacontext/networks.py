@@ -45,7 +45,7 @@ class Networks(nn.Module):
                 config.lens_layers,
                 config.num_heads,
                 config.max_lod,
-                causal=config.causal_lens,
+                causal=config.recipe.causal_lens,
             )
         policy = CallPolicy(scopes={PREFERENCE_SCORER: 1})
         self.lensnet: LensNet = guard_module(lensnet, policy=policy, mode="enforce").module

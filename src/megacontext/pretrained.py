@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megacontext.config import MCConfig
+from megacontext.config import MCConfig, check_removed
 from megacontext.controller import MCController
 from megacontext.files import reading
 from megacontext.run_folder import ADVICE, RunFolder
@@ -33,11 +33,13 @@ def read_run(folder: RunFolder) -> SavedRun:
     Raises:
         FileNotFoundError: the folder holds no run.
         DamagedFileError: its configuration cannot be read, or makes no run.
+        ValueError: it was begun with an option that there is no more.
     """
     saved = folder.read_config()
+    check_removed(saved["model"])
     with reading(folder.config, ADVICE):
         settings = TrainConfig.from_json(saved["train"])
-        return SavedRun(MCConfig(**saved["model"]), settings, saved["source"])
+        return SavedRun(MCConfig.from_json(saved["model"]), settings, saved["source"])
 
 
 def load_model(run_dir: str | os.PathLike[str], device: torch.device | str = "cpu") -> MCController:

@@ -25,7 +25,7 @@ def load_source(settings: TrainConfig, model: MCConfig) -> Source:
             tokenizer_of(model.language_model),
         )
     else:
-        source = RecallSource(block_size=model.block_size, label_all=model.judged == "all")
+        source = RecallSource(block_size=model.block_size, label_all=model.recipe.judged == "all")
         if model.horizon_tokens != source.horizon_tokens:
             raise ValueError(
                 f"the answers of recall take {source.horizon_tokens} tokens, so horizon_tokens "

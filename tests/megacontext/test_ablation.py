@@ -8,6 +8,7 @@ import pytest
 
 from megacontext.ablation import ABLATIONS, ablate
 from megacontext.evaluation import LENSNET
+from megacontext.pretrained import read_run
 from megacontext.run_folder import RunFolder
 from megacontext.settings import SETTINGS
 
@@ -24,9 +25,12 @@ class TestAblate:
         losses = {}
         for ablation in ABLATIONS:
             folder = RunFolder(ablation.folder(tmp_path))
-            saved = folder.read_config()
-            for part, changes in (("model", ablation.model), ("train", ablation.settings)):
-                assert changes.items() <= saved[part].items()
+            saved = read_run(folder)
+            for part, changes in (
+                (saved.model, ablation.model),
+                (saved.settings, ablation.settings),
+            ):
+                assert changes.items() <= vars(part).items()
             (row,) = folder.read_metrics()
             assert row["lensnet_calls"] == 1
             losses[ablation.name] = row["lens_loss"]

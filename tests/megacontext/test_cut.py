@@ -2,17 +2,16 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from megacontext import Cut, TrainingWCVariationAllocator, UnreachableTarget
+from megacontext import Cut, UnreachableTarget
 from megacontext.cut import (
     Geometry,
     from_block_lods,
     held_at_lod0,
     kept_tokens,
     lod0_tail,
-    relative_detail,
 )
 
 
@@ -165,21 +164,3 @@ class TestHeldAtLod0:
             [False, True, True],
             [False, False, True],
         ]
-
-
-class TestRelativeDetail:
-    @given(st.integers(0, 10_000))
-    @settings(max_examples=50)
-    def test_it_equals_the_loop_over_tokens(self, seed: int) -> None:
-        """More detail or less, of every token of an entry; what is not held has least."""
-        allocator = TrainingWCVariationAllocator(
-            block_size=3, recent_tokens=4, lod2_probability=0.4, seed=seed
-        )
-        cuts = [*(allocator.sample(43, 23) for _ in range(3)), lod0_tail(43, 23, 3)]
-        held = relative_detail(cuts, 43)
-        lods = [np.where(cut.token_lods(43) < 0, 3, cut.token_lods(43)) for cut in cuts]
-        for j, of in enumerate(cuts):
-            for e, (start, end, lod) in enumerate(zip(of.positions, of.ends, of.lods, strict=True)):
-                for i in range(len(cuts)):
-                    assert held[0, i, j, e] == (lods[i][start:end] < lod).all()
-                    assert held[1, i, j, e] == (lods[i][start:end] > lod).all()

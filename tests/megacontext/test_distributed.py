@@ -109,7 +109,7 @@ def stop(report):
         raise SystemExit("enough")
 
 settings = TrainConfig.from_json({saved["train"] | {"shard": True}!r})
-train({str(run_dir)!r}, MCConfig(**{saved["model"]!r}), settings, report=stop)
+train({str(run_dir)!r}, MCConfig.from_json({saved["model"]!r}), settings, report=stop)
 """
         )
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]

@@ -1,5 +1,6 @@
 """A trained model comes back from its run folder; what cannot is refused."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ class TestLoadModel:
     def test_the_weights_of_the_newest_checkpoint(self, tmp_path: Path, config: MCConfig) -> None:
         """And LensNet is guarded, as always."""
         folder = RunFolder(tmp_path / "run")
-        folder.create({"model": vars(config), "train": {}, "source": {}})
+        folder.create({"model": asdict(config), "train": {}, "source": {}})
         mc = MCController(config)
         mc.language_model.norm.weight.data.fill_(3.0)
         folder.save_checkpoint({"model": mc.state_dict()})
@@ -25,7 +26,7 @@ class TestLoadModel:
 
     def test_a_run_without_a_checkpoint(self, tmp_path: Path, config: MCConfig) -> None:
         """It was killed before its first."""
-        RunFolder(tmp_path / "run").create({"model": vars(config), "train": {}, "source": {}})
+        RunFolder(tmp_path / "run").create({"model": asdict(config), "train": {}, "source": {}})
         with pytest.raises(FileNotFoundError) as raised:
             load_model(tmp_path / "run")
         assert str(raised.value) == f"{tmp_path / 'run'} has no checkpoint yet; train it first"
@@ -36,7 +37,7 @@ class TestLoadModel:
     ) -> None:
         """Is named, and what to do."""
         folder = RunFolder(tmp_path / "run")
-        folder.create({"model": vars(config), "train": {}, "source": {}})
+        folder.create({"model": asdict(config), "train": {}, "source": {}})
         torch.save(state, folder.checkpoint)
         with pytest.raises(DamagedFileError, match=r"checkpoint\.pt is damaged \(.*put the orig"):
             load_model(tmp_path / "run")
@@ -46,7 +47,7 @@ class TestLoadModel:
         self, tmp_path: Path, config: MCConfig, part: str
     ) -> None:
         """Its fields are unknown, or their values: the file is named, not the class alone."""
-        saved = {"model": vars(config), "train": {}, "source": {}} | {part: {"wide": 1}}
+        saved = {"model": asdict(config), "train": {}, "source": {}} | {part: {"wide": 1}}
         folder = RunFolder(tmp_path / "run")
         folder.create(saved)
         with pytest.raises(DamagedFileError) as raised:

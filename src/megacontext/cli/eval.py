@@ -51,7 +51,7 @@ from megacontext.train_result import StepReport
     "--ablate",
     is_flag=True,
     help="Train the run's setting anew with one thing changed at a time, in RUN_DIR/ablations, "
-    "and compare; takes about as long as the run did, ten times.",
+    "and compare; takes about as long as the run did, seven times.",
 )
 @click.option(
     "--steps",
