@@ -17,11 +17,11 @@ from megacontext.metric_sinks import MetricSink as MetricSink
 from megacontext.micro_step import MCBatchResult as MCBatchResult
 from megacontext.micro_step import Variants as Variants
 from megacontext.pretrained import load_model as load_model
+from megacontext.run import train as train
 from megacontext.session_config import SessionConfig as SessionConfig
 from megacontext.session_report import FocusEvent as FocusEvent
 from megacontext.session_report import InferenceReport as InferenceReport
 from megacontext.train_config import TrainConfig as TrainConfig
 from megacontext.train_result import TrainResult as TrainResult
-from megacontext.trainer import train as train
 from megacontext.tree import MegaContextTree as MegaContextTree
 from megacontext.working_context import WorkingContext as WorkingContext

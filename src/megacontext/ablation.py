@@ -16,10 +16,10 @@ from megacontext.evaluation import (
     evaluate,
 )
 from megacontext.pretrained import load_model
+from megacontext.run import train
 from megacontext.sources import load_source
 from megacontext.train_config import TrainConfig
 from megacontext.train_result import StepReport
-from megacontext.trainer import train
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ of an optimizer step's micro-steps, and the gradients are averaged, by DDP or by
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_map
 
 from megacontext.controller import MCController
 from megacontext.train_config import TrainConfig
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -121,36 +124,34 @@ def device_name(device: str) -> str:
 
 
 class _Calls(nn.Module):
-    """Methods of the controller as a forward, which is where DDP and FSDP2 come in.
+    """Any method of a controller as a forward, which is where DDP and FSDP2 come in.
 
     Args:
-        mc: the controller.
-        trained: whose gradients there are.
+        trained: Whose gradients there are.
     """
 
-    def __init__(self, mc: MCController, trained: nn.Module) -> None:
+    def __init__(self, trained: nn.Module) -> None:
         super().__init__()
-        self.trained = trained
-        self._mc = (mc,)  # no submodule, lest its other parameters are waited for
+        self.trained = trained  # of the controller no more, lest its other parameters are awaited
 
-    def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """``mc.method(...)``."""
-        return getattr(self._mc[0], method)(*args, **kwargs)
+    def forward(self, method: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call the method."""
+        return method(*args, **kwargs)
 
 
 class DataParallel:
-    """Calls methods of the controller so that the gradients of all processes are averaged.
+    """Calls methods of a controller so that the gradients of all processes are averaged.
 
     Args:
-        mc: the controller; its weights are sharded in place where that is wanted.
-        world: the processes.
-        shard: by FSDP2 instead of DDP: every process keeps only its part of weights, gradients and
+        mc: The controller; its weights are sharded in place where that is wanted.
+        world: The processes.
+        shard: By FSDP2 instead of DDP: every process keeps only its part of weights, gradients and
             optimizer state.
     """
 
     def __init__(self, mc: MCController, world: World, *, shard: bool) -> None:
-        self._mc, self._alone = mc, world.size == 1
-        self._module: Any = _Calls(mc, mc)
+        self._alone = world.size == 1
+        self._module: Any = _Calls(mc)
         self._shard = shard
         if shard:
             from torch.distributed.fsdp import fully_shard  # half a second that others do not need
@@ -162,11 +163,21 @@ class DataParallel:
     def train(self, trained: nn.Module) -> None:
         """From now on gradients are those of ``trained``, each in every backward."""
         if not (self._alone or self._shard):
-            self._module = DistributedDataParallel(_Calls(self._mc, trained))
+            self._module = DistributedDataParallel(_Calls(trained))
 
-    def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """``mc.method(...)``."""
-        return self._module(method, *args, **kwargs)
+    def __call__(self, method: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call a method of the controller.
+
+        Args:
+            method: Bound to the controller.
+            *args: Its arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            What it returns.
+        """
+        result: _T = self._module(method, *args, **kwargs)
+        return result
 
     @contextmanager
     def adding_up(self, *, last: bool) -> Iterator[None]:

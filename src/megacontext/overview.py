@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,21 +15,26 @@ from megacontext.cut import Cut
 from megacontext.files import replacing
 from megacontext.lod_image import LOD_COLOURS, named_strips
 from megacontext.micro_step import Cuts
-from megacontext.run_folder import RunFolder
 
 _LOD_NAMES = {-1: "not held", 0: "LOD0 (tokens)", 1: "LOD1 (gist)", 2: "LOD2 (gist of gists)"}
 
 
 def draw_overview(
-    folder: RunFolder, verdict: LogVerdict, cuts: Cuts | None, unigram_entropy: float
+    file: BinaryIO,
+    rows: Sequence[Mapping[str, float | None]],
+    verdict: LogVerdict,
+    cuts: Cuts | None,
+    unigram_entropy: float,
 ) -> None:
-    """Write ``overview.png``.
+    """Draw the picture of a run.
 
     Args:
+        file: Where it is written to, as PNG.
+        rows: The lines of its metrics.
+        verdict: From its log.
         cuts: whose LODs to show; None (a resumed run with nothing left to do) leaves them out.
         unigram_entropy: of the held-out text, nats, drawn as the line to beat.
     """
-    rows = folder.read_metrics()
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     _lines(axes[0, 0], rows, {"lm_loss": "training, mixed LODs", "validation_loss": "held out"})
@@ -58,7 +64,7 @@ def draw_overview(
     )
     axes[1, 0].yaxis.get_major_locator().set_params(integer=True)
     _lod_strips(axes[1, 1], cuts)
-    _save(figure, folder.overview)
+    _save(figure, file)
 
 
 def draw_evaluation(
@@ -86,16 +92,17 @@ def draw_evaluation(
     left.grid(axis="x", alpha=0.3)
     _draw_strips(right, [(name, examples[name]) for name in losses], num_tokens)
     right.set(title="LOD of every token of one sequence", xlabel="token", yticks=[])
-    _save(figure, path)
+    with replacing(path) as file:  # a kill leaves the old picture or the new one
+        _save(figure, file)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """A kill leaves the old picture or the new one."""
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+def _save(figure: Figure, file: BinaryIO) -> None:
+    figure.savefig(file, format="png", dpi=110)
 
 
-def _lines(axes: Axes, rows: list[dict[str, float | None]], names: dict[str, str]) -> None:
+def _lines(
+    axes: Axes, rows: Sequence[Mapping[str, float | None]], names: Mapping[str, str]
+) -> None:
     for key, label in names.items():
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         axes.plot(*np.array(points, dtype=float).reshape(-1, 2).T, label=label)

@@ -10,10 +10,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -171,6 +171,18 @@ class RunFolder:
         with replacing(self.checkpoint) as file:
             torch.save(dict(state), file)
 
+    def save_overview(self, draw: Callable[[BinaryIO], None]) -> None:
+        """Replace the picture; whatever happens leaves the old one or the new one.
+
+        Args:
+            draw: Writes it to a file that it is given.
+
+        Raises:
+            OSError: It cannot be written; the old one is kept.
+        """
+        with replacing(self.overview) as file:
+            draw(file)
+
     def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
         """The newest checkpoint; None when the run was killed before its first.
 
@@ -186,6 +198,30 @@ class RunFolder:
                 self.checkpoint, map_location=device, weights_only=True
             )
         return state
+
+
+class ReadOnlyFolder(RunFolder):
+    """The folder for a process that only takes part in the run: what would write does nothing."""
+
+    def create(self, config: Mapping[str, Any], language_model: Sequence[Path] = ()) -> None:
+        """The first process makes it."""
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The first process locks it."""
+        yield
+
+    def append_metrics(self, row: Mapping[str, float | int]) -> None:
+        """The first process appends them."""
+
+    def drop_metrics_after(self, step: int) -> None:
+        """The first process drops them."""
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """The first process saves it."""
+
+    def save_overview(self, draw: Callable[[BinaryIO], None]) -> None:
+        """The first process draws it."""
 
 
 def _row(line: bytes) -> dict[str, float | None]:

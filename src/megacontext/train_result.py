@@ -1,7 +1,9 @@
 """What a run tells while it lasts, and how it ends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from lensnet_guard.postmortem import LogVerdict
 
@@ -14,6 +16,9 @@ class StepReport:
     step: int
     steps: int
     metrics: dict[str, float]
+
+
+Report: TypeAlias = Callable[[StepReport], None]
 
 
 @dataclass(frozen=True)

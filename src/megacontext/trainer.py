@@ -1,155 +1,87 @@
-"""The trainer: trains language model, GistNet and LensNet on text, under the guard.
+"""The trainer: the steps of a run, its checkpoints, its validation.
 
-Reads from top to bottom: `train` prepares a run folder, `_Trainer.run` is the loop, and the run
-ends with a verdict that is computed from the guard's log file.
+A run has two phases: the language model alone, then all networks. `Trainer._make_steps` is the one
+loop that both go through.
 """
 
-import dataclasses
-import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 from torch.profiler import record_function
 
-from lensnet_guard import compare_ranks, lensnet_guard
-from lensnet_guard.postmortem import read_verdict
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.data import Source
 from megacontext.distributed import (
     DataParallel,
     World,
-    device_name,
     gathered,
-    joined_world,
     load_optimizer,
     load_weights,
     local_part,
 )
 from megacontext.files import reading
-from megacontext.hf_loading import check_language_model, kept_files
-from megacontext.metric_sinks import MetricSink, MetricSinkError, TensorBoardSink, write_all
-from megacontext.micro_step import Cuts, MCBatchResult
+from megacontext.metric_sinks import MetricSink, MetricSinkError, write_all
+from megacontext.micro_step import Cuts
 from megacontext.optimization import new_optimizer, own_gradients, rate_at, update
-from megacontext.pretrained import read_run, saved_model, usable_device
 from megacontext.run_folder import ADVICE, RunFolder
 from megacontext.running_means import RunningMeans
-from megacontext.sources import load_source
 from megacontext.step_profile import step_profile
 from megacontext.train_config import TrainConfig
-from megacontext.train_result import StepReport, TrainingStopped, TrainResult
+from megacontext.train_result import Report, StepReport
 
 LM_DATA, DATA = 0, 1  # what random numbers are for
 VALIDATION_SEQUENCES = 32
 COMPARED_SEQUENCES = 16  # of validation, with all their variants
 
 
-def train(
-    run_dir: str | os.PathLike[str],
-    model: MCConfig | None = None,
-    settings: TrainConfig | None = None,
-    *,
-    resume: bool = False,
-    profile: bool = False,
-    report: Callable[[StepReport], None] = lambda _: None,
-    sinks: Sequence[MetricSink] = (),
-    stop: Callable[[], bool] = lambda: False,
-) -> TrainResult:
-    """Train in a new run folder, or continue the run that a folder holds.
+@dataclass(frozen=True)
+class _Phase:
+    """Steps of one kind.
+
+    Attributes:
+        name: As reports call it.
+        trained: Whose gradients there are.
+        done: Steps that were made before.
+        steps: Steps of the whole phase.
+        make_step: Makes the next one; returns how many there were then.
+        log: Gives the metrics since the last logged step, which it keeps where that is due.
+        sinks: Are told of them.
+    """
+
+    name: str
+    trained: nn.Module
+    done: int
+    steps: int
+    make_step: Callable[[], int]
+    log: Callable[[], dict[str, float]]
+    sinks: Sequence[MetricSink] = ()
+
+
+class Trainer:
+    """The state of a run: model, optimizer, random generators, step.
 
     Args:
-        model, settings: of a new run; a resumed run takes its own from ``config.json``.
-        profile: take a trace of a few of the steps, see `megacontext.step_profile`, in which every
-            LensNet call and every phase of a micro-step is a range.
-        report: called after every logged step.
-        sinks: get the metrics of every logged step, after a checkpoint that was due.
-        stop: asked before the first step and after each. When it says so on one of several
-            processes, all of them end after that step, with a checkpoint of it.
+        model: Sizes.
+        settings: How to train.
+        source: Where sequences come from.
+        folder: Takes checkpoints and metrics.
+        device: Of this process.
+        world: The processes of the run.
+        stop: Asked before the first step and after each, whether to end.
 
-    Raises:
-        FileExistsError, FileNotFoundError: the folder does not fit ``resume``.
-        ValueError: settings, text or checkpoint that do not fit; nothing was written then.
-        OSError: a file cannot be written; named. The last checkpoint is kept.
-        TrainingStopped: ``stop`` said so, and there were steps left.
-        LensNetViolation: something called LensNet that may not.
-        ImportError: a library that the settings need is not installed; nothing was written then.
-        MetricSinkError: a sink failed; the run was saved at that step, by several
-            processes at its last checkpoint.
+    Attributes:
+        mc: The controller that is trained.
+        call: Calls methods of the controller so that all processes train the same weights.
+        lm_step: Steps of the language model alone so far.
+        step: Steps of all networks so far.
+        stopped: Whether the run ended because it was asked to.
+        cuts: Those of the last micro-step, to look at; None before the first one.
     """
-    folder = RunFolder(run_dir)
-    saved = read_run(folder) if resume else None
-    if saved is not None:
-        model, settings = saved_model(folder, saved.model), saved.settings
-    model, settings = model or MCConfig(), settings or TrainConfig()
-    device = usable_device(device_name(settings.device))
-    check_language_model(model)  # before much text becomes tokens
-    source = load_source(settings, model)
-    with joined_world(device) as world:
-        world.check(settings)
-        boards = [TensorBoardSink(folder.tensorboard)] if settings.tensorboard else []
-        trainer = _Trainer(model, settings, source, folder, device, world, stop)
-        if saved and saved.source.get("sha256") != source.description.get("sha256"):
-            raise ValueError(
-                f"the text has changed since {folder.path} was begun (its sha256 differs), "
-                "so the run cannot be continued; start a new one"
-            )
-        if not resume:
-            folder.require_new()  # so that all processes refuse
-            world.wait()
-        if world.first and not resume:
-            folder.create(
-                {
-                    "model": dataclasses.asdict(model),
-                    "train": dataclasses.asdict(settings),
-                    "source": source.description,
-                },
-                kept_files(model.language_model),
-            )
-        world.wait()
-        if not folder.config.exists():
-            raise FileNotFoundError(
-                f"process {world.rank} does not see {folder.config}, which the first one wrote: "
-                "put the run folder where all processes can read and write"
-            )
-        with folder.locked() if world.first else nullcontext():
-            if resume:
-                trainer.restore()
-            with (
-                lensnet_guard(trainer.mc, log=folder.path) as guard,
-                compare_ranks(guard) if world.size > 1 else nullcontext(),
-                ExitStack() as stack,
-            ):
-                for board in boards:
-                    stack.enter_context(closing(board))  # however the run ends
-                told = [*boards, *sinks] if world.first else []
-                cuts = trainer.run(report if world.first else lambda _: None, profile, told)
-            world.wait()  # for all logs to be complete
-        if trainer.stopped:
-            raise TrainingStopped(
-                f"stopped after step {trainer.step or trainer.lm_step}, and saved in {folder.path}"
-            )
-        verdict = read_verdict(folder.path)
-        result = TrainResult(
-            verdict=verdict,
-            metrics=next(reversed(folder.read_metrics()), {}),
-            validation_loss=trainer.validation_loss(),
-            unigram_entropy=source.unigram_entropy(),
-            run_dir=folder.path,
-            profile=folder.profile if profile and cuts is not None else None,
-        )
-        if world.first:
-            from megacontext.overview import draw_overview  # matplotlib is slow to import
-
-            draw_overview(folder, verdict, cuts, source.unigram_entropy())
-        world.wait()
-    return result
-
-
-class _Trainer:
-    """The state of a run: model, optimizer, random generators, step."""
 
     def __init__(
         self,
@@ -170,7 +102,9 @@ class _Trainer:
         self.stopped = False
         self.lm_step = 0
         self.step = 0
+        self.cuts: Cuts | None = None
         self.means = RunningMeans(device)  # of metrics, since the last logged step
+        self._lm_loss = torch.zeros((), device=device)  # of the last step of the language model
         self.mc = MCController(model, bf16=settings.bf16).to(device)
         self.mc.language_model.recompute = settings.recompute
         if settings.compile:
@@ -186,60 +120,59 @@ class _Trainer:
         # A range in a trace, only on demand: it is not free where no trace is taken.
         self.phase: Callable[[str], AbstractContextManager[object]] = nullcontext
 
-    def run(
-        self, report: Callable[[StepReport], None], profile: bool, sinks: Sequence[MetricSink]
-    ) -> Cuts | None:
-        """All remaining steps; returns the last micro-step's cuts, to look at."""
-        settings, cuts = self.settings, None
+    def run(self, report: Report, sinks: Sequence[MetricSink], *, profile: bool = False) -> None:
+        """Make all remaining steps.
+
+        Args:
+            report: Called after every logged step.
+            sinks: Get the metrics of every logged step of all networks.
+            profile: Take a trace of some of them, in the first process.
+
+        Raises:
+            FloatingPointError: A loss or weights that are no longer finite; nothing was saved then.
+            MetricSinkError: A sink failed; the run was saved at that step, by several processes at
+                its last checkpoint.
+        """
+        settings = self.settings
         if self.step == 0 and self.lm_step == 0:
             self.save()  # so that a run can be resumed from its first moment
-        with self.mc.context("training"):
-            own_gradients(self.mc.language_model.parameters())
-            self.call.train(self.mc.language_model)
-            self._hear()
-            while self.lm_step < settings.lm_steps and not self.stopped:
-                loss = self._lm_step()
-                self.lm_step += 1
-                last = self.lm_step == settings.lm_steps
-                if last or self.lm_step % settings.log_interval == 0:
-                    row = {"lm_loss": float(self.world.sum(loss)) / self.world.size}
-                    report(StepReport("language model", self.lm_step, settings.lm_steps, row))
-                if self._hear() or last or self.lm_step % settings.checkpoint_interval == 0:
-                    self._check_finite(self.lm_step)
-                    self.save()
+        language_model = self.mc.language_model
+        alone = (self.lm_step, settings.lm_steps, self.make_lm_step, self._log_lm)
+        joint = (self.step, settings.steps, self.make_step, self._log)
+        self._hear()
+        self._make_steps(_Phase("language model", language_model, *alone), report)
         if self.stopped:
-            return None
+            return
         profile = profile and self.world.first
         steps = settings.steps - self.step if profile else 0
         self.phase = record_function if profile else nullcontext
-        with (
-            self.mc.context("training"),
-            step_profile(self.folder.profile, steps, cuda=self.device.type == "cuda") as end_step,
-        ):
-            own_gradients(self.mc.parameters())
-            self.call.train(self.mc)
-            while self.step < settings.steps and not self.stopped:
-                cuts = self._optimizer_step()
-                self.step += 1
-                last = self.step == settings.steps
-                checkpoint = self._hear() or last or self.step % settings.checkpoint_interval == 0
-                if checkpoint or self.step % settings.log_interval == 0:
-                    self._check_finite(self.step)
-                logged = last or self.step % settings.log_interval == 0
+        cuda = self.device.type == "cuda"
+        with step_profile(self.folder.profile, steps, cuda=cuda) as end_step:
+            self._make_steps(_Phase("training", self.mc, *joint, sinks), report, end_step)
+
+    def _make_steps(
+        self, phase: _Phase, report: Report, end_step: Callable[[], object] = lambda: None
+    ) -> None:
+        """Make the steps of a phase that are left."""
+        settings, step = self.settings, phase.done
+        with self.mc.context("training"):
+            own_gradients(phase.trained.parameters())
+            self.call.train(phase.trained)
+            while step < phase.steps and not self.stopped:
+                step = phase.make_step()
+                last = step == phase.steps
+                checkpoint = self._hear() or last or step % settings.checkpoint_interval == 0
+                logged = last or step % settings.log_interval == 0
+                if checkpoint or logged:
+                    self._check_finite(step)
                 if logged:
-                    row = self.means.take(self.world.sum) | {
-                        "validation_loss": self.validation_loss(),
-                        "validation_agreement": self.validation_agreement(),
-                    }
-                    if self.world.first:
-                        self.folder.append_metrics({"step": self.step, **row})
-                    report(StepReport("training", self.step, settings.steps, row))
+                    row = phase.log()
+                    report(StepReport(phase.name, step, phase.steps, row))
                 if checkpoint:
                     self.save()
                 if logged:
-                    self._tell(sinks, row, cuts)
+                    self._tell(phase.sinks, row)
                 end_step()
-        return cuts
 
     def _hear(self) -> bool:
         """Whether one of the processes is to stop: all of them do then, if there is more to do."""
@@ -247,10 +180,10 @@ class _Trainer:
         self.stopped = self.world.any(self.stop()) and more
         return self.stopped
 
-    def _tell(self, sinks: Sequence[MetricSink], row: dict[str, float], cuts: Cuts) -> None:
+    def _tell(self, sinks: Sequence[MetricSink], row: dict[str, float]) -> None:
         """Tell the sinks, between two steps: nothing of this step is open any more."""
         try:
-            write_all(sinks, self.step, row, cuts)
+            write_all(sinks, self.step, row, self.cuts or ())
         except MetricSinkError as error:
             saved = "at its last checkpoint"
             if self.world.size == 1:  # else the others would have to take part
@@ -261,21 +194,27 @@ class _Trainer:
                 "--resume"
             ) from error.__cause__
 
-    def _lm_step(self) -> Tensor:
-        """One step of the language model alone; its loss, of this process's sequences."""
+    def make_lm_step(self) -> int:
+        """One step of the language model alone, on this process's share of a batch."""
         settings = self.settings
         rng = self._random_numbers(LM_DATA, self.lm_step)
         sequence_tokens = self.mc.config.sequence_tokens
         batch = self.source.lm_batch(rng, settings.lm_batch_size, sequence_tokens)
         batch = batch.share(self.world.rank, self.world.size).to(self.device)
-        loss: Tensor = self.call("full_detail_loss", batch.tokens, batch.labelled)
+        loss = self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled)
         torch.autograd.backward(loss)
         rate = min(1.0, (self.lm_step + 1) / max(settings.warmup_steps, 1))
         update(self.optimizer, rate, settings.clip_norm)
-        return loss.detach()
+        self._lm_loss = loss.detach()
+        self.lm_step += 1
+        return self.lm_step
 
-    def _optimizer_step(self) -> Cuts:
-        """This process's micro-steps of one step; the last one's cuts."""
+    def _log_lm(self) -> dict[str, float]:
+        """The loss of the last step of the language model alone; kept nowhere."""
+        return {"lm_loss": float(self.world.sum(self._lm_loss)) / self.world.size}
+
+    def make_step(self) -> int:
+        """One step of all networks: this process's micro-steps of it."""
         settings, config = self.settings, self.mc.config
         own = settings.accumulation // self.world.size
         for micro_step in range(own):
@@ -288,8 +227,8 @@ class _Trainer:
             self.mc.allocator.drawn = number * settings.batch_size * config.num_variants
             with self.call.adding_up(last=micro_step == own - 1):
                 with self.phase("process_batch"):
-                    result: MCBatchResult = self.call(
-                        "process_batch",
+                    result = self.call(
+                        self.mc.process_batch,
                         batch.tokens,
                         step=self.step,
                         micro_step=micro_step,
@@ -301,7 +240,18 @@ class _Trainer:
         with self.phase("optimizer"):
             rate = rate_at(self.step, settings.steps, settings.warmup_steps)
             update(self.optimizer, rate, settings.clip_norm)
-        return result.variants.cuts
+        self.cuts = result.variants.cuts
+        self.step += 1
+        return self.step
+
+    def _log(self) -> dict[str, float]:
+        """The means since the last logged step and the validation, which the folder keeps."""
+        row = self.means.take(self.world.sum) | {
+            "validation_loss": self.validation_loss(),
+            "validation_agreement": self.validation_agreement(),
+        }
+        self.folder.append_metrics({"step": self.step, **row})
+        return row
 
     def _random_numbers(self, purpose: int, number: int) -> np.random.Generator:
         """By what they are for alone, so that nothing of them need be saved."""
@@ -327,7 +277,7 @@ class _Trainer:
             np.random.default_rng(0), VALIDATION_SEQUENCES, self._validation_tokens()
         ).to(self.device)
         with torch.no_grad():
-            return float(self.call("full_detail_loss", batch.tokens, batch.labelled))
+            return float(self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled))
 
     def validation_agreement(self) -> float:
         """Of LensNet with the preference pairs of the same held-out sequences every time."""
@@ -335,7 +285,7 @@ class _Trainer:
             np.random.default_rng(0), COMPARED_SEQUENCES, self.mc.config.sequence_tokens
         ).to(self.device)
         with torch.no_grad():  # also around the call, or DDP would wait for a backward
-            return float(self.call("held_out_agreement", batch.tokens, batch.labelled))
+            return float(self.call(self.mc.held_out_agreement, batch.tokens, batch.labelled))
 
     def _validation_tokens(self) -> int:
         """As many as a working context has of text; recall needs room for its facts."""
@@ -344,31 +294,35 @@ class _Trainer:
         return config.train_wc_length if text else config.sequence_tokens
 
     def save(self) -> None:
+        """Replace the checkpoint; all processes must call it together.
+
+        Raises:
+            OSError: It cannot be written; the old one is kept.
+        """
         first = self.world.first
-        weights = gathered(self.mc.state_dict(), keep=first)
-        optimizer = gathered(self.optimizer.state_dict(), keep=first)
-        means = self.means.state(self.world.sum)
-        if self.world.first:
-            self.folder.save_checkpoint(
-                {
-                    "lm_step": self.lm_step,
-                    "step": self.step,
-                    "means": means,
-                    "model": weights,
-                    "optimizer": optimizer,
-                }
-            )
+        state = {
+            "lm_step": self.lm_step,
+            "step": self.step,
+            "means": self.means.state(self.world.sum),
+            "model": gathered(self.mc.state_dict(), keep=first),
+            "optimizer": gathered(self.optimizer.state_dict(), keep=first),
+        }
+        self.folder.save_checkpoint(state)
 
     def restore(self) -> None:
+        """Go on at the newest checkpoint, if there is one.
+
+        Raises:
+            DamagedFileError: It cannot be read, or is of another model.
+        """
         # Of a sharded run a device may not hold the whole.
         on = torch.device("cpu") if self.settings.shard else self.device
         state = self.folder.load_checkpoint(on)
         if state is not None:
             with reading(self.folder.checkpoint, ADVICE):
                 self.lm_step, self.step = state["lm_step"], state["step"]
-                if self.world.first:
+                if self.world.first:  # means are summed over the processes
                     self.means.load(state["means"])
                 load_weights(self.mc, state["model"])
                 load_optimizer(self.optimizer, state["optimizer"])
-        if self.world.first:
-            self.folder.drop_metrics_after(self.step)
+        self.folder.drop_metrics_after(self.step)

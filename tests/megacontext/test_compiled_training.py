@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import megacontext
-from megacontext import MCConfig, MCController
+from megacontext import MCConfig, MCController, TrainConfig, train
 from megacontext.optimization import new_optimizer, own_gradients, update
 from megacontext.run_folder import RunFolder
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import StepReport, train
+from megacontext.train_result import StepReport
 
 # Importing inductor, and tracing, warn of torch's own old ways.
 pytestmark = pytest.mark.filterwarnings(

@@ -18,12 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import megacontext
-from megacontext import MCController
+from megacontext import MCController, TrainConfig
 from megacontext.distributed import DataParallel, World, device_name
 from megacontext.run_folder import RunFolder
 from megacontext.sources import load_source
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import _Trainer
+from megacontext.trainer import Trainer
 
 RUN = f"""
 --text {Path(megacontext.__file__).parent} --lm-steps 4 --steps 6 --log-interval 2
@@ -100,9 +99,7 @@ class TestSameRun:
         script = tmp_path / "stopped.py"
         script.write_text(
             f"""
-from megacontext import MCConfig
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import train
+from megacontext import MCConfig, TrainConfig, train
 
 def stop(report):
     if report.phase == "training" and report.step == 4:
@@ -146,7 +143,7 @@ class TestAddingUp:
         for last in (False, True):
             with call.adding_up(last=last):
                 synced.append(call._module.require_backward_grad_sync)
-                torch.autograd.backward(call("process_batch", tokens).loss)
+                torch.autograd.backward(call(mc.process_batch, tokens).loss)
         assert synced == [False, True]
 
     def test_a_validation_let_the_next_gradients_travel(
@@ -157,7 +154,7 @@ class TestAddingUp:
         model = replace(mc.config, vocab_size=256)
         source = load_source(settings, model)
         folder = RunFolder(tmp_path / "run")
-        trainer = _Trainer(model, settings, source, folder, torch.device("cpu"), World(0, 2))
+        trainer = Trainer(model, settings, source, folder, torch.device("cpu"), World(0, 2))
         trainer.call.train(trainer.mc)
         ddp = trainer.call._module
         prepared: list[bool] = []
@@ -178,7 +175,7 @@ class TestAddingUp:
         call = DataParallel(mc, World(0, 2), shard=True)
         for last in (False, True):
             with call.adding_up(last=last):
-                torch.autograd.backward(call("process_batch", tokens).loss)
+                torch.autograd.backward(call(mc.process_batch, tokens).loss)
         assert told == [False, True]
         assert all(isinstance(parameter.grad, DTensor) for parameter in mc.parameters())
 
@@ -189,7 +186,7 @@ class TestAddingUp:
         call = DataParallel(mc, World(0, 2), shard=False)
         call.train(mc.language_model)
         for _ in range(2):  # the second forward complains of what the first backward left out
-            torch.autograd.backward(call("full_detail_loss", tokens))
+            torch.autograd.backward(call(mc.full_detail_loss, tokens))
         assert all(parameter.grad is None for parameter in mc.lensnet.parameters())
 
 
@@ -204,7 +201,7 @@ class TestRefusals:
         assert "Error: accumulation is 3, which 2 processes cannot share equally; make it a" in (
             re.sub(r"\s+", " ", done.stderr)
         )
-        assert "megacontext/trainer.py" not in done.stderr
+        assert re.search(r'File ".*megacontext/.*\.py"', done.stderr) is None
         assert not (tmp_path / "run").exists()
 
     def test_a_folder_with_a_run_is_refused(self, alone: Path) -> None:

@@ -15,12 +15,17 @@ from tests.megacontext.test_controller import RefuseWaiting
 from torch import Tensor
 
 import megacontext
-from megacontext import MCConfig, MCController, SessionConfig, hf_language_model
+from megacontext import (
+    MCConfig,
+    MCController,
+    SessionConfig,
+    TrainConfig,
+    hf_language_model,
+    load_model,
+    train,
+)
 from megacontext.hf_loading import language_model_sizes
-from megacontext.pretrained import load_model
 from megacontext.run_folder import RunFolder
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import train
 
 transformers = pytest.importorskip("transformers")
 

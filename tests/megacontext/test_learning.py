@@ -4,12 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megacontext import MCConfig, trainer
+from megacontext import MCConfig, TrainConfig, load_model, train
 from megacontext.evaluation import LENSNET, RANDOM, bootstrap_interval, evaluate, gap_closed
-from megacontext.pretrained import load_model
 from megacontext.recall import RecallSource
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import train
 
 SOURCE = RecallSource(keys=4, symbols=8, facts=2, questions=1)
 MODEL = MCConfig(
@@ -35,7 +32,7 @@ SETTINGS = TrainConfig(
 
 def test_lensnet_finds_the_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of six hold facts, and two can be expanded: it beats chance by far."""
-    monkeypatch.setattr(trainer, "load_source", lambda *_: SOURCE)
+    monkeypatch.setattr("megacontext.run.load_source", lambda *_: SOURCE)
     result = train(tmp_path / "run", MODEL, SETTINGS)
     assert str(result.verdict) == (
         "60 micro-steps, 60 LensNet calls, 0 violations; 6 inference calls"

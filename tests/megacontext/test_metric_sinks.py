@@ -16,14 +16,12 @@ from tests.megacontext.conftest import SMALL
 
 import megacontext
 from lensnet_guard import UnsanctionedCall
-from megacontext import MCConfig, MCController
+from megacontext import MCConfig, MCController, TrainConfig, train
 from megacontext.cli import main
 from megacontext.cut import lod0_tail
 from megacontext.lod_image import LOD_COLOURS, lod_image
 from megacontext.metric_sinks import MetricSinkError
 from megacontext.run_folder import RunFolder
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import train
 
 # tensorboard's own protobuf files and torch's writer warn of old ways.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(tensorboard|google)")

@@ -77,7 +77,7 @@ class TestStartUp:
 
     def test_training_alone_loads_nothing_of_sharding(self) -> None:
         """It takes half a second, which ``megacontext train --help`` would take too."""
-        loaded = loads("-c", "import megacontext.trainer")
+        loaded = loads("-c", "import megacontext.run")
         assert "megacontext.distributed" in loaded
         assert loaded.isdisjoint({"torch.distributed.tensor", "torch.distributed.fsdp"})
 

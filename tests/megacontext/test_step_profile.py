@@ -11,11 +11,9 @@ import torch
 from torch.profiler import record_function
 
 import megacontext
-from megacontext import MCConfig, MCController
+from megacontext import MCConfig, MCController, TrainConfig, train
 from megacontext.run_folder import RunFolder
 from megacontext.step_profile import step_profile
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import train
 
 TEXT = (str(Path(megacontext.__file__).parent),)
 

@@ -209,7 +209,7 @@ class TestCommands:
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Before the text becomes tokens, and the folder is made."""
-        monkeypatch.setattr("megacontext.trainer.load_source", None)
+        monkeypatch.setattr("megacontext.run.load_source", None)
         arguments = ["train", "--run-dir", tmp_path / "run", "--language-model", folder]
         code, _, err = run(*arguments, "--sequence-tokens", 256)
         assert code == 2

@@ -16,12 +16,10 @@ import torch
 import megacontext
 from lensnet_guard import UnsanctionedCall
 from lensnet_guard.postmortem import read_verdict
-from megacontext import MCConfig, MCController
+from megacontext import MCConfig, MCController, TrainConfig, train
 from megacontext.optimization import update
 from megacontext.run_folder import RunFolder
-from megacontext.train_config import TrainConfig
 from megacontext.train_result import StepReport, TrainingStopped
-from megacontext.trainer import train
 
 TEXT = (str(Path(megacontext.__file__).parent),)
 

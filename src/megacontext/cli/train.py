@@ -23,12 +23,12 @@ from megacontext.hf_loading import (
     language_model_sizes,
 )
 from megacontext.pretrained import usable_device
+from megacontext.run import train
 from megacontext.run_folder import RunFolder
 from megacontext.settings import SETTINGS
 from megacontext.tokenizer import has_tokenizer
 from megacontext.train_config import TrainConfig
 from megacontext.train_result import StepReport, TrainResult
-from megacontext.trainer import train
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Config = TypeVar("_Config", MCConfig, TrainConfig)

@@ -11,10 +11,8 @@ import torch
 from click.testing import CliRunner
 
 from lensnet_guard.postmortem import read_verdict
-from megacontext import MCConfig, MCController, Recipe
+from megacontext import MCConfig, MCController, Recipe, load_model, train
 from megacontext.cli import main
-from megacontext.pretrained import load_model
-from megacontext.trainer import train
 
 BEFORE = Path(__file__).parent
 
