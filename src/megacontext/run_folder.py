@@ -1,9 +1,9 @@
 """The files of a run, each written so that a kill at any moment loses nothing.
 
 A run folder holds ``config.json``, ``metrics.jsonl`` (a line per logged step), ``checkpoint.pt``
-(the newest), ``lensnet.rank0.jsonl`` (the guard's log), ``overview.png`` and, where it was asked
-for, ``profile.json.gz`` and ``tensorboard``, a folder of event files. The folder ``language_model``
-has all of a given language model but its weights, which are in the checkpoint.
+(the newest), ``lensnet.rank0.jsonl`` (the guard's log), ``overview.png``, ``lock`` and, where it
+was asked for, ``profile.json.gz`` and ``tensorboard``, a folder of event files. The folder
+``language_model`` has all of a given language model but its weights, which are in the checkpoint.
 """
 
 import json
@@ -17,12 +17,14 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megacontext.files import DamagedFileError, cannot_write, reading, replacing, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None  # type: ignore[assignment]
+from megacontext.files import (
+    DamagedFileError,
+    cannot_write,
+    hold_lock,
+    reading,
+    replacing,
+    write_atomically,
+)
 
 ADVICE = "put the original back, or start a new run"
 
@@ -115,15 +117,10 @@ class RunFolder:
         Raises:
             BlockingIOError: one does already.
         """
-        with self.config.open() as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise BlockingIOError(
-                        f"another process is training in {self.path}; wait for it, or choose "
-                        "another --run-dir"
-                    ) from None
+        taken = (
+            f"another process is training in {self.path}; wait for it, or choose another --run-dir"
+        )
+        with hold_lock(self.path / "lock", taken):
             yield
 
     def append_metrics(self, row: Mapping[str, float | int]) -> None:

@@ -8,7 +8,6 @@ last refocus) and ``lock``.
 import hashlib
 import json
 import os
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,8 @@ import orjson
 from torch import nn
 
 from megacontext.cut import Geometry
-from megacontext.files import DamagedFileError, reading, replacing
+from megacontext.files import DamagedFileError, hold_lock, reading, replacing
 from megacontext.focus_state import FocusState
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 
@@ -37,16 +31,8 @@ class SessionFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        self._close = weakref.finalize(self, os.close, lock)
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.close()
-                raise BlockingIOError(
-                    f"another session is using {path}; end it, or choose another folder"
-                ) from None
+        taken = f"another session is using {path}; end it, or choose another folder"
+        self._lock = hold_lock(path / "lock", taken)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], about: Mapping[str, Any]) -> "SessionFolder":
@@ -140,7 +126,7 @@ class SessionFolder:
 
     def close(self) -> None:
         """Let others in."""
-        self._close()
+        self._lock.release()
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         data = orjson.dumps(dict(content), option=orjson.OPT_SERIALIZE_NUMPY)

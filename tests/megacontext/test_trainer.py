@@ -53,12 +53,13 @@ class TestRun:
     def test_the_run_folder_is_complete(
         self, tmp_path: Path, model: MCConfig, settings: TrainConfig
     ) -> None:
-        """Configuration, metrics, log, checkpoint, picture; and nothing else."""
+        """Configuration, metrics, log, checkpoint, picture, lock; and nothing else."""
         result = train(tmp_path / "run", model, settings)
         assert sorted(path.name for path in result.run_dir.iterdir()) == [
             "checkpoint.pt",
             "config.json",
             "lensnet.rank0.jsonl",
+            "lock",
             "metrics.jsonl",
             "overview.png",
         ]
