@@ -36,12 +36,12 @@ from torch._dynamo.utils import counters
 from lensnet_guard import LensNetHazard, lensnet_guard
 from lensnet_guard.postmortem import read_verdict
 from megacontext import MCConfig, MCController
-from megacontext.distributed import World
-from megacontext.optimization import own_gradients
-from megacontext.run_folder import RunFolder
-from megacontext.sources import load_source
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import Trainer
+from megacontext.training.distributed import World
+from megacontext.training.optimization import own_gradients
+from megacontext.training.run_folder import RunFolder
+from megacontext.training.sources import load_source
+from megacontext.training.train_config import TrainConfig
+from megacontext.training.trainer import Trainer
 
 FIRST = 10  # steps in which both still have almost the same weights
 FIRST_TOLERANCE = 1e-3  # relative, of each step's loss

@@ -28,7 +28,7 @@ from torch import nn
 
 from lensnet_guard import CallPolicy, CallRecord, Guard, guard_module
 from megacontext import TrainConfig, train
-from megacontext.train_result import StepReport
+from megacontext.training.train_result import StepReport
 
 CALLS = 1_000
 DEPTH = 70

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megacontext import MCConfig, TrainConfig, train
-from megacontext.train_result import StepReport
+from megacontext.training.train_result import StepReport
 
 OPTIONS: tuple[dict[str, bool], ...] = (
     {},

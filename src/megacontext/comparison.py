@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megacontext.allocators.cut import Cut, Geometry, held_at_lod0
 from megacontext.config import MCConfig
-from megacontext.cut import Cut, Geometry, held_at_lod0
 from megacontext.micro_step import Variants
+from megacontext.model.transfer import to_device
+from megacontext.model.tree import MegaContextTree
+from megacontext.model.working_context import WorkingContext
 from megacontext.preference import PreferencePairs, make_pairs, paired
-from megacontext.transfer import to_device
-from megacontext.tree import MegaContextTree
-from megacontext.working_context import WorkingContext
 
 Judge: TypeAlias = Callable[[MegaContextTree, Variants, Tensor], Tensor]
 

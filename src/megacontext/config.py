@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from megacontext.allocators.cut import Geometry, UnreachableTarget, kept_tokens
 from megacontext.allocators.training import TrainingWCVariationAllocator
 from megacontext.checks import check_choice, check_numbers
-from megacontext.cut import Geometry, UnreachableTarget, kept_tokens
 
 # Terms of the preference loss that did not help, and what they were where they were not used.
 _REMOVED = {"rank_weight": 0.0, "budget_weight": 0.0, "standardize": False}

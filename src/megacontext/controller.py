@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from megacontext import preference
+from megacontext.allocators.cut import Cut, kept_tokens, lod0_tail
 from megacontext.allocators.training import TrainingWCVariationAllocator
 from megacontext.comparison import comparison_of
 from megacontext.config import MCConfig
-from megacontext.cut import Cut, kept_tokens, lod0_tail
-from megacontext.inference import SessionHost
+from megacontext.inference.host import SessionHost
 from megacontext.micro_step import (
     MCBatchResult,
     Variants,
@@ -24,11 +24,11 @@ from megacontext.micro_step import (
     scores_by_sequence,
     without_graph,
 )
-from megacontext.networks import PREFERENCE_SCORER
-from megacontext.tokens import check_batch
-from megacontext.transfer import to_device
-from megacontext.tree import MegaContextTree
-from megacontext.working_context import NO_LABEL
+from megacontext.model.networks import PREFERENCE_SCORER
+from megacontext.model.tokens import check_batch
+from megacontext.model.transfer import to_device
+from megacontext.model.tree import MegaContextTree
+from megacontext.model.working_context import NO_LABEL
 
 
 class MCController(SessionHost):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacontext import TrainingWCVariationAllocator
+from megacontext.allocators.cut import lod0_tail
 from megacontext.comparison import make_plain_pairs, relative_detail
-from megacontext.cut import lod0_tail
 from megacontext.preference import policy_scores
 
 

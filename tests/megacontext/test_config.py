@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megacontext import MCConfig, Recipe, UnreachableTarget
-from megacontext.cut import kept_tokens
+from megacontext.allocators.cut import kept_tokens
 
 
 class TestRefusals:

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from lensnet_guard import BudgetUnmet, CallPolicy, ContextSwitchRefused, guard_module
 from megacontext import LensNet, MCConfig, MCController, Recipe
-from megacontext.data import Batch
-from megacontext.working_context import NO_LABEL
+from megacontext.data.source import Batch
+from megacontext.model.working_context import NO_LABEL
 
 
 def ragged(tokens: Tensor, lengths: list[int]) -> Tensor:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megacontext.allocators.cut import Cut, Ints
 from megacontext.allocators.rules import FocusRules, coarsest_length, first_that_fits
-from megacontext.cut import Cut, Ints
 
 Floats = NDArray[np.float32]
 _NONE: Ints = np.empty(0, dtype=np.int64)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from megacontext.allocators.cut import Geometry, UnreachableTarget
 from megacontext.checks import check_at_least, check_number
-from megacontext.cut import Geometry, UnreachableTarget
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megacontext.allocators.cut import Cut, Geometry, UnreachableTarget, from_block_lods
 from megacontext.checks import check_int
-from megacontext.cut import Cut, Geometry, UnreachableTarget, from_block_lods
 
 
 class TrainingWCVariationAllocator:

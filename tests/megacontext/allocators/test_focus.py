@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacontext import Cut, SessionConfig, UnreachableTarget
+from megacontext.allocators.cut import Geometry, lod0_tail
 from megacontext.allocators.focus import Edits, Scored, node_keys, refocus_cut
 from megacontext.allocators.rules import (
     FocusRules,
@@ -16,7 +17,6 @@ from megacontext.allocators.rules import (
     coarsest_length,
     first_that_fits,
 )
-from megacontext.cut import Geometry, lod0_tail
 
 K = 4
 RULES = FocusRules(Geometry(block_size=K, max_lod=2, recent_tokens=8, window=40))
