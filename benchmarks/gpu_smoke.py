@@ -36,12 +36,12 @@ from torch._dynamo.utils import counters
 from lensnet_guard import LensNetHazard, lensnet_guard
 from lensnet_guard.postmortem import read_verdict
 from megacontext import MCConfig, MCController
-from megacontext.distributed import World
-from megacontext.optimization import own_gradients
-from megacontext.run_folder import RunFolder
-from megacontext.sources import load_source
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import _Trainer
+from megacontext.training.distributed import World
+from megacontext.training.optimization import own_gradients
+from megacontext.training.run_folder import RunFolder
+from megacontext.training.sources import load_source
+from megacontext.training.train_config import TrainConfig
+from megacontext.training.trainer import Trainer
 
 FIRST = 10  # steps in which both still have almost the same weights
 FIRST_TOLERANCE = 1e-3  # relative, of each step's loss
@@ -70,7 +70,7 @@ class Run:
         self.folder = RunFolder(folder)
         device = torch.device(settings.device)
         source = load_source(settings, model)
-        self.trainer = _Trainer(model, settings, source, self.folder, device, World())
+        self.trainer = Trainer(model, settings, source, self.folder, device, World())
         own_gradients(self.trainer.mc.parameters())
         self.rows: list[dict[str, float]] = []
         self.validations: list[tuple[float, float]] = []
@@ -85,11 +85,10 @@ class Run:
         with trainer.mc.context("training"):
             for _ in range(number):
                 begin = time.perf_counter()
-                trainer._optimizer_step()
+                trainer.make_step()
                 if cuda:
                     torch.cuda.synchronize()
                 self.step_ms.append((time.perf_counter() - begin) * 1e3)
-                trainer.step += 1
                 self.rows.append(trainer.means.take())
                 done()
             self.validations.append((trainer.validation_loss(), trainer.validation_agreement()))

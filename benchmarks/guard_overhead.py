@@ -27,8 +27,8 @@ from rich.progress import Progress
 from torch import nn
 
 from lensnet_guard import CallPolicy, CallRecord, Guard, guard_module
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import StepReport, train
+from megacontext import TrainConfig, train
+from megacontext.training.train_result import StepReport
 
 CALLS = 1_000
 DEPTH = 70

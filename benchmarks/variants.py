@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megacontext import GistNet, MegaContextTree, TrainingWCVariationAllocator
-from megacontext.cut import Cut, kept_tokens, lod0_tail
+from megacontext.allocators.cut import Cut, kept_tokens, lod0_tail
 
 K, D, B, V = 32, 256, 4, 4
 RECENT = 128

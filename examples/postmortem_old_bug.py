@@ -9,7 +9,7 @@ import torch
 
 from lensnet_guard import LensNetViolation, lensnet_guard
 from megacontext import MCConfig, MCController
-from megacontext.tree import MegaContextTree
+from megacontext.model.tree import MegaContextTree
 
 
 class TrainerOfOld(MCController):

@@ -21,7 +21,7 @@ from lensnet_guard import (
     UnsanctionedCall,
 )
 from megacontext import MCConfig, MCController, SessionConfig, TrainingWCVariationAllocator
-from megacontext.session import Session
+from megacontext.inference.session import Session
 
 AssertCalls = Callable[..., AbstractContextManager[Sequence[CallRecord]]]
 
@@ -280,7 +280,7 @@ class TestInference:
             mc.inference_step(tokens[1, :16])
         assert mc.inference_report().lensnet_calls == len(forwards) == 4
         for call in calls:
-            assert call.caller.file.endswith("megacontext/allocators/focus.py")
+            assert call.caller.file.endswith("megacontext/inference/focus.py")
             assert call.caller.function.endswith("FocusAllocator.refocus")
             assert (call.scope, call.verdict) == (None, "allow")
         assert mc.guard.current_context is None

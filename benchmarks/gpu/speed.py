@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from megacontext import MCConfig
-from megacontext.train_config import TrainConfig
-from megacontext.trainer import StepReport, train
+from megacontext import MCConfig, TrainConfig, train
+from megacontext.training.train_result import StepReport
 
 OPTIONS: tuple[dict[str, bool], ...] = (
     {},

@@ -1,17 +1,39 @@
 """Sizes and probabilities of a MegaContext model, checked before anything is built."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
+from megacontext.allocators.cut import Geometry, UnreachableTarget, kept_tokens
 from megacontext.allocators.training import TrainingWCVariationAllocator
-from megacontext.cut import UnreachableTarget, check_int, focus_view, kept_tokens
+from megacontext.checks import check_choice, check_numbers
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+# Terms of the preference loss that did not help, and what they were where they were not used.
+_REMOVED = {"rank_weight": 0.0, "budget_weight": 0.0, "standardize": False}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How LensNet is trained. Other values than the defaults are for ablations.
+
+    Attributes:
+        scored: LensNet scores one ``"view"`` of each sequence, or each ``"variant"``.
+        judged: Variants are judged by the tokens of the ``"horizon"``, or by ``"all"`` theirs.
+        causal_lens: LensNet looks back only.
+
+    Raises:
+        ValueError: Another choice; the message names the choices.
+    """
+
+    scored: str = "view"
+    judged: str = "horizon"
+    causal_lens: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("scored", self.scored, ("view", "variant"))
+        check_choice("judged", self.judged, ("horizon", "all"))
 
 
 @dataclass(frozen=True)
@@ -33,15 +55,11 @@ class MCConfig:
         lod2_probability: of a LOD2 collapse, where the target permits.
         temperature, advantage_scale: of the preference loss.
         seed: of the initial weights and of the training allocator.
-        scored, judged, causal_lens, rank_weight, budget_weight, standardize: what the recipe does
-            otherwise, for ablations: LensNet scores each ``"variant"`` instead of one ``"view"``;
-            variants are judged by ``"all"`` their tokens instead of the ``"horizon"``; LensNet
-            looks back only; weights of the auxiliary losses; advantages are divided by their
-            standard deviation over the batch.
         language_model: a folder that ``save_pretrained`` of Hugging Face transformers made, or the
             ``config.json`` of one for random weights; "" for our own model. ``vocab_size`` and
-            ``d_model`` must be the model's (`hf_language_model.language_model_sizes`), and
+            ``d_model`` must be the model's (`hf_loading.language_model_sizes`), and
             ``lm_layers`` says nothing.
+        recipe: how LensNet is trained.
 
     Raises:
         TypeError, ValueError: a value that makes no model, named.
@@ -66,19 +84,13 @@ class MCConfig:
     temperature: float = 0.3
     advantage_scale: float = 0.5
     seed: int = 0
-    scored: str = "view"
-    judged: str = "horizon"
-    causal_lens: bool = False
-    rank_weight: float = 0.0
-    budget_weight: float = 0.0
-    standardize: bool = False
     language_model: str = ""
+    recipe: Recipe = Recipe()
 
     def __post_init__(self) -> None:
-        weights = ("rank_weight", "budget_weight")
-        check_numbers(self, may_be_zero=("lod2_probability", "seed", *weights))
-        check_choice("scored", self.scored, ("view", "variant"))
-        check_choice("judged", self.judged, ("horizon", "all"))
+        check_numbers(self, may_be_zero=("lod2_probability", "seed"))
+        if not isinstance(self.recipe, Recipe):
+            raise TypeError(f"recipe must be a Recipe, not {self.recipe!r}")
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"d_model {self.d_model} must be a multiple of 2 · num_heads = "
@@ -98,14 +110,33 @@ class MCConfig:
             raise ValueError(f"seed must be below 2**63, not {self.seed}")
         self.new_allocator()  # checks block_size, max_lod and probability
         self._check_target()
-        focus_view(
-            self.sequence_tokens,
-            block_size=self.block_size,
-            recent_tokens=self.recent_tokens,
-            horizon_tokens=self.horizon_tokens,
-            max_lod=self.max_lod,
-            window=self.focus_window,
-        )
+        self.geometry.focus_view(self.sequence_tokens, self.horizon_tokens)
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "MCConfig":
+        """The configuration that a ``config.json`` holds, also one that an older version wrote.
+
+        Args:
+            saved: Its part ``model``.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            TypeError: A name or a value that is none of a configuration.
+            ValueError: A value that makes no model, or one that `check_removed` refuses.
+        """
+        check_removed(saved)
+        names = [field.name for field in fields(Recipe)]
+        recipe = {name: saved[name] for name in names if name in saved}  # as they stood before
+        recipe |= saved.get("recipe", {})
+        rest = {k: v for k, v in saved.items() if k not in (*names, *_REMOVED, "recipe")}
+        return cls(**rest, recipe=Recipe(**recipe))
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shape of trees and working contexts; its window is that of the focus view."""
+        return Geometry(self.block_size, self.max_lod, self.recent_tokens, self.focus_window)
 
     def new_allocator(self) -> TrainingWCVariationAllocator:
         """The training allocator of this configuration, at the start of its random sequence."""
@@ -143,36 +174,18 @@ class MCConfig:
             )
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse what is none of the choices.
-
-    Raises:
-        ValueError: naming the field and the choices.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def check_numbers(config: "DataclassInstance", may_be_zero: Sequence[str]) -> None:
-    """Check the int and float fields of a dataclass.
+def check_removed(saved: Mapping[str, Any]) -> None:
+    """Refuse a model that was trained with an option that there is no more.
 
     Args:
-        may_be_zero: names of fields that need not be positive, only not negative.
+        saved: The part ``model`` of a ``config.json``.
 
     Raises:
-        TypeError, ValueError: naming the field.
+        ValueError: The message names the option, and what to do.
     """
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type is int:
-            check_int(field.name, value)
-        elif field.type is float:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{field.name} must be a number, not {value!r}")
-        else:
-            continue
-        if field.name in may_be_zero:
-            if value < 0:
-                raise ValueError(f"{field.name} must not be negative, but is {value}")
-        elif not 0 < value < math.inf:
-            raise ValueError(f"{field.name} must be positive, not {value}")
+    for name, unused in _REMOVED.items():
+        if saved.get(name, unused) != unused:
+            raise ValueError(
+                f"{name} is {saved[name]}, and the preference loss has no such term any more, for "
+                "it did not help: use the version of this library that began the run, or train anew"
+            )

@@ -4,30 +4,18 @@ Data flows one way: tokens -> tree -> cuts -> one gather -> losses. The controll
 always guarded; the one training call stands in `process_batch`, inside the sanctioned scope.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
 from megacontext import preference
+from megacontext.allocators.cut import Cut, kept_tokens, lod0_tail
 from megacontext.allocators.training import TrainingWCVariationAllocator
+from megacontext.comparison import comparison_of
 from megacontext.config import MCConfig
-from megacontext.cut import (
-    Cut,
-    focus_view,
-    held_at_lod0,
-    kept_tokens,
-    lod0_tail,
-    relative_detail,
-)
-from megacontext.gistnet import GistNet
-from megacontext.hf_language_model import new_language_model
-from megacontext.inference import InferenceSessions
-from megacontext.lensnet import LensNet
+from megacontext.inference.host import SessionHost
 from megacontext.micro_step import (
     MCBatchResult,
     Variants,
@@ -36,16 +24,15 @@ from megacontext.micro_step import (
     scores_by_sequence,
     without_graph,
 )
-from megacontext.tokens import check_batch
-from megacontext.transfer import to_device
-from megacontext.tree import MegaContextTree
-from megacontext.working_context import NO_LABEL, WorkingContext
+from megacontext.model.networks import PREFERENCE_SCORER
+from megacontext.model.tokens import check_batch
+from megacontext.model.transfer import to_device
+from megacontext.model.tree import MegaContextTree
+from megacontext.model.working_context import NO_LABEL
 
-PREFERENCE_SCORER = "preference_scorer"
 
-
-class MCController(InferenceSessions, nn.Module):
-    """Language model, GistNet, guarded LensNet and training allocator in one.
+class MCController(SessionHost):
+    """Networks and training allocator in one, and a session at a time.
 
     Args:
         config: sizes; checked when it was made.
@@ -60,54 +47,9 @@ class MCController(InferenceSessions, nn.Module):
     """
 
     def __init__(self, config: MCConfig, *, bf16: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.bf16 = bf16
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)  # not the generators of devices
-            self.language_model = new_language_model(config)
-            self.gistnet = GistNet(config.d_model)
-            lensnet = LensNet(
-                config.d_model,
-                config.lens_layers,
-                config.num_heads,
-                config.max_lod,
-                causal=config.causal_lens,
-            )
-        policy = CallPolicy(scopes={PREFERENCE_SCORER: 1})
-        self.lensnet: LensNet = guard_module(lensnet, policy=policy, mode="enforce").module
+        super().__init__(config, bf16=bf16)
         self.allocator = config.new_allocator()
-
-    @property
-    def guard(self) -> Guard:
-        """LensNet's guard: contexts, records, counts."""
-        guard = guard_of(self.lensnet)
-        if guard is None:
-            raise RuntimeError(
-                "mc.lensnet is no longer guarded: something replaced it by a raw module. "
-                "Assign a guarded one: mc.lensnet = guard_module(lensnet).module"
-            )
-        return guard
-
-    def context(self, context: str) -> AbstractContextManager[None]:
-        """``with mc.context("training"):`` or ``with mc.context("inference"):``."""
-        return self.guard.context(context)  # type: ignore[arg-type]  # checked there
-
-    def compile_networks(self) -> None:
-        """Compile language model, GistNet and LensNet in place, for batches of fixed shapes.
-
-        LensNet and GistNet get CUDA graphs where they run on CUDA. Parameters must have gradient
-        buffers of their own then (`optimization.own_gradients`). For training: a session's shapes
-        change, and torch gives up compiling after eight.
-        """
-        # A network with CUDA graphs writes every call's outputs to the same memory, and does so
-        # from the next call of any of them on that no backward is pending for. What is read after
-        # one is therefore the output of an ordinary operation: of a gather, a loss, a metric.
-        # And LensNet, with its graphs, is the last to be called before backward: a compiled call
-        # after it would let its backward start over with the memory that GistNet's backward needs.
-        self.language_model.compile(dynamic=False)
-        self.gistnet.compile(mode="reduce-overhead", dynamic=False)
-        self.lensnet.compile(mode="reduce-overhead", dynamic=False)
+        self.comparison = comparison_of(config)
 
     # One micro-step ----------------------------------------------------------------------------
 
@@ -146,11 +88,16 @@ class MCController(InferenceSessions, nn.Module):
             tree = self.build_tree(tokens, pad_mask, labelled)
             variants = self.build_variants(tree)
             nll = self.token_nll(variants.working_context)
-            view, pairs = self._comparison(tree, variants, nll)
-            with self.guard.sanctioned(PREFERENCE_SCORER), self._autocast():
+            view, pairs = self.comparison(tree, variants, nll)
+            with self.guard.sanctioned(PREFERENCE_SCORER), self.autocast():
                 scores = self.lensnet(*lensnet_inputs(view))
             scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
-            lens_loss = self._lens_loss(scores, pairs, gists)
+            lens_loss = preference.preference_loss(
+                scores,
+                pairs,
+                temperature=self.config.temperature,
+                advantage_scale=self.config.advantage_scale,
+            )
             lm_loss = nll.sum() / (variants.working_context.labels != NO_LABEL).sum()
             calls = sum(ledger.calls.values())
         metrics: dict[str, Tensor | int] = {
@@ -195,7 +142,7 @@ class MCController(InferenceSessions, nn.Module):
         labels = None
         if labelled is not None:
             labels = tokens.masked_fill(~to_device(labelled, tokens.device), NO_LABEL)
-        with self._autocast():
+        with self.autocast():
             return MegaContextTree.build(
                 tokens,
                 self.language_model.embed(tokens),
@@ -252,130 +199,13 @@ class MCController(InferenceSessions, nn.Module):
         with self.context("inference"), torch.no_grad():
             tree = self.build_tree(tokens, labelled=labelled)
             variants = self.build_variants(tree, self.config.new_allocator())
-            view, pairs = self._comparison(tree, variants, self.token_nll(variants.working_context))
-            with self._autocast():
+            view, pairs = self.comparison(tree, variants, self.token_nll(variants.working_context))
+            with self.autocast():
                 scores = self.lensnet(*lensnet_inputs(view))
             scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
             return preference.preference_metrics(scores, pairs, gists)["preference_agreement"]
 
-    # Without LensNet ---------------------------------------------------------------------------
-
-    def full_detail_loss(self, tokens: Tensor, labelled: Tensor | None = None) -> Tensor:
-        """Mean NLL of the language model on plain LOD0 contexts, nats; scalar. Needs no LensNet.
-
-        Args:
-            tokens: int64 ``[B, T]``.
-            labelled: bool ``[B, T]``, the tokens that count; all by default.
-        """
-        check_batch(tokens, None, self.config)
-        starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        logits = self._logits(self.language_model.embed(tokens), starts, torch.ones_like(starts))
-        labels = tokens if labelled is None else tokens.masked_fill(~labelled, NO_LABEL)
-        return F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LABEL
-        )
-
     # Pieces of process_batch -------------------------------------------------------------------
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        """Around forward passes of the networks, and nothing else."""
-        if not self.bf16:
-            return nullcontext()
-        return torch.autocast(self.language_model.embedding.weight.device.type, torch.bfloat16)
-
-    def _logits(
-        self, embeddings: Tensor, starts: Tensor, spans: Tensor, pad_mask: Tensor | None = None
-    ) -> Tensor:
-        """The language model's, in the dtype of the embeddings, also where it ran in bfloat16."""
-        with self._autocast():
-            logits: Tensor = self.language_model(embeddings, starts, spans, pad_mask)
-        return logits.to(embeddings.dtype)
 
     def _training_context(self) -> AbstractContextManager[None]:
         return self.context("training") if self.guard.current_context is None else nullcontext()
-
-    def _comparison(
-        self, tree: MegaContextTree, variants: Variants, nll: Tensor
-    ) -> tuple[WorkingContext, preference.PreferencePairs]:
-        """What LensNet is to score, and what the variants' losses say of it.
-
-        Args:
-            nll: of each entry's label, ``[B · (1 + V), W]``.
-        """
-        judged = self._judged_nll(nll, variants, tree)
-        if self.config.scored == "variant":
-            detail = [
-                relative_detail(cuts, length)
-                for cuts, length in zip(variants.cuts, tree.lengths, strict=True)
-            ]
-            host = torch.from_numpy(np.stack(detail, axis=1))
-            finer, coarser = to_device(host, nll.device)
-            return variants.working_context, preference.make_plain_pairs(judged, finer, coarser)
-        view_of = {length: self.focus_view(length) for length in set(tree.lengths)}
-        views = [view_of[length] for length in tree.lengths]
-        view = tree.working_context([[cut] for cut in views])
-        held = self._held(variants, views, tree)
-        return view, preference.make_pairs(judged, held, gists=view.lods > 0)
-
-    def _lens_loss(
-        self, scores: Tensor, pairs: preference.PreferencePairs, gists: Tensor
-    ) -> Tensor:
-        config = self.config
-        loss = preference.preference_loss(
-            scores,
-            pairs,
-            temperature=config.temperature,
-            advantage_scale=config.advantage_scale,
-            standardize=config.standardize,
-        )
-        if config.rank_weight:
-            loss = loss + config.rank_weight * preference.rank_loss(scores, pairs)
-        if config.budget_weight:
-            loss = loss + config.budget_weight * preference.budget_loss(scores, gists)
-        return loss
-
-    def focus_view(self, num_tokens: int) -> Cut:
-        """What LensNet scores of a training sequence: it ends before the horizon."""
-        return focus_view(
-            num_tokens,
-            block_size=self.config.block_size,
-            recent_tokens=self.config.recent_tokens,
-            horizon_tokens=self.config.horizon_tokens,
-            max_lod=self.config.max_lod,
-            window=self.config.focus_window,
-        )
-
-    def token_nll(self, context: WorkingContext) -> Tensor:
-        """NLL of each entry's label, nats, ``[R, W]``; 0 where there is none."""
-        logits = self._logits(context.embeddings, context.starts, context.spans, context.pad_mask)
-        flat = F.cross_entropy(
-            logits.flatten(0, 1),
-            context.labels.flatten(),
-            ignore_index=NO_LABEL,
-            reduction="none",
-        )
-        return flat.view_as(context.labels)
-
-    def _judged_nll(self, nll: Tensor, variants: Variants, tree: MegaContextTree) -> Tensor:
-        """NLL of each variant summed over the tokens of the horizon, nats, ``[B, 1 + V]``."""
-        context, per_history = variants.working_context, 1 + self.config.num_variants
-        if self.config.judged == "all":
-            return nll.sum(-1).view(-1, per_history)
-        first_judged: Tensor | int = tree.lengths[0] - self.config.horizon_tokens
-        if len(set(tree.lengths)) > 1:
-            first = np.repeat(tree.lengths, per_history)[:, None] - self.config.horizon_tokens
-            first_judged = to_device(torch.from_numpy(first), nll.device)
-        in_horizon = context.starts + context.spans >= first_judged
-        return (nll * in_horizon).sum(-1).view(-1, per_history)
-
-    def _held(self, variants: Variants, views: Sequence[Cut], tree: MegaContextTree) -> Tensor:
-        """Whether each variant holds each view entry's span at LOD0, bool ``[B, 1 + V, E]``."""
-        width, per_history = max(map(len, views)), 1 + self.config.num_variants
-        held = np.zeros((len(views), per_history, width), dtype=np.bool_)
-        for length in set(tree.lengths):  # those that are as long have the same view
-            rows = [row for row, other in enumerate(tree.lengths) if other == length]
-            view = views[rows[0]]
-            cuts = [cut for row in rows for cut in variants.cuts[row]]
-            of_view = held_at_lod0(cuts, view, length)
-            held[rows, :, width - len(view) :] = of_view.reshape(len(rows), per_history, -1)
-        return to_device(torch.from_numpy(held), tree.levels.device)

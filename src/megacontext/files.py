@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and errors that name the file."""
+"""Files that are written whole or not at all, locks, and errors that name the file."""
 
 import errno
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -54,6 +55,31 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     with replacing(path) as file:
         file.write(data)
+
+
+def hold_lock(path: Path, taken: str) -> FileLock:
+    """Take a lock against other processes, and against others in this one.
+
+    It is let go by its ``release``, when nobody refers to it any more, and when the process ends,
+    however it does. The file stays: to take it away would let two in.
+
+    Args:
+        path: Of the lock file; made when there is none.
+        taken: What to say when another has it.
+
+    Returns:
+        The lock.
+
+    Raises:
+        BlockingIOError: Another has it.
+        OSError: The file cannot be made.
+    """
+    lock = FileLock(path, thread_local=False)  # any thread may let go of it
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise BlockingIOError(taken) from None
+    return lock
 
 
 def cannot_write(path: Path, error: OSError, state: str = "what was there is kept") -> OSError:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megacontext.cut import Cut
-from megacontext.working_context import NO_LABEL, WorkingContext
+from megacontext.allocators.cut import Cut
+from megacontext.model.working_context import NO_LABEL, WorkingContext
 
 Cuts = tuple[tuple[Cut, ...], ...]
 

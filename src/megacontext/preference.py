@@ -37,40 +37,24 @@ def make_pairs(nll: Tensor, held: Tensor, gists: Tensor) -> PreferencePairs:
         held: whether a variant holds an entry's span at LOD0, bool ``[B, V, E]``.
         gists: which entries of the view are gists, bool ``[B, E]``.
     """
-    first, second = torch.triu_indices(nll.shape[1], nll.shape[1], offset=1, device=nll.device)
-    nll, held_gists = nll.detach(), (held & gists[:, None]).to(nll.dtype)
-    return PreferencePairs(
-        advantages=nll[:, second] - nll[:, first],
-        labels=held_gists[:, first] - held_gists[:, second],
-    )
+    first, second, advantages = paired(nll)
+    held_gists = (held & gists[:, None]).to(nll.dtype)
+    return PreferencePairs(advantages, labels=held_gists[:, first] - held_gists[:, second])
 
 
-def make_plain_pairs(nll: Tensor, finer: Tensor, coarser: Tensor) -> PreferencePairs:
-    """Pair up variants as the plain recipe does: LensNet scores the variants themselves.
-
-    An entry of the pair's worse variant is told +1 where the better one holds all of its span in
-    more detail, -1 where it holds it in less. For an ablation.
+def paired(nll: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of variants, and by how much the first of each is better.
 
     Args:
-        nll: as for `make_pairs`, ``[B, V]``.
-        finer, coarser: whether variant i holds entry e of variant j in more or in less detail than
-            j does, bool ``[B, V, V, W]`` by (i, j, e).
+        nll: Of each variant, nats, ``[B, V]``; taken as constant.
 
     Returns:
-        pairs for scores ``[B, V · W]``.
+        Numbers of the pairs' first and second variants, int64 ``[P]`` each; and the NLL of the
+        second less that of the first, nats, ``[B, P]``.
     """
-    batch, variants, _, width = finer.shape
-    first, second = torch.triu_indices(variants, variants, offset=1, device=nll.device)
-    told = finer.to(nll.dtype) - coarser.to(nll.dtype)
-    advantages = nll.detach()[:, second] - nll.detach()[:, first]
-    first_is_better = advantages > 0
-    better = torch.where(first_is_better, first, second)
-    worse = torch.where(first_is_better, second, first)
-    of_worse = told[torch.arange(batch, device=nll.device)[:, None], better, worse]  # [B, P, W]
-    labels = torch.zeros(*worse.shape, variants, width, device=nll.device, dtype=nll.dtype)
-    labels.scatter_(2, worse[..., None, None].expand(-1, -1, 1, width), of_worse[:, :, None])
-    sign = torch.where(first_is_better, 1.0, -1.0)  # the policy prefers the first where positive
-    return PreferencePairs(advantages, labels.flatten(2) * sign[..., None])
+    first, second = torch.triu_indices(nll.shape[1], nll.shape[1], offset=1, device=nll.device)
+    constant = nll.detach()
+    return first, second, constant[:, second] - constant[:, first]
 
 
 def policy_scores(scores: Tensor, pairs: PreferencePairs) -> tuple[Tensor, Tensor]:
@@ -88,12 +72,7 @@ def policy_scores(scores: Tensor, pairs: PreferencePairs) -> tuple[Tensor, Tenso
 
 
 def preference_loss(
-    scores: Tensor,
-    pairs: PreferencePairs,
-    *,
-    temperature: float,
-    advantage_scale: float,
-    standardize: bool = False,
+    scores: Tensor, pairs: PreferencePairs, *, temperature: float, advantage_scale: float
 ) -> Tensor:
     """Weighted Bradley-Terry logistic loss, scalar; 0 when no pair says anything.
 
@@ -101,32 +80,11 @@ def preference_loss(
         scores: LensNet's, ``[B, E]``.
         temperature: divides the policy score.
         advantage_scale: a pair weighs tanh(advantage_scale · |advantage|).
-        standardize: divide advantages by their root mean square first.
     """
     policy, informative = policy_scores(scores, pairs)
     logits = policy * pairs.advantages.sign() / temperature
-    gaps = pairs.advantages.abs()
-    if standardize:
-        gaps = gaps / gaps.square().mean().sqrt().clamp(min=1e-6)
-    weights = torch.tanh(advantage_scale * gaps) * informative
+    weights = torch.tanh(advantage_scale * pairs.advantages.abs()) * informative
     return (F.softplus(-logits) * weights).sum() / weights.sum().clamp(min=1e-6)
-
-
-def rank_loss(scores: Tensor, pairs: PreferencePairs, *, margin: float = 1.0) -> Tensor:
-    """Hinge: the better variant's policy score should lead by ``margin``; scalar."""
-    policy, informative = policy_scores(scores, pairs)
-    short = F.relu(margin - policy * pairs.advantages.sign()) * informative
-    return short.sum() / informative.sum().clamp(min=1)
-
-
-def budget_loss(scores: Tensor, gists: Tensor) -> Tensor:
-    """Squared mean score of a view's gists: expansions and collapses should balance; scalar.
-
-    Args:
-        scores: LensNet's, ``[B, E]``. gists: which entries count, bool ``[B, E]``.
-    """
-    mean = (scores * gists).sum(-1) / gists.sum(-1).clamp(min=1)
-    return mean.square().mean()
 
 
 def preference_metrics(scores: Tensor, pairs: PreferencePairs, gists: Tensor) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from megacontext import MCConfig, UnreachableTarget
-from megacontext.cut import kept_tokens
+from megacontext import MCConfig, Recipe, UnreachableTarget
+from megacontext.allocators.cut import kept_tokens
 
 
 class TestRefusals:
@@ -19,9 +19,7 @@ class TestRefusals:
             ({"num_variants": True}, TypeError, "num_variants must be an int, not True"),
             ({"temperature": float("nan")}, ValueError, "temperature must be positive, not nan"),
             ({"seed": -1}, ValueError, "seed must not be negative, but is -1"),
-            ({"scored": "both"}, ValueError, "scored must be one of view, variant, not 'both'"),
-            ({"judged": 3}, ValueError, "judged must be one of horizon, all, not 3"),
-            ({"rank_weight": -1.0}, ValueError, "rank_weight must not be negative, but is -1.0"),
+            ({"recipe": {}}, TypeError, "recipe must be a Recipe, not {}"),
             (
                 {"d_model": 20, "num_heads": 4},
                 ValueError,
@@ -87,11 +85,45 @@ class TestRefusals:
             MCConfig(focus_window=8)
 
 
+class TestRecipe:
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"scored": "both"}, "scored must be one of view, variant, not 'both'"),
+            ({"judged": 3}, "judged must be one of horizon, all, not 3"),
+        ],
+    )
+    def test_choices(self, values: dict[str, object], message: str) -> None:
+        """Named."""
+        with pytest.raises(ValueError) as raised:
+            Recipe(**values)  # type: ignore[arg-type]
+        assert str(raised.value) == message
+
+    def test_what_an_older_version_wrote_is_read(self) -> None:
+        """There its parts stood among the rest, beside options that there are no more."""
+        saved = {"d_model": 32, "scored": "variant", "causal_lens": True, "judged": "horizon"}
+        unused = {"rank_weight": 0.0, "budget_weight": 0.0, "standardize": False}
+        expected = MCConfig(d_model=32, recipe=Recipe(scored="variant", causal_lens=True))
+        assert MCConfig.from_json(saved | unused) == expected
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("rank_weight", 0.5), ("budget_weight", 0.1), ("standardize", True)]
+    )
+    def test_what_was_trained_otherwise_is_refused(self, name: str, value: object) -> None:
+        """It would be another training."""
+        with pytest.raises(ValueError) as raised:
+            MCConfig.from_json({name: value})
+        assert str(raised.value) == (
+            f"{name} is {value}, and the preference loss has no such term any more, for it did "
+            "not help: use the version of this library that began the run, or train anew"
+        )
+
+
 class TestDefaults:
     def test_they_can_be_saved_and_read_back(self) -> None:
         """As config.json does."""
-        config = MCConfig()
-        assert MCConfig(**dataclasses.asdict(config)) == config
+        for config in (MCConfig(), MCConfig(d_model=32, recipe=Recipe("variant", "all", True))):
+            assert MCConfig.from_json(dataclasses.asdict(config)) == config
 
     def test_no_lod2_has_a_higher_floor(self) -> None:
         """Probability 0 forbids LOD2, so the shortest length is that of LOD1."""

@@ -1,12 +1,20 @@
 """Files that are written whole or not at all, and errors that name them."""
 
 import errno
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from megacontext.files import DamagedFileError, cannot_write, reading, replacing, write_atomically
+from megacontext.files import (
+    DamagedFileError,
+    cannot_write,
+    hold_lock,
+    reading,
+    replacing,
+    write_atomically,
+)
 
 
 @pytest.fixture
@@ -72,6 +80,25 @@ class TestReplacing:
             write_atomically(path, b"new")
         assert str(raised.value) == str(cannot_write(path, error))
         assert str(raised.value).endswith("No such file or directory; what was there is kept")
+
+
+class TestLock:
+    def test_one_at_a_time(self, tmp_path: Path) -> None:
+        """In the same process too; the message is the one that was given, the file stays."""
+        path = tmp_path / "lock"
+        held = hold_lock(path, "somebody is at it")
+        with pytest.raises(BlockingIOError, match=r"^somebody is at it$"):
+            hold_lock(path, "somebody is at it")
+        held.release()
+        hold_lock(path, "").release()
+
+    def test_it_is_let_go_with_whoever_has_it(self, tmp_path: Path) -> None:
+        """A session that nobody refers to any more blocks nobody, whatever thread ends it."""
+        held = [hold_lock(tmp_path / "lock", "")]
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join()
+        hold_lock(tmp_path / "lock", "").release()
 
 
 class TestReading:

@@ -9,13 +9,10 @@ from torch import Tensor
 
 from megacontext.preference import (
     _quantile,
-    budget_loss,
     make_pairs,
-    make_plain_pairs,
     policy_scores,
     preference_loss,
     preference_metrics,
-    rank_loss,
 )
 
 B, V, E = 3, 4, 9
@@ -111,52 +108,6 @@ class TestLoss:
         assert float(loss.detach()) == 0
         assert scores.grad is not None
         assert scores.grad.tolist() == [[0.0] * 4]
-
-    def test_standardized_advantages_have_no_unit(self, case: dict[str, Tensor]) -> None:
-        """Bits or nats, the loss is the same."""
-        losses = []
-        for unit in (1.0, 100.0):
-            pairs = make_pairs(case["nll"] * unit, case["held"], case["gists"])
-            losses.append(
-                float(
-                    preference_loss(
-                        case["scores"], pairs, temperature=1, advantage_scale=1, standardize=True
-                    )
-                )
-            )
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-class TestAuxiliaryLosses:
-    def test_rank_loss_is_the_hinge(self, case: dict[str, Tensor]) -> None:
-        """Mean of what is missing to a lead of the margin."""
-        pairs = make_pairs(case["nll"], case["held"], case["gists"])
-        expected = np.mean([max(0.0, 0.7 - policy) for policy, _ in by_hand(case)])
-        loss = rank_loss(case["scores"], pairs, margin=0.7)
-        assert float(loss) == pytest.approx(expected, rel=1e-5)
-
-    def test_budget_loss_is_zero_where_scores_balance(self) -> None:
-        """And else the square of what they are off; entries that are no gists do not count."""
-        gists = torch.tensor([[True, True, False]])
-        assert float(budget_loss(torch.tensor([[0.5, -0.5, 0.9]]), gists)) == 0
-        assert float(budget_loss(torch.tensor([[0.5, 0.1, 0.9]]), gists)) == pytest.approx(0.09)
-
-
-class TestPlainPairs:
-    def test_they_equal_the_loop(self) -> None:
-        """Only the worse variant's entries are told, by the better one's detail."""
-        generator = torch.Generator().manual_seed(1)
-        nll = torch.rand(2, 3, generator=generator)
-        finer = torch.rand(2, 3, 3, 5, generator=generator) < 0.4
-        coarser = ~finer & (torch.rand(2, 3, 3, 5, generator=generator) < 0.5)
-        scores = torch.rand(2, 3, 5, generator=generator) * 2 - 1
-        policy, _ = policy_scores(scores.flatten(1), make_plain_pairs(nll, finer, coarser))
-        for b in range(2):
-            for p, (i, j) in enumerate([(0, 1), (0, 2), (1, 2)]):
-                better, worse = (i, j) if nll[b, i] < nll[b, j] else (j, i)
-                labels = finer[b, better, worse].float() - coarser[b, better, worse].float()
-                expected = float((labels * scores[b, worse]).sum()) * (1 if better == i else -1)
-                assert float(policy[b, p]) == pytest.approx(expected, abs=1e-5)
 
 
 class TestMetrics:

@@ -77,8 +77,8 @@ class TestStartUp:
 
     def test_training_alone_loads_nothing_of_sharding(self) -> None:
         """It takes half a second, which ``megacontext train --help`` would take too."""
-        loaded = loads("-c", "import megacontext.trainer")
-        assert "megacontext.distributed" in loaded
+        loaded = loads("-c", "import megacontext.training.run")
+        assert "megacontext.training.distributed" in loaded
         assert loaded.isdisjoint({"torch.distributed.tensor", "torch.distributed.fsdp"})
 
     def test_the_first_name_loads_what_it_needs(self) -> None:

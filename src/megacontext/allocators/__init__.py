@@ -1,1 +1,1 @@
-"""Allocators decide at which level of detail a working context holds each span."""
+"""Which entries a working context holds: cuts, and what makes them. Integers only."""

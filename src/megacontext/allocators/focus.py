@@ -1,23 +1,17 @@
-"""The focus allocator: LensNet's scores become edits of the working context. Inference only.
+"""Scores become edits of a working context: what is expanded, what collapsed, what must go.
 
 An edit expands one entry into its K children or collapses K siblings into their parent, so each
-changes the length by K - 1. Edits are planned on integers and scores alone (`refocus_cut`, a pure
-function); embeddings are gathered afterwards, once.
+changes the length by K - 1. Edits are planned on integers and scores alone, whoever gave the
+scores.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lensnet_guard import Guard
+from megacontext.allocators.cut import Cut, Ints
 from megacontext.allocators.rules import FocusRules, coarsest_length, first_that_fits
-from megacontext.cut import Cut, Ints, coarse_cut
-from megacontext.working_context import WorkingContext
-
-__all__ = ["Edits", "FocusAllocator", "FocusRules", "Scored", "node_keys", "refocus_cut"]
 
 Floats = NDArray[np.float32]
 _NONE: Ints = np.empty(0, dtype=np.int64)
@@ -31,13 +25,11 @@ class Edits:
         expanded, collapsed: keys of the nodes (see `node_keys`): the entries that were expanded,
             and the parents that siblings were collapsed into; int64 ``[edits]`` each.
         dropped: entries that left at the old end, since even the coarsest cut did not fit.
-        flipped: of the collapses, how many the budget forced upon nodes that were barred.
     """
 
     expanded: Ints
     collapsed: Ints
     dropped: int = 0
-    flipped: int = 0
 
     def __len__(self) -> int:
         return len(self.expanded) + len(self.collapsed)
@@ -98,21 +90,19 @@ def refocus_cut(
     first = first_that_fits(int(cut.positions[0]), int(cut.ends[-1]), rules)
     dropped = int(np.searchsorted(cut.positions, first))
     cut = Cut(cut.positions[dropped:], cut.lods[dropped:], cut.block_size)
-    cut, forced, flipped = _collapse_to_fit(cut, scored, rules, barred)
+    cut, forced = _collapse_to_fit(cut, scored, rules, barred)
     cut, expanded, collapsed = _trade(cut, scored, rules, barred, len(forced))
     # What was collapsed by force and expanded again, since it paid, was not edited.
     edited, undone = ~np.isin(forced, expanded), np.isin(expanded, forced)
     collapsed = np.concatenate([forced[edited], collapsed])
-    return cut, Edits(expanded[~undone], collapsed, dropped, flipped)
+    return cut, Edits(expanded[~undone], collapsed, dropped)
 
 
-def _collapse_to_fit(
-    cut: Cut, scored: Scored, rules: FocusRules, barred: Ints
-) -> tuple[Cut, Ints, int]:
+def _collapse_to_fit(cut: Cut, scored: Scored, rules: FocusRules, barred: Ints) -> tuple[Cut, Ints]:
     """Collapse what scores lowest until the cut fits: a round for each LOD, then the barred ones.
 
     Returns:
-        the cut, the keys of the parents, and how many of them were barred.
+        the cut, and the keys of the parents.
     """
     made = [_NONE]
     for spared in (barred, _NONE):
@@ -123,8 +113,7 @@ def _collapse_to_fit(
             taken = np.argsort(low, kind="stable")[: -(-over // (cut.block_size - 1))]
             cut = _apply(cut, _NONE, groups[taken])
             made.append(parents[taken])
-    forced = np.concatenate(made)
-    return cut, forced, int(np.isin(forced, barred).sum())
+    return cut, np.concatenate(made)
 
 
 def _trade(
@@ -138,15 +127,16 @@ def _trade(
     Args:
         forced: how many edits the budget has taken.
     """
-    k, lods = cut.block_size, cut.lods
+    k, lods, tuning = cut.block_size, cut.lods, rules.tuning
     groups, parents, low = _collapsible(cut, scored, rules, barred)
-    order = np.argsort(low, kind="stable")[: np.count_nonzero(low <= rules.collapse_threshold)]
+    order = np.argsort(low, kind="stable")
+    order = order[: np.count_nonzero(low <= tuning.collapse_threshold)]
     groups, parents, low = groups[order], parents[order], low[order]
 
     entries = np.flatnonzero(lods > 0)
     keys = node_keys(cut.positions[entries], lods[entries])
     high = scored.of_nodes(cut.positions[entries], cut.spans[entries])
-    wanted = (high > rules.expand_threshold) & ~np.isin(keys, barred)
+    wanted = (high > tuning.expand_threshold) & ~np.isin(keys, barred)
     order = np.flatnonzero(wanted)[np.argsort(-high[wanted], kind="stable")]
     entries, keys, high = entries[order], keys[order], high[order]
 
@@ -155,10 +145,10 @@ def _trade(
     price = np.full(len(high), np.inf, np.float32)
     price[:room] = -np.inf
     price[room : room + len(low)] = low[: max(len(high) - room, 0)]
-    worth = high - price > rules.margin
+    worth = high - price > tuning.margin
     worth &= _leaves_reserve(cut, keys, rules, barred)
     expansions = len(high) if worth.all() else int(np.argmin(worth))
-    edits_left = max(rules.max_edits - forced, 0)
+    edits_left = max(tuning.max_edits - forced, 0)
     free = min(expansions, room, edits_left)
     paid = min(expansions - min(expansions, room), (edits_left - free) // 2)
     edited = _apply(cut, entries[: free + paid], groups[:paid])
@@ -181,7 +171,7 @@ def _leaves_reserve(cut: Cut, keys: Ints, rules: FocusRules, barred: Ints) -> ND
     stands_open = (starts >= first) & (cut.lods[at] < levels)
     kept = barred[stands_open]
     kept = np.unique(np.concatenate([kept, _parents(kept, first, end, rules)]))
-    floor = coarsest_length(first, end, rules) + (k - 1) * len(kept)
+    floor = coarsest_length(first, end, rules.geometry) + (k - 1) * len(kept)
     # A node that is kept open keeps its parent open, which counts once.
     each = np.stack([keys, _parents(keys, first, end, rules, keep_none=True)], axis=1).ravel()
     unseen = np.zeros(len(each), dtype=np.bool_)
@@ -195,10 +185,10 @@ def _leaves_reserve(cut: Cut, keys: Ints, rules: FocusRules, barred: Ints) -> ND
 def _parents(keys: Ints, first: int, end: int, rules: FocusRules, keep_none: bool = False) -> Ints:
     """Keys of the parents that a cut of ``[first, end)`` could hold; -1 for none, or left out."""
     lods = keys % 4 + 1
-    spans = rules.block_size**lods
+    spans = rules.geometry.block_size**lods
     starts = keys // 4 // spans * spans
-    exists = (lods <= rules.max_lod) & (starts >= first)
-    exists &= starts + spans <= end - rules.recent_tokens
+    exists = (lods <= rules.geometry.max_lod) & (starts >= first)
+    exists &= starts + spans <= end - rules.geometry.recent_tokens
     parents = np.where(exists, node_keys(starts, lods), -1)
     return parents if keep_none else parents[exists]
 
@@ -210,11 +200,11 @@ def _collapsible(
     k, spans = cut.block_size, cut.spans
     if len(cut) < k:
         return _NONE, _NONE, np.empty(0, np.float32)
-    editable = cut.ends[-1] - rules.recent_tokens  # what ends later is protected
+    editable = cut.ends[-1] - rules.geometry.recent_tokens  # what ends later is protected
     last = np.minimum(np.arange(len(cut)) + k - 1, len(cut) - 1)
     # K aligned entries of one level take (K - 1) spans from first to last; no mixture does.
     begins = (
-        (cut.lods < rules.max_lod)
+        (cut.lods < rules.geometry.max_lod)
         & (cut.positions % (spans * k) == 0)
         & (cut.positions[last] == cut.positions + (k - 1) * spans)
         & (cut.lods[last] == cut.lods)
@@ -239,90 +229,3 @@ def _apply(cut: Cut, entries: Ints, groups: Ints) -> Cut:
     within = np.arange(len(first)) - first
     lods = np.repeat(lods, copies)
     return Cut(np.repeat(cut.positions, copies) + within * k**lods, lods, k)
-
-
-class FocusAllocator:
-    """Asks LensNet once per iteration, and edits a working context by what it says.
-
-    Args:
-        lensnet: guarded; ``guard`` is its guard.
-        rules: how scores become edits.
-        horizon_tokens: by how much the LOD0 tail of the focus view is shorter than the protected
-            tail, as it was in training.
-        focus_window: most entries of the focus view.
-
-    Raises:
-        RuntimeError: made or used outside inference context.
-    """
-
-    def __init__(
-        self,
-        lensnet: Callable[..., Tensor],
-        guard: Guard,
-        rules: FocusRules,
-        *,
-        horizon_tokens: int,
-        focus_window: int,
-    ) -> None:
-        self._lensnet = lensnet
-        self._guard = guard
-        self.rules = rules
-        self._horizon_tokens = horizon_tokens
-        self._focus_window = focus_window
-        self._resting: tuple[Ints, ...] = ()
-        self._require_inference("made")
-
-    @property
-    def resting(self) -> tuple[Ints, ...]:
-        """Keys of the nodes that the last iterations edited, one array each, newest last.
-
-        They are barred. Assign what was saved to continue there.
-        """
-        return self._resting
-
-    @resting.setter
-    def resting(self, keys: Sequence[Ints]) -> None:
-        self._resting = tuple(keys)
-
-    def refocus(self, cut: Cut, gather: Callable[[Cut], WorkingContext]) -> tuple[Cut, Edits]:
-        """One iteration: one LensNet call, then edits.
-
-        Args:
-            cut: the working context's, up to the newest token.
-            gather: makes tensors ``[1, E]`` of the focus view.
-
-        Raises:
-            UnreachableTarget: the view does not fit ``focus_window``, or the tail ``wc_length``.
-        """
-        self._require_inference("used")
-        view_cut = self.focus_view(cut)
-        view = gather(view_cut)
-        scores = self._lensnet(view.embeddings, view.starts, view.spans, view.lods, view.pad_mask)
-        scored = Scored(view_cut, scores[0].float().numpy(force=True))
-        barred = np.concatenate([_NONE, *self._resting])
-        edited, edits = refocus_cut(cut, scored, self.rules, barred)
-        if self.rules.cooldown:
-            newest = np.concatenate([edits.expanded, edits.collapsed])
-            self._resting = (*self._resting, newest)[-self.rules.cooldown :]
-        return edited, edits
-
-    def focus_view(self, cut: Cut) -> Cut:
-        """What LensNet is to score: all that the edited cut can cover, the history as gists."""
-        rules, end = self.rules, int(cut.ends[-1])
-        first = first_that_fits(int(cut.positions[0]), end, rules)
-        return coarse_cut(
-            first,
-            end,
-            lod0_from=end - (rules.recent_tokens - self._horizon_tokens),
-            block_size=rules.block_size,
-            max_lod=rules.max_lod,
-            window=self._focus_window,
-        )
-
-    def _require_inference(self, what: str) -> None:
-        if (context := self._guard.current_context) != "inference":
-            raise RuntimeError(
-                f"a FocusAllocator was {what} in {context or 'unset'} context; it is for "
-                'inference only: `with mc.context("inference"):`. In training, working contexts '
-                "come from TrainingWCVariationAllocator"
-            )

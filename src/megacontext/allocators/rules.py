@@ -1,9 +1,45 @@
 """The rules of the focus allocator, and what they make of lengths. Integers only."""
 
-import math
 from dataclasses import dataclass
 
-from megacontext.cut import UnreachableTarget, check_block_size, check_int
+from megacontext.allocators.cut import Geometry, UnreachableTarget
+from megacontext.checks import check_at_least, check_number
+
+
+@dataclass(frozen=True)
+class FocusTuning:
+    """What a score must be for an edit, and how many edits there may be.
+
+    Attributes:
+        expand_threshold: Only what scores above it is expanded.
+        collapse_threshold: Only what scores no more is collapsed to make room for an expansion.
+        margin: An expansion that needs room takes it from a collapse that scores less by so much.
+        max_edits: Of one iteration; only what the budget forces may exceed it.
+        cooldown: Iterations for which what was expanded is not collapsed, and the reverse.
+        detail_share: Of the entries beside the tail, those that are freed for detail when the
+            history must lose its oldest entries.
+
+    Raises:
+        TypeError: A value that is no number; the message names it.
+        ValueError: A value out of bounds; the message names it.
+    """
+
+    expand_threshold: float = 0.0
+    collapse_threshold: float = 1.0
+    margin: float = 0.1
+    max_edits: int = 64
+    cooldown: int = 2
+    detail_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_at_least("max_edits", self.max_edits, 0)
+        check_at_least("cooldown", self.cooldown, 0)
+        for name in ("expand_threshold", "collapse_threshold", "margin", "detail_share"):
+            check_number(name, getattr(self, name))
+        if self.margin < 0:
+            raise ValueError(f"margin must not be negative, but is {self.margin}")
+        if not 0 <= self.detail_share <= 1:
+            raise ValueError(f"detail_share must lie in [0, 1], not {self.detail_share}")
 
 
 @dataclass(frozen=True)
@@ -11,77 +47,59 @@ class FocusRules:
     """How scores become edits.
 
     Attributes:
-        wc_length: most entries of an edited working context, W. It is a soft budget: tokens that
-            are appended exceed it until the next iteration, which brings it back, whatever it
-            takes.
-        block_size, max_lod, recent_tokens: of the tree, and the protected tail.
-        expand_threshold: only what scores above it is expanded.
-        collapse_threshold: only what scores no more is collapsed to make room for an expansion.
-        margin: an expansion that needs room takes it from a collapse that scores less by so much.
-        max_edits: of one iteration; only what the budget forces may exceed it.
-        cooldown: iterations for which what was expanded is not collapsed, and the reverse.
-        reserve: entries that expansions leave free as long as they rest. Where it is as much as
+        geometry: Of the tree; its window is ``wc_length``.
+        tuning: What a score must be for an edit.
+        reserve: Entries that expansions leave free as long as they rest. Where it is as much as
             the coarsest cut grows in ``cooldown`` iterations, the budget never has to collapse
             what was just expanded.
-        detail_share: of the entries beside the tail, those that are freed for detail when the
-            history must lose its oldest entries.
-        max_tokens: the most tokens that a working context may cover, however coarsely; None for
+        max_tokens: The most tokens that a working context may cover, however coarsely; None for
             any number.
 
     Raises:
-        TypeError, ValueError: a value that makes no rule, named.
+        TypeError: A length that is no integer; the message names it.
+        ValueError: A length out of bounds; the message names it.
     """
 
-    wc_length: int
-    block_size: int
-    max_lod: int
-    recent_tokens: int
-    expand_threshold: float = 0.0
-    collapse_threshold: float = 1.0
-    margin: float = 0.1
-    max_edits: int = 64
-    cooldown: int = 2
+    geometry: Geometry
+    tuning: FocusTuning = FocusTuning()
     reserve: int = 0
-    detail_share: float = 0.5
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_block_size(self.block_size, self.max_lod)
-        least = {"wc_length": 1, "recent_tokens": 1, "max_edits": 0, "cooldown": 0, "reserve": 0}
-        for name, bound in least.items():
-            check_int(name, getattr(self, name))
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
-        for name in ("expand_threshold", "collapse_threshold", "margin", "detail_share"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, not {value!r}")
-            if math.isnan(value):
-                raise ValueError(f"{name} must be a number, not nan")
-        if self.margin < 0:
-            raise ValueError(f"margin must not be negative, but is {self.margin}")
-        if not 0 <= self.detail_share <= 1:
-            raise ValueError(f"detail_share must lie in [0, 1], not {self.detail_share}")
+        check_at_least("wc_length", self.geometry.window, 1)
+        check_at_least("recent_tokens", self.geometry.recent_tokens, 1)
+        check_at_least("reserve", self.reserve, 0)
+
+    @property
+    def wc_length(self) -> int:
+        """The most entries of an edited working context, W.
+
+        It is a soft budget: tokens that are appended exceed it until the next iteration, which
+        brings it back, whatever it takes.
+        """
+        length = self.geometry.window
+        assert length is not None  # refused when it was made
+        return length
 
     @property
     def shortest_wc_length(self) -> int:
         """The least ``wc_length`` that holds the protected tail wherever the history ends."""
-        return self.recent_tokens + self.max_lod * (self.block_size - 1)
+        geometry = self.geometry
+        return geometry.recent_tokens + geometry.max_lod * (geometry.block_size - 1)
 
     @property
     def fewest_max_tokens(self) -> int:
         """The least ``max_tokens`` that holds the protected tail wherever the history ends."""
-        fewest: int = self.recent_tokens + self.block_size**self.max_lod - 1
-        return fewest
+        return self.geometry.recent_tokens + self.geometry.coarsest_span - 1
 
 
-def coarsest_length(first: int, end: int, rules: FocusRules) -> int:
+def coarsest_length(first: int, end: int, geometry: Geometry) -> int:
     """Entries of a cut of tokens ``[first, end)`` that is as coarse as it can be."""
-    editable, nodes = end - rules.recent_tokens, 0
-    for lod in range(1, rules.max_lod + 1):
-        span = rules.block_size**lod
+    editable, nodes = end - geometry.recent_tokens, 0
+    for lod in range(1, geometry.max_lod + 1):
+        span = geometry.block_size**lod
         nodes += max(editable // span - -(-first // span), 0)
-    return end - first - (rules.block_size - 1) * nodes
+    return end - first - (geometry.block_size - 1) * nodes
 
 
 def first_that_fits(first: int, end: int, rules: FocusRules) -> int:
@@ -90,25 +108,34 @@ def first_that_fits(first: int, end: int, rules: FocusRules) -> int:
     That is ``first`` if it can be; else a multiple of the coarsest span that leaves room for
     detail, so that the history is not cut off again after every few tokens.
 
+    Args:
+        first: Where the cut begins now.
+        end: The token after the newest.
+        rules: Say what fits.
+
+    Returns:
+        The first token that the cut may cover.
+
     Raises:
         UnreachableTarget: ``wc_length`` does not even hold the protected tail.
     """
-    span = rules.block_size**rules.max_lod
+    geometry, wc_length = rules.geometry, rules.wc_length
+    recent, span = geometry.recent_tokens, geometry.coarsest_span
     if rules.max_tokens is not None and end - first > rules.max_tokens:
         first = -(-(end - rules.max_tokens) // span) * span
-    if coarsest_length(first, end, rules) <= rules.wc_length:
+    if coarsest_length(first, end, geometry) <= wc_length:
         return first
-    newest = (end - rules.recent_tokens) // span * span
-    shortest = coarsest_length(max(newest, first), end, rules)
-    if newest < first or shortest > rules.wc_length:
+    newest = (end - recent) // span * span
+    shortest = coarsest_length(max(newest, first), end, geometry)
+    if newest < first or shortest > wc_length:
         raise UnreachableTarget(
-            f"a working context of {rules.wc_length} entries cannot hold the last "
-            f"{rules.recent_tokens} tokens at LOD0 and what remains before them: "
+            f"a working context of {wc_length} entries cannot hold the last "
+            f"{recent} tokens at LOD0 and what remains before them: "
             f"that takes {shortest}"
         )
-    for_detail = int((rules.wc_length - rules.recent_tokens) * rules.detail_share)
-    target = max(rules.wc_length - rules.reserve - for_detail, shortest)
+    for_detail = int((wc_length - recent) * rules.tuning.detail_share)
+    target = max(wc_length - rules.reserve - for_detail, shortest)
     first = -(-first // span) * span
-    over = coarsest_length(first, end, rules) - target
+    over = coarsest_length(first, end, geometry) - target
     fits: int = min(first + max(over, 0) * span, newest)
     return fits

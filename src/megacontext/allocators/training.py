@@ -8,14 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megacontext.cut import (
-    Cut,
-    UnreachableTarget,
-    check_block_size,
-    check_int,
-    from_block_lods,
-    shortest_length,
-)
+from megacontext.allocators.cut import Cut, Geometry, UnreachableTarget, from_block_lods
+from megacontext.checks import check_int
 
 
 class TrainingWCVariationAllocator:
@@ -49,7 +43,7 @@ class TrainingWCVariationAllocator:
         recent_tokens: int = 128,
         seed: int | Sequence[int] = 0,
     ) -> None:
-        check_block_size(block_size, max_lod)
+        Geometry(block_size, max_lod, recent_tokens)  # checks the first two
         if not isinstance(lod2_probability, (int, float)) or not 0 <= lod2_probability <= 1:
             bad = ValueError if isinstance(lod2_probability, (int, float)) else TypeError
             raise bad(f"lod2_probability must be a number in [0, 1], not {lod2_probability!r}")
@@ -60,6 +54,7 @@ class TrainingWCVariationAllocator:
         self.max_lod = max_lod if lod2_probability > 0 else 1
         self.lod2_probability = lod2_probability
         self.recent_tokens = recent_tokens
+        self._geometry = Geometry(block_size, self.max_lod, recent_tokens)
         self.drawn = 0
         self._bits = np.random.Philox(seed)
         self._start = self._bits.state
@@ -130,7 +125,7 @@ class TrainingWCVariationAllocator:
         Below the shortest reachable length it is that one.
         """
         step = self.block_size - 1
-        shortest = self._shortest(num_tokens)
+        shortest = self._geometry.shortest_length(num_tokens)
         if target_length <= shortest:
             return shortest
         if target_length >= num_tokens:
@@ -152,12 +147,4 @@ class TrainingWCVariationAllocator:
             f"{self.recent_tokens} tokens at LOD0; the nearest reachable "
             + ("length is " if len(nearest) == 1 else "lengths are ")
             + " and ".join(map(str, sorted(nearest)))
-        )
-
-    def _shortest(self, num_tokens: int) -> int:
-        return shortest_length(
-            num_tokens,
-            block_size=self.block_size,
-            max_lod=self.max_lod,
-            recent_tokens=self.recent_tokens,
         )

@@ -15,7 +15,7 @@ import click
 from lensnet_guard import LensNetViolation, RankStopped
 from megacontext.cli.streams import silence
 from megacontext.files import DamagedFileError
-from megacontext.train_result import TrainingStopped
+from megacontext.training.train_result import TrainingStopped
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 LensNet was called where it may not be, or not as often as it must, "

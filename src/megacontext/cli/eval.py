@@ -13,22 +13,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megacontext import ablation
 from megacontext.cli.endings import EXIT_CODES, plain_endings, usage_errors
 from megacontext.cli.streams import PipeConsole
-from megacontext.evaluation import (
+from megacontext.evaluation.compare import (
     LENSNET,
     Evaluation,
     bootstrap_interval,
     evaluate,
     gap_closed,
 )
+from megacontext.evaluation.overview import draw_evaluation
 from megacontext.files import write_atomically
-from megacontext.overview import draw_evaluation
-from megacontext.pretrained import load_model, read_run, usable_device
-from megacontext.run_folder import RunFolder
-from megacontext.sources import load_source
-from megacontext.train_result import StepReport
+from megacontext.training import ablation
+from megacontext.training.pretrained import load_model, read_run, usable_device
+from megacontext.training.run_folder import RunFolder
+from megacontext.training.sources import load_source
+from megacontext.training.train_result import StepReport
 
 
 @click.command("eval", context_settings={"show_default": True}, epilog=EXIT_CODES)
@@ -51,7 +51,7 @@ from megacontext.train_result import StepReport
     "--ablate",
     is_flag=True,
     help="Train the run's setting anew with one thing changed at a time, in RUN_DIR/ablations, "
-    "and compare; takes about as long as the run did, ten times.",
+    "and compare; takes about as long as the run did, seven times.",
 )
 @click.option(
     "--steps",

@@ -17,16 +17,15 @@ from torch import Tensor
 from megacontext.cli.endings import EXIT_CODES, plain_endings, usage_errors
 from megacontext.cli.streams import PipeConsole
 from megacontext.controller import MCController
-from megacontext.focus_strip import focus_legend, focus_strip, tokens_per_character
-from megacontext.pretrained import load_model, usable_device
-from megacontext.run_folder import RunFolder
-from megacontext.sampling import SamplingRules, sample_token
-from megacontext.session import Session
-from megacontext.session_config import SessionConfig
-from megacontext.session_folder import require_free, require_session
-from megacontext.session_report import FocusEvent
-from megacontext.text_stream import TextStream
-from megacontext.tokenizer import Tokenizer, tokenizer_of
+from megacontext.data.tokenizer import Tokenizer, tokenizer_of
+from megacontext.evaluation.focus_strip import focus_legend, focus_strip, tokens_per_character
+from megacontext.inference.sampling import SamplingRules, sample_token
+from megacontext.inference.session_config import SessionConfig, session_rules
+from megacontext.inference.session_folder import require_free, require_session
+from megacontext.inference.session_report import FocusEvent
+from megacontext.inference.text_stream import TextStream
+from megacontext.training.pretrained import load_model, usable_device
+from megacontext.training.run_folder import RunFolder
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _SESSION, _SAMPLING = SessionConfig(), SamplingRules()
@@ -157,7 +156,7 @@ class _Generation:
         values = {f.name: options[f.name] for f in dataclasses.fields(SessionConfig)}
         self._settings = SessionConfig(**values)
         if not options["resume"]:
-            Session.check(mc, self._settings)
+            session_rules(mc.config, self._settings, mc.language_model.max_tokens)
         self._text: list[str] = []
         self._told = 0  # refocuses that were told
         self._drawn_scale = 0  # tokens of a character in the last legend

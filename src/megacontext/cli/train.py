@@ -16,19 +16,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megacontext.cli.endings import EXIT_CODES, Termination, plain_endings, usage_errors
 from megacontext.cli.streams import PipeConsole
 from megacontext.config import MCConfig
-from megacontext.distributed import device_name
-from megacontext.hf_language_model import (
+from megacontext.data.tokenizer import has_tokenizer
+from megacontext.model.hf_loading import (
     PRETRAINED_RATE,
     check_language_model,
     language_model_sizes,
 )
-from megacontext.pretrained import usable_device
-from megacontext.run_folder import RunFolder
-from megacontext.settings import SETTINGS
-from megacontext.tokenizer import has_tokenizer
-from megacontext.train_config import TrainConfig
-from megacontext.train_result import StepReport, TrainResult
-from megacontext.trainer import train
+from megacontext.training.distributed import device_name
+from megacontext.training.presets import SETTINGS
+from megacontext.training.pretrained import usable_device
+from megacontext.training.run import train
+from megacontext.training.run_folder import RunFolder
+from megacontext.training.train_config import TrainConfig
+from megacontext.training.train_result import StepReport, TrainResult
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Config = TypeVar("_Config", MCConfig, TrainConfig)

@@ -1,42 +1,39 @@
-"""The focus allocator: what scores make of a cut, and that the rules always hold."""
+"""Scores become edits of a cut, and the rules always hold."""
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacontext import Cut, MCConfig, MCController, UnreachableTarget
-from megacontext.allocators.focus import (
-    Edits,
-    FocusAllocator,
+from megacontext import Cut, SessionConfig, UnreachableTarget
+from megacontext.allocators.cut import Geometry, lod0_tail
+from megacontext.allocators.focus import Edits, Scored, node_keys, refocus_cut
+from megacontext.allocators.rules import (
     FocusRules,
-    Scored,
-    node_keys,
-    refocus_cut,
+    FocusTuning,
+    coarsest_length,
+    first_that_fits,
 )
-from megacontext.allocators.rules import coarsest_length, first_that_fits
-from megacontext.cut import coarse_cut, lod0_tail
-from megacontext.session_config import SessionConfig
-from megacontext.working_context import WorkingContext
 
 K = 4
-RULES = FocusRules(wc_length=40, block_size=K, max_lod=2, recent_tokens=8)
+RULES = FocusRules(Geometry(block_size=K, max_lod=2, recent_tokens=8, window=40))
 
 
-def rules(**changes: object) -> FocusRules:
-    return FocusRules(**{**vars(RULES), **changes})
+def rules(*, wc_length: int = 40, reserve: int = 0, **tuning: Any) -> FocusRules:
+    return FocusRules(RULES.geometry.within(wc_length), FocusTuning(**tuning), reserve)
 
 
 def view_of(first: int, end: int, of: FocusRules) -> Cut:
-    return coarse_cut(
-        first,
-        end,
-        lod0_from=end - of.recent_tokens // 2,
-        block_size=of.block_size,
-        max_lod=of.max_lod,
-        window=100_000,
-    )
+    lod0_from = end - of.geometry.recent_tokens // 2
+    return of.geometry.within(100_000).coarse_cut(first, end, lod0_from)
+
+
+def flipped(edits: Edits, barred: np.ndarray) -> int:
+    """Nodes that were barred, and collapsed by force."""
+    return int(np.isin(edits.collapsed, barred).sum())
 
 
 def scored(
@@ -52,14 +49,13 @@ def scored(
 
 def gists(end: int, of: FocusRules = RULES, window: int = 1_000) -> Cut:
     """Everything that may be coarse is LOD1 (LOD2 where ``window`` is short)."""
-    lod0_from = end - of.recent_tokens
-    return coarse_cut(0, end, lod0_from=lod0_from, block_size=K, max_lod=of.max_lod, window=window)
+    return of.geometry.within(window).coarse_cut(0, end)
 
 
 def held_at_lod0(cut: Cut, of: FocusRules = RULES) -> list[int]:
     """Starts of the blocks before the tail that the cut holds at LOD0."""
     starts = cut.positions[(cut.lods == 0) & (cut.positions % K == 0)]
-    return [int(s) for s in starts if s + K <= cut.ends[-1] - of.recent_tokens]
+    return [int(s) for s in starts if s + K <= cut.ends[-1] - of.geometry.recent_tokens]
 
 
 class TestExpansions:
@@ -162,7 +158,7 @@ class TestBudget:
         first = int(edited.positions[0])
         assert first % 16 == 0
         assert edits.dropped == first // 4
-        assert coarsest_length(first, 1_600, RULES) == 40 - (40 - 8) // 2
+        assert coarsest_length(first, 1_600, RULES.geometry) == 40 - (40 - 8) // 2
         edited.check(first, 1_600, recent_tokens=8)
 
     def test_barred_nodes_give_way_last_and_are_counted(self) -> None:
@@ -172,12 +168,12 @@ class TestBudget:
         calm = scored(cut, RULES)
         kept, second = refocus_cut(opened, calm, rules(wc_length=20), edits.expanded)
         assert held_at_lod0(kept) == [32]
-        assert second.flipped == 0
+        assert flipped(second, edits.expanded) == 0
         tight = rules(wc_length=14)
-        assert coarsest_length(0, 80, tight) == 14
-        flipped, third = refocus_cut(opened, calm, tight, edits.expanded)
-        assert held_at_lod0(flipped) == []
-        assert (third.flipped, third.dropped) == (1, 0)
+        assert coarsest_length(0, 80, tight.geometry) == 14
+        closed, third = refocus_cut(opened, calm, tight, edits.expanded)
+        assert held_at_lod0(closed) == []
+        assert (flipped(third, edits.expanded), third.dropped) == (1, 0)
 
     def test_a_budget_below_the_tail_says_what_it_takes(self) -> None:
         """No cut can be legal then."""
@@ -230,38 +226,39 @@ def focus_cases(draw: st.DrawFn) -> tuple[FocusRules, int, int]:
     k = draw(st.integers(2, 5))
     max_lod, recent = draw(st.integers(1, 2)), draw(st.integers(1, 12))
     shortest = recent + max_lod * (k - 1)
-    of = FocusRules(
-        wc_length=draw(st.integers(max(shortest, 1), shortest + 40)),
-        block_size=k,
-        max_lod=max_lod,
-        recent_tokens=recent,
+    window = draw(st.integers(max(shortest, 1), shortest + 40))
+    tuning = FocusTuning(
         max_edits=draw(st.integers(0, 20)),
         margin=draw(st.sampled_from([0.0, 0.1, 0.5])),
         cooldown=draw(st.integers(0, 3)),
         detail_share=draw(st.sampled_from([0.0, 0.5, 1.0])),
     )
+    of = FocusRules(Geometry(k, max_lod, recent, window), tuning)
     return of, draw(st.integers(1, 300)), draw(st.integers(0, 2**20))
 
 
 def iterate(of: FocusRules, tokens: int, seed: int, appended: int, rounds: int = 5):
-    """Cut before, cut after and edits of iterations with random scores, as tokens are appended."""
-    rng = np.random.default_rng(seed)
-    cut, resting, end = lod0_tail(tokens, tokens, of.block_size), [], tokens
+    """Cut before, cut after, edits and what was barred of iterations with random scores.
+
+    Tokens are appended between them.
+    """
+    rng, k = np.random.default_rng(seed), of.geometry.block_size
+    cut, resting, end = lod0_tail(tokens, tokens, k), [], tokens
     for _ in range(rounds):
         first = first_that_fits(int(cut.positions[0]), end, of)
         view = view_of(first, end, of)
         some = Scored(view, rng.choice([-1, -0.4, 0.3, 1], len(view)).astype(np.float32))
-        recent = resting[-of.cooldown :] if of.cooldown else []
+        recent = resting[-of.tuning.cooldown :] if of.tuning.cooldown else []
         barred = np.concatenate([np.empty(0, np.int64), *recent])
         edited, edits = refocus_cut(cut, some, of, barred)
-        yield cut, edited, edits
+        yield cut, edited, edits, barred
         resting.append(np.concatenate([edits.expanded, edits.collapsed]))
         end += appended
-        tail = lod0_tail(end, appended, of.block_size)
+        tail = lod0_tail(end, appended, k)
         cut = Cut(
             np.concatenate([edited.positions, tail.positions]),
             np.concatenate([edited.lods, tail.lods]),
-            of.block_size,
+            k,
         )
 
 
@@ -284,18 +281,18 @@ class TestProperties:
     ) -> None:
         """It tiles up to the newest token, on its grid, the tail at LOD0, and keeps its first."""
         of, tokens, seed = case
-        for cut, edited, edits in iterate(of, tokens, seed, appended):
+        for cut, edited, edits, _ in iterate(of, tokens, seed, appended):
             first, end = int(cut.positions[0]), int(cut.ends[-1])
-            edited.check(int(edited.positions[0]), end, min(of.recent_tokens, end))
+            edited.check(int(edited.positions[0]), end, min(of.geometry.recent_tokens, end))
             assert len(edited) <= of.wc_length
-            if coarsest_length(first, end, of) <= of.wc_length:
+            if coarsest_length(first, end, of.geometry) <= of.wc_length:
                 assert (edits.dropped, int(edited.positions[0])) == (0, first)
             else:
-                assert edited.positions[0] % of.block_size**of.max_lod == 0
-            saved = (len(edits.collapsed) - len(edits.expanded)) * (of.block_size - 1)
+                assert edited.positions[0] % of.geometry.coarsest_span == 0
+            saved = (len(edits.collapsed) - len(edits.expanded)) * (of.geometry.block_size - 1)
             assert len(cut) - edits.dropped - saved == len(edited)
             if len(cut) - edits.dropped <= of.wc_length:
-                assert len(edits) <= of.max_edits
+                assert len(edits) <= of.tuning.max_edits
 
     @settings(max_examples=150)
     @given(focus_cases(), st.integers(0, 40), st.integers(0, 200))
@@ -305,15 +302,15 @@ class TestProperties:
         """It is legal as ever, and loses less than one span of the oldest beyond what it must."""
         of, tokens, seed = case
         most = of.fewest_max_tokens + more
-        of = FocusRules(**{**vars(of), "max_tokens": most})
-        for cut, edited, _ in iterate(of, tokens, seed, appended):
+        of = replace(of, max_tokens=most)
+        for cut, edited, _, _ in iterate(of, tokens, seed, appended):
             first, end = int(edited.positions[0]), int(cut.ends[-1])
-            edited.check(first, end, min(of.recent_tokens, end))
+            edited.check(first, end, min(of.geometry.recent_tokens, end))
             assert end - first <= most
             assert len(edited) <= of.wc_length
             began = int(cut.positions[0])
-            if coarsest_length(began, end, of) <= of.wc_length:
-                assert first < max(began, end - most) + of.block_size**of.max_lod
+            if coarsest_length(began, end, of.geometry) <= of.wc_length:
+                assert first < max(began, end - most) + of.geometry.coarsest_span
 
     @given(focus_cases(), st.integers(0, 40))
     def test_nothing_flips_within_the_cooldown(
@@ -322,12 +319,12 @@ class TestProperties:
         """Neither itself nor through a span around it or within it; but where the edits say so."""
         of, tokens, seed = case
         rows, forced = [], 0
-        for cut, edited, edits in iterate(of, tokens, seed, appended):
+        for cut, edited, edits, barred in iterate(of, tokens, seed, appended):
             rows = rows or [cut.token_lods(int(cut.ends[-1]))]
             rows.append(edited.token_lods(int(edited.ends[-1])))
-            forced += edits.flipped
+            forced += flipped(edits, barred)
         if not forced:
-            assert flips(rows, of.cooldown) == 0
+            assert flips(rows, of.tuning.cooldown) == 0
 
     @settings(max_examples=150)
     @given(focus_cases(), st.integers(1, 40))
@@ -336,92 +333,18 @@ class TestProperties:
     ) -> None:
         """Expansions leave room for what is appended while they rest."""
         of, tokens, seed = case
-        session = SessionConfig(refocus_interval=appended, cooldown=of.cooldown)
-        shape = (of.block_size, of.max_lod, of.recent_tokens)
-        reserve = session.rules(of.wc_length, *shape).reserve
-        of = FocusRules(**{**vars(of), "reserve": reserve, "wc_length": of.wc_length + reserve})
-        assert all(e.flipped == 0 for _, _, e in iterate(of, tokens, seed, appended, rounds=8))
+        session = SessionConfig(refocus_interval=appended, cooldown=of.tuning.cooldown)
+        reserve = session.rules(of.geometry).reserve
+        of = replace(of, geometry=of.geometry.within(of.wc_length + reserve), reserve=reserve)
+        for _, _, edits, barred in iterate(of, tokens, seed, appended, rounds=8):
+            assert flipped(edits, barred) == 0
 
 
-@pytest.fixture
-def allocator(mc: MCController, config: MCConfig):
-    def make() -> FocusAllocator:
-        of = FocusRules(config.train_wc_length, config.block_size, 2, config.recent_tokens)
-        return FocusAllocator(mc.lensnet, mc.guard, of, horizon_tokens=8, focus_window=1_024)
-
-    return make
-
-
-class TestFocusAllocator:
-    def test_it_is_refused_outside_inference(self, mc: MCController, allocator) -> None:
-        """Made or used; the message says what to do instead."""
-        with mc.context("training"), pytest.raises(RuntimeError) as raised:
-            allocator()
-        assert str(raised.value) == (
-            "a FocusAllocator was made in training context; it is for inference only: "
-            '`with mc.context("inference"):`. In training, working contexts come from '
-            "TrainingWCVariationAllocator"
-        )
-        with pytest.raises(RuntimeError, match="made in unset context"):
-            allocator()
-        with mc.context("inference"):
-            made = allocator()
-        with mc.context("training"), pytest.raises(RuntimeError, match="used in training context"):
-            made.refocus(lod0_tail(9, 9, 4), lambda cut: pytest.fail("nothing is gathered"))
-        with pytest.raises(RuntimeError, match="used in unset context"):
-            made.refocus(lod0_tail(9, 9, 4), lambda cut: pytest.fail("nothing is gathered"))
-
-    def test_one_call_on_the_focus_view_for_each_iteration(
-        self, mc: MCController, allocator, assert_lensnet_calls
-    ) -> None:
-        """It ends at the newest token; its LOD0 tail is shorter than the protected one."""
-        tokens = torch.randint(0, 64, (1, 90))
-        tree, views = mc.build_tree(tokens), []
-        end = tree.lengths[0]
-
-        def gather(cut: Cut) -> WorkingContext:
-            views.append(cut)
-            return tree.working_context([[cut]])
-
-        with mc.context("inference"), assert_lensnet_calls(n=3) as calls:
-            made, cut = allocator(), lod0_tail(end, end, 4)
-            for _ in range(3):
-                cut, _ = made.refocus(cut, gather)
-        view = views[0]
-        view.check(0, end, recent_tokens=16 - 8)
-        assert int(view.positions[view.lods > 0][-1]) + 4 > end - 8 - 4
-        assert [call.inputs[0] for call in calls] == [f"float32[1, {len(view)}, 32] cpu"] * 3
-        cut.check(0, end, recent_tokens=16)
-
-    def test_it_bars_what_the_last_iterations_edited(self, mc: MCController, allocator) -> None:
-        """As many as the cooldown; what was saved can be put back."""
-        tree = mc.build_tree(torch.randint(0, 64, (1, 96)))
-        with mc.context("inference"), torch.no_grad():
-            made, cut = allocator(), lod0_tail(96, 96, 4)
-            cut, edits = made.refocus(cut, lambda c: tree.working_context([[c]]))
-            assert made.resting[0].tolist() == [*edits.expanded, *edits.collapsed]
-            for _ in range(3):
-                cut, _ = made.refocus(cut, lambda c: tree.working_context([[c]]))
-        assert len(made.resting) == 2
-        made.resting = [edits.collapsed]
-        assert made.resting == (edits.collapsed,)
-
-    def test_what_rests_is_not_edited(self, mc: MCController, allocator) -> None:
-        """Whatever LensNet says of it."""
-        tree = mc.build_tree(torch.randint(0, 64, (1, 96)))
-        cut = coarse_cut(0, 96, lod0_from=80, block_size=4, max_lod=2, window=99)
-        every = node_keys(cut.positions, cut.lods)
-        with mc.context("inference"), torch.no_grad():
-            mc.lensnet.head.bias.fill_(5.0)  # it wants all of it
-            made = allocator()
-            assert len(made.refocus(cut, lambda c: tree.working_context([[c]]))[1]) > 0
-            made.resting = [every]
-            assert len(made.refocus(cut, lambda c: tree.working_context([[c]]))[1]) == 0
-
+class TestGrid:
     def test_a_view_that_would_not_begin_on_the_grid_is_refused(self) -> None:
         """Its gists would stand for other tokens than their spans say."""
         with pytest.raises(ValueError, match="must begin at a multiple of 16, not at 5"):
-            coarse_cut(5, 90, lod0_from=80, block_size=4, max_lod=2, window=99)
+            RULES.geometry.coarse_cut(5, 90, 80)
 
 
 class TestFocusRules:
@@ -433,7 +356,6 @@ class TestFocusRules:
             ({"margin": -0.1}, "margin must not be negative, but is -0.1"),
             ({"expand_threshold": float("nan")}, "expand_threshold must be a number, not nan"),
             ({"detail_share": 1.5}, "detail_share must lie in [0, 1], not 1.5"),
-            ({"block_size": 1}, "block_size must be at least 2 tokens, not 1"),
         ],
     )
     def test_what_makes_no_rule_is_named(self, changes: dict[str, float], message: str) -> None:
@@ -441,6 +363,12 @@ class TestFocusRules:
         with pytest.raises(ValueError) as raised:
             rules(**changes)
         assert str(raised.value) == message
+
+    def test_what_makes_no_tree_is_named(self) -> None:
+        """By the geometry itself."""
+        with pytest.raises(ValueError) as raised:
+            Geometry(block_size=1, max_lod=2, recent_tokens=8, window=40)
+        assert str(raised.value) == "block_size must be at least 2 tokens, not 1"
 
     def test_types(self) -> None:
         """True is no number, and 1.5 no length."""

@@ -272,4 +272,9 @@ class TestSeparation:
                 else []
             )
         }
-        assert imported == {"collections.abc", "numpy", "megacontext.cut"}
+        assert imported == {
+            "collections.abc",
+            "numpy",
+            "megacontext.checks",
+            "megacontext.allocators.cut",
+        }

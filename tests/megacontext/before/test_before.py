@@ -11,10 +11,8 @@ import torch
 from click.testing import CliRunner
 
 from lensnet_guard.postmortem import read_verdict
-from megacontext import MCConfig, MCController
+from megacontext import MCConfig, MCController, Recipe, load_model, train
 from megacontext.cli import main
-from megacontext.pretrained import load_model
-from megacontext.trainer import train
 
 BEFORE = Path(__file__).parent
 
@@ -50,6 +48,27 @@ class TestRun:
         found = rows(run_dir / "metrics.jsonl")
         assert [row["step"] for row in found] == [1, 2, 3, 4]
         assert found == [pytest.approx(row, rel=1e-3, nan_ok=True) for row in whole]
+
+    @pytest.mark.parametrize(
+        "recipe", [{"scored": "variant"}, {"causal_lens": True}, {"judged": "all"}], ids=str
+    )
+    def test_an_ablation_is_loaded(self, run_dir: Path, recipe: dict[str, Any]) -> None:
+        """As what it was; it stood among the model's sizes."""
+        config = json.loads((run_dir / "config.json").read_text())
+        config["model"] |= recipe
+        (run_dir / "config.json").write_text(json.dumps(config))
+        mc = load_model(run_dir)
+        assert mc.config.recipe == Recipe(**recipe)
+        assert mc.lensnet.causal == ("causal_lens" in recipe)
+
+    def test_a_term_that_is_no_more_is_refused(self, run_dir: Path) -> None:
+        """By what it is, and not as damage: by load_model and by --resume."""
+        config = json.loads((run_dir / "config.json").read_text())
+        config["model"]["rank_weight"] = 0.5
+        (run_dir / "config.json").write_text(json.dumps(config))
+        for read in (load_model, lambda path: train(path, resume=True)):
+            with pytest.raises(ValueError, match=r"^rank_weight is 0\.5, and the preference loss"):
+                read(run_dir)
 
     def test_its_log_is_read(self) -> None:
         """With the verdict of then."""

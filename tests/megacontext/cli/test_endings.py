@@ -18,7 +18,7 @@ from click.testing import CliRunner
 import megacontext
 from megacontext.cli import endings, main
 from megacontext.cli.endings import Termination
-from megacontext.run_folder import RunFolder
+from megacontext.training.run_folder import RunFolder
 
 TEXT = str(Path(megacontext.__file__).parent)
 SIZES = "--batch-size 1 --sequence-tokens 96 --train-wc-length 47 --d-model 16 --num-heads 2"

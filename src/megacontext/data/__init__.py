@@ -1,0 +1,1 @@
+"""What is trained on: sources of sequences, and how text becomes tokens."""

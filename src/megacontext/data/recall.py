@@ -1,0 +1,125 @@
+"""A synthetic data set that only far memory can solve: facts long ago, asked for at the end.
+
+A sequence is random filler with facts ``key value`` strewn over its older part; then some of the
+keys are named (the question), and the sequence ends with the same keys, each followed by its value.
+Only the values are labelled. Every symbol can be a value or filler, so nothing but the fact itself
+tells a key's value; and what was asked stands before the horizon, where LensNet may look.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megacontext.data.source import Batch
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RecallSource:
+    """How sequences are made. Tokens 0 to keys - 1 are keys, the next ones symbols.
+
+    Attributes:
+        keys, symbols: how many there are.
+        facts: per sequence, each of another key, in blocks of their own.
+        questions: keys that are asked for; the answer takes two tokens each.
+        block_size: tokens of a block; a fact does not straddle two.
+        label_all: every token counts in losses, not the answers alone; for an ablation.
+    """
+
+    keys: int = 16
+    symbols: int = 32
+    facts: int = 8
+    questions: int = 3
+    block_size: int = 8
+    label_all: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Keys and symbols."""
+        return self.keys + self.symbols
+
+    @property
+    def horizon_tokens(self) -> int:
+        """The answers, at the end of every sequence."""
+        return 2 * self.questions
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The sizes."""
+        return asdict(self)
+
+    def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> "RecallBatch":
+        """Random sequences.
+
+        Raises:
+            ValueError: a sequence of ``length`` tokens has no room for facts and questions.
+        """
+        asked = 3 * self.questions
+        blocks = min(length * 5 // 8, length - asked) // self.block_size  # the older part
+        if blocks < self.facts:
+            raise ValueError(
+                f"sequences of {length} tokens have no room for {self.facts} facts in blocks of "
+                f"{self.block_size} and {self.questions} questions; make them longer"
+            )
+        tokens = rng.integers(self.keys, self.vocab_size, size=(batch_size, length))
+        rows = np.arange(batch_size)[:, None]
+        fact_blocks = _choose(rng, batch_size, blocks, self.facts)
+        keys = _choose(rng, batch_size, self.keys, self.facts)
+        values = rng.integers(self.keys, self.vocab_size, size=keys.shape)
+        at = fact_blocks * self.block_size + rng.integers(0, self.block_size - 1, size=keys.shape)
+        tokens[rows, at], tokens[rows, at + 1] = keys, values
+
+        rounds = -(-self.questions // self.facts)
+        orders = [_choose(rng, batch_size, self.facts, self.facts) for _ in range(rounds)]
+        which = np.concatenate(orders, axis=1)[:, : self.questions]
+        answers = length - self.horizon_tokens + 2 * np.arange(self.questions)
+        questions = length - asked + np.arange(self.questions)
+        tokens[rows, questions] = tokens[rows, answers] = keys[rows, which]
+        tokens[rows, answers + 1] = values[rows, which]
+        labelled = np.zeros(tokens.shape, dtype=np.bool_)
+        labelled[:, answers + 1] = True
+        return RecallBatch(
+            torch.from_numpy(tokens),
+            None if self.label_all else torch.from_numpy(labelled),
+            fact_blocks,
+            fact_blocks[rows, which],
+        )
+
+    def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Short sequences with many questions: retrieval is learned from them soonest."""
+        for_facts = (self.facts + 1) * self.block_size
+        questions = max(min(3 * self.facts, (length - for_facts) // 3), 1)
+        many = replace(self, questions=questions)
+        return many.batch(rng, batch_size, min(length, for_facts + 3 * questions))
+
+    def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """No two sequences are ever the same."""
+        return self.batch(rng, batch_size, length)
+
+    def unigram_entropy(self) -> float:
+        """A value is any symbol."""
+        return math.log(self.symbols)
+
+
+@dataclass(frozen=True)
+class RecallBatch(Batch):
+    """Sequences and where their facts are.
+
+    Attributes:
+        fact_blocks: the blocks that hold facts, int64 ``[B, facts]``.
+        asked_blocks: those of the facts that are asked for, int64 ``[B, questions]``.
+    """
+
+    fact_blocks: Ints
+    asked_blocks: Ints
+
+
+def _choose(rng: np.random.Generator, rows: int, among: int, number: int) -> Ints:
+    """For each row, different numbers below ``among``, int64 ``[rows, number]``."""
+    order: Ints = rng.random((rows, among)).argsort(axis=1)
+    return order[:, :number]

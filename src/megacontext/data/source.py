@@ -1,0 +1,209 @@
+"""What is trained on: a source gives batches. Real text is one, as bytes; `recall` is another."""
+
+import hashlib
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megacontext.data.tokenizer import ByteTokenizer, Tokenizer
+from megacontext.model.tokens import Ids, as_ids
+from megacontext.model.transfer import to_device
+
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+_HELD_OUT_ONE_IN = 10
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of equal length.
+
+    Attributes:
+        tokens: int64 ``[B, T]``.
+        labelled: the tokens that count in losses, bool ``[B, T]``; None for all.
+    """
+
+    tokens: Tensor
+    labelled: Tensor | None
+
+    def share(self, rank: int, size: int) -> "Batch":
+        """Every ``size``-th sequence, from number ``rank`` on."""
+        labelled = None if self.labelled is None else self.labelled[rank::size]
+        return replace(self, tokens=self.tokens[rank::size], labelled=labelled)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        labelled = None if self.labelled is None else to_device(self.labelled, device)
+        return replace(self, tokens=to_device(self.tokens, device), labelled=labelled)
+
+
+class Source(Protocol):
+    """Where a trainer's sequences come from."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens are below it."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """For a run's ``config.json``; its ``sha256`` is that of what is read, if anything is."""
+
+    def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Random sequences to train on."""
+
+    def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Random sequences of at most ``length`` for the language model alone."""
+
+    def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Random sequences that are never trained on."""
+
+    def unigram_entropy(self) -> float:
+        """Entropy of a label without its context, nats: the loss to beat."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text as tokens, a tenth of it held out for validation.
+
+    Attributes:
+        training, validation: tokens, in the smallest type that holds them, ``[tokens]``.
+        files: how many files were read.
+        sha256: fingerprint of both parts; a resumed run must find the same.
+        vocab_size: tokens are below it; 256 for bytes.
+        unit: what to call them: ``"bytes"`` or ``"tokens"``.
+    """
+
+    training: Ids
+    validation: Ids
+    files: int
+    sha256: str
+    vocab_size: int = 256
+    unit: str = "bytes"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Fingerprint and sizes."""
+        return {
+            "sha256": self.sha256,
+            "files": self.files,
+            f"training_{self.unit}": len(self.training),
+            f"validation_{self.unit}": len(self.validation),
+        }
+
+    def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Random windows of the training part."""
+        return _windows(self.training, rng, batch_size, length)
+
+    def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """The same."""
+        return self.batch(rng, batch_size, length)
+
+    def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Random windows of the held-out part."""
+        return _windows(self.validation, rng, batch_size, length)
+
+    def unigram_entropy(self) -> float:
+        """Entropy of a token of the validation part, nats: the loss of a model without context."""
+        counts = np.bincount(self.validation)
+        probabilities = counts[counts > 0] / len(self.validation)
+        return float(-(probabilities * np.log(probabilities)).sum())
+
+
+def load_corpus(
+    paths: Sequence[Path], min_tokens: int, tokenizer: Tokenizer | None = None
+) -> Corpus:
+    """Read text files; every tenth is held out (of fewer than ten, the last tenth of each).
+
+    Args:
+        paths: files, or folders whose files are read but for hidden ones and Python's caches; none
+            for the standard library.
+        min_tokens: length of one window: both parts must be longer.
+        tokenizer: makes tokens of each file; of bytes by default.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: too little text; or a path that is a pipe or a device.
+    """
+    files = _files(paths) if paths else _standard_library()
+    tokenizer = tokenizer or ByteTokenizer()
+    size, whose = tokenizer.vocab_size, f"tokens of {type(tokenizer).__name__}"
+    empty = as_ids(np.empty(0, np.int64), size)
+
+    def encode(file: Path) -> Ids:
+        pieces = tokenizer.encode([file.read_bytes()])
+        return np.concatenate([empty, *(as_ids(piece, size, whose) for piece in pieces)])
+
+    texts = [encode(file) for file in files]
+    if len(texts) >= _HELD_OUT_ONE_IN:
+        held_out = range(_HELD_OUT_ONE_IN - 1, len(texts), _HELD_OUT_ONE_IN)
+        training = [text for i, text in enumerate(texts) if i not in held_out]
+        validation = [texts[i] for i in held_out]
+    else:  # of a few files, the end of each
+        splits = [len(text) - len(text) // _HELD_OUT_ONE_IN for text in texts]
+        training = [text[:split] for text, split in zip(texts, splits, strict=True)]
+        validation = [text[split:] for text, split in zip(texts, splits, strict=True)]
+    parts = [np.concatenate([empty, *part]) for part in (training, validation)]
+    for name, part in zip(("training", "validation"), parts, strict=True):
+        if len(part) <= min_tokens:
+            raise ValueError(
+                f"too little text: the {name} part of {len(files)} files has {len(part)} "
+                f"{tokenizer.unit}, and one sequence needs more than {min_tokens}; give more files "
+                "or shorten --sequence-tokens"
+            )
+    digest = hashlib.sha256(parts[0].tobytes() + b"\0" + parts[1].tobytes())
+    return Corpus(
+        training=parts[0],
+        validation=parts[1],
+        files=len(files),
+        sha256=digest.hexdigest(),
+        vocab_size=tokenizer.vocab_size,
+        unit=tokenizer.unit,
+    )
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return sorted(
+        path
+        for path in root.rglob("*.py")
+        if not _NOT_LIBRARY.intersection(path.relative_to(root).parts)
+    )
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file())
+            files += [p for p in inside if not _is_litter(p.relative_to(path))]
+        elif path.is_file():
+            files.append(path)
+        elif path.exists():
+            raise ValueError(
+                f"{path} is no file and no folder, and a resumed run must read its text again: "
+                "save it as a file"
+            )
+        else:
+            raise FileNotFoundError(f"no such text file or folder: {path}")
+    if not files:
+        raise ValueError(
+            f"there are no files in {', '.join(map(str, paths))}: hidden ones, and folders behind "
+            "links, are not read; give others, or what the links lead to"
+        )
+    return list(dict.fromkeys(file.resolve() for file in files))
+
+
+def _is_litter(path: Path) -> bool:
+    """Hidden files and Python's caches: they are no text, and change by themselves."""
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
+def _windows(text: Ids, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+    starts = rng.integers(0, len(text) - length, size=batch_size)
+    tokens = text[starts[:, None] + np.arange(length)].astype(np.int64)
+    return Batch(torch.from_numpy(tokens), labelled=None)

@@ -1,0 +1,1 @@
+"""Whether the focus is good, and what it looks like."""

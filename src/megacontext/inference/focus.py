@@ -1,0 +1,83 @@
+"""The focus allocator: it asks LensNet what to look at. In inference only."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from lensnet_guard import Guard
+from megacontext.allocators.cut import Cut, Ints
+from megacontext.allocators.focus import Edits, Scored, refocus_cut
+from megacontext.allocators.rules import FocusRules, first_that_fits
+from megacontext.model.working_context import WorkingContext
+
+
+class FocusAllocator:
+    """Asks LensNet once per iteration, and edits a working context by what it says.
+
+    Args:
+        lensnet: Guarded.
+        guard: Its guard.
+        rules: How scores become edits.
+        horizon_tokens: By how much the LOD0 tail of the focus view is shorter than the protected
+            tail, as it was in training.
+        focus_window: The most entries of the focus view.
+
+    Raises:
+        RuntimeError: It was made or used outside inference context.
+    """
+
+    def __init__(
+        self,
+        lensnet: Callable[..., Tensor],
+        guard: Guard,
+        rules: FocusRules,
+        *,
+        horizon_tokens: int,
+        focus_window: int,
+    ) -> None:
+        self._lensnet = lensnet
+        self._guard = guard
+        self.rules = rules
+        self._view_geometry = rules.geometry.within(focus_window)
+        self._horizon_tokens = horizon_tokens
+        self._require_inference("made")
+
+    def refocus(
+        self, cut: Cut, resting: Sequence[Ints], gather: Callable[[Cut], WorkingContext]
+    ) -> tuple[Cut, Edits]:
+        """One iteration: one LensNet call, then edits.
+
+        Args:
+            cut: The working context's, up to the newest token.
+            resting: Keys of the nodes that may not be edited now, some arrays of them.
+            gather: Makes tensors ``[1, E]`` of the focus view.
+
+        Returns:
+            The new cut, and the edits that made it.
+
+        Raises:
+            UnreachableTarget: The view does not fit ``focus_window``, or the tail ``wc_length``.
+        """
+        self._require_inference("used")
+        view_cut = self.focus_view(cut)
+        view = gather(view_cut)
+        scores = self._lensnet(view.embeddings, view.starts, view.spans, view.lods, view.pad_mask)
+        scored = Scored(view_cut, scores[0].float().numpy(force=True))
+        barred = np.concatenate([np.empty(0, dtype=np.int64), *resting])
+        return refocus_cut(cut, scored, self.rules, barred)
+
+    def focus_view(self, cut: Cut) -> Cut:
+        """What LensNet is to score: all that the edited cut can cover, the history as gists."""
+        end = int(cut.ends[-1])
+        first = first_that_fits(int(cut.positions[0]), end, self.rules)
+        lod0_tokens = self._view_geometry.recent_tokens - self._horizon_tokens
+        return self._view_geometry.coarse_cut(first, end, end - lod0_tokens)
+
+    def _require_inference(self, what: str) -> None:
+        if (context := self._guard.current_context) != "inference":
+            raise RuntimeError(
+                f"a FocusAllocator was {what} in {context or 'unset'} context; it is for "
+                'inference only: `with mc.context("inference"):`. In training, working contexts '
+                "come from TrainingWCVariationAllocator"
+            )

@@ -1,0 +1,122 @@
+"""The three networks of a model, with LensNet guarded: what training and sessions are made of."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
+from megacontext.config import MCConfig
+from megacontext.model.gistnet import GistNet
+from megacontext.model.hf_loading import new_language_model
+from megacontext.model.lensnet import LensNet
+from megacontext.model.tokens import check_batch
+from megacontext.model.working_context import NO_LABEL, WorkingContext
+
+PREFERENCE_SCORER = "preference_scorer"
+
+
+class Networks(nn.Module):
+    """Language model, GistNet and guarded LensNet, made by a configuration.
+
+    Args:
+        config: sizes; checked when it was made.
+        bf16: run forward passes of training and validation under autocast to bfloat16. Losses are
+            computed in the dtype of the weights.
+
+    Attributes:
+        lensnet: the guarded proxy; `guard` is its guard.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: ``config.language_model`` cannot be used.
+    """
+
+    def __init__(self, config: MCConfig, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.bf16 = bf16
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)  # not the generators of devices
+            self.language_model = new_language_model(config)
+            self.gistnet = GistNet(config.d_model)
+            lensnet = LensNet(
+                config.d_model,
+                config.lens_layers,
+                config.num_heads,
+                config.max_lod,
+                causal=config.recipe.causal_lens,
+            )
+        policy = CallPolicy(scopes={PREFERENCE_SCORER: 1})
+        self.lensnet: LensNet = guard_module(lensnet, policy=policy, mode="enforce").module
+
+    @property
+    def guard(self) -> Guard:
+        """LensNet's guard: contexts, records, counts."""
+        guard = guard_of(self.lensnet)
+        if guard is None:
+            raise RuntimeError(
+                "mc.lensnet is no longer guarded: something replaced it by a raw module. "
+                "Assign a guarded one: mc.lensnet = guard_module(lensnet).module"
+            )
+        return guard
+
+    def context(self, context: str) -> AbstractContextManager[None]:
+        """``with mc.context("training"):`` or ``with mc.context("inference"):``."""
+        return self.guard.context(context)  # type: ignore[arg-type]  # checked there
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Around forward passes of the networks, and nothing else."""
+        if not self.bf16:
+            return nullcontext()
+        return torch.autocast(self.language_model.embedding.weight.device.type, torch.bfloat16)
+
+    def compile_networks(self) -> None:
+        """Compile language model, GistNet and LensNet in place, for batches of fixed shapes.
+
+        LensNet and GistNet get CUDA graphs where they run on CUDA. Parameters must have gradient
+        buffers of their own then (`optimization.own_gradients`). For training: a session's shapes
+        change, and torch gives up compiling after eight.
+        """
+        # A network with CUDA graphs writes every call's outputs to the same memory, and does so
+        # from the next call of any of them on that no backward is pending for. What is read after
+        # one is therefore the output of an ordinary operation: of a gather, a loss, a metric.
+        # And LensNet, with its graphs, is the last to be called before backward: a compiled call
+        # after it would let its backward start over with the memory that GistNet's backward needs.
+        self.language_model.compile(dynamic=False)
+        self.gistnet.compile(mode="reduce-overhead", dynamic=False)
+        self.lensnet.compile(mode="reduce-overhead", dynamic=False)
+
+    def token_nll(self, context: WorkingContext) -> Tensor:
+        """NLL of each entry's label, nats, ``[R, W]``; 0 where there is none."""
+        logits = self.logits(context.embeddings, context.starts, context.spans, context.pad_mask)
+        flat = F.cross_entropy(
+            logits.flatten(0, 1),
+            context.labels.flatten(),
+            ignore_index=NO_LABEL,
+            reduction="none",
+        )
+        return flat.view_as(context.labels)
+
+    def full_detail_loss(self, tokens: Tensor, labelled: Tensor | None = None) -> Tensor:
+        """Mean NLL of the language model on plain LOD0 contexts, nats; scalar. Needs no LensNet.
+
+        Args:
+            tokens: int64 ``[B, T]``.
+            labelled: bool ``[B, T]``, the tokens that count; all by default.
+        """
+        check_batch(tokens, None, self.config)
+        starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        logits = self.logits(self.language_model.embed(tokens), starts, torch.ones_like(starts))
+        labels = tokens if labelled is None else tokens.masked_fill(~labelled, NO_LABEL)
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LABEL
+        )
+
+    def logits(
+        self, embeddings: Tensor, starts: Tensor, spans: Tensor, pad_mask: Tensor | None = None
+    ) -> Tensor:
+        """The language model's, in the dtype of the embeddings, also where it ran in bfloat16."""
+        with self.autocast():
+            logits: Tensor = self.language_model(embeddings, starts, spans, pad_mask)
+        return logits.to(embeddings.dtype)

@@ -1,0 +1,111 @@
+"""The tree over a history (tokens, gists, gists of gists) and the one gather out of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megacontext.allocators.cut import Cut, Ints, spans_of
+from megacontext.model.gistnet import GistNet
+from megacontext.model.transfer import new_host, to_device
+from megacontext.model.working_context import NO_LABEL, WorkingContext
+
+
+@dataclass(frozen=True)
+class MegaContextTree:
+    """The levels of B histories.
+
+    Attributes:
+        tokens: int64 ``[B, N]``; shorter histories are filled up at the end, and no cut of theirs
+            reaches that far.
+        lengths: tokens of each history, B host integers.
+        labels: int64 ``[B, N]``, what entries are to predict: the tokens, or `NO_LABEL`.
+        levels: LOD0, LOD1, LOD2 embeddings one after another, ``[B, N + N//K + N//K², D]``.
+        block_size: tokens of a LOD1 gist, K.
+        max_lod: highest level built.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    lengths: tuple[int, ...]
+    levels: Tensor
+    block_size: int
+    max_lod: int
+
+    @classmethod
+    def build(
+        cls,
+        tokens: Tensor,
+        embeddings: Tensor,
+        gistnet: GistNet,
+        *,
+        block_size: int,
+        max_lod: int,
+        lengths: Sequence[int] | None = None,
+        labels: Tensor | None = None,
+    ) -> "MegaContextTree":
+        """Build all levels; GistNet makes each of them once, for the whole batch.
+
+        Args:
+            tokens, embeddings: int64 ``[B, N]`` and their embeddings ``[B, N, D]``.
+            lengths: tokens of each history; N for all by default.
+            labels: int64 ``[B, N]``; the tokens by default.
+        """
+        batch, num_tokens, _ = embeddings.shape
+        return cls(
+            tokens=tokens,
+            labels=tokens if labels is None else labels,
+            lengths=tuple(lengths) if lengths is not None else (num_tokens,) * batch,
+            levels=gistnet(embeddings, block_size, max_lod),
+            block_size=block_size,
+            max_lod=max_lod,
+        )
+
+    def working_context(self, cuts: Sequence[Sequence[Cut]]) -> WorkingContext:
+        """Gather the embeddings of all cuts at once.
+
+        Args:
+            cuts: per history, its cuts; the same number V for each.
+
+        Returns:
+            R = B·V working contexts, those of the first history first.
+        """
+        history = np.repeat(np.arange(len(cuts)), [len(of_history) for of_history in cuts])[:, None]
+        rows = [cut for of_history in cuts for cut in of_history]
+        positions, lods, pads = _left_padded(rows)
+        num_tokens, k = self.tokens.shape[1], self.block_size
+        offsets = np.cumsum([0, *(num_tokens // k**lod for lod in range(self.max_lod + 1))])
+        spans = spans_of(lods, k)
+        in_levels = history * offsets[-1] + offsets[lods] + positions // spans
+        following = positions + spans
+        labelled = ~pads & (following < np.array(self.lengths)[history])
+        following = np.where(labelled, history * num_tokens + following, -1)
+        host = new_host((6, *positions.shape), self.levels.device)
+        for plane, of_entries in zip(
+            host.numpy(), (in_levels, positions, spans, lods, following, pads), strict=True
+        ):
+            plane[:] = of_entries
+        index, starts, spans_, lods_, label_index, padded = to_device(host, self.levels.device)
+        embeddings = self.levels.flatten(0, 1).index_select(0, index.flatten())
+        labels = self.labels.take(label_index.clamp(min=0))
+        return WorkingContext(
+            embeddings=embeddings.view(*index.shape, -1),
+            starts=starts,
+            spans=spans_,
+            lods=lods_,
+            labels=labels.masked_fill(label_index < 0, NO_LABEL),
+            pad_mask=padded.bool() if pads.any() else None,
+        )
+
+
+def _left_padded(cuts: Sequence[Cut]) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+    """Positions and LODs of R cuts, 0 at pads, int64 ``[R, W]``; and where the pads are, bool."""
+    width = max(map(len, cuts))
+    positions, lods = np.zeros((2, len(cuts), width), dtype=np.int64)
+    for row, cut in enumerate(cuts):
+        positions[row, width - len(cut) :] = cut.positions
+        lods[row, width - len(cut) :] = cut.lods
+    lengths = np.array([len(cut) for cut in cuts])
+    return positions, lods, np.arange(width) < width - lengths[:, None]

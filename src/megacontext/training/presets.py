@@ -1,0 +1,49 @@
+"""Settings that work: sizes of model and training that go together, by name."""
+
+from megacontext.config import MCConfig
+from megacontext.data.recall import RecallSource
+from megacontext.training.train_config import TrainConfig
+
+_RECALL = RecallSource()
+
+# What each is for stands in the help of `megacontext train`.
+SETTINGS: dict[str, tuple[MCConfig, TrainConfig]] = {
+    "demo": (MCConfig(), TrainConfig()),
+    "recall": (
+        MCConfig(
+            vocab_size=_RECALL.vocab_size,
+            d_model=64,
+            lm_layers=2,
+            block_size=_RECALL.block_size,
+            sequence_tokens=256,
+            train_wc_length=95,
+            recent_tokens=32,
+            horizon_tokens=_RECALL.horizon_tokens,
+            num_variants=7,
+        ),
+        TrainConfig(
+            data="recall",
+            lm_steps=300,
+            steps=600,
+            batch_size=16,
+            learning_rate=2e-3,
+            lens_learning_rate=2e-3,
+        ),
+    ),
+    "text": (
+        MCConfig(
+            sequence_tokens=256,
+            train_wc_length=67,
+            recent_tokens=32,
+            horizon_tokens=16,
+            num_variants=7,
+        ),
+        TrainConfig(
+            lm_steps=500,
+            steps=500,
+            batch_size=16,
+            learning_rate=2e-3,
+            lens_learning_rate=2e-3,
+        ),
+    ),
+}

@@ -1,0 +1,88 @@
+"""A model from the run folder that it was trained in, on a device that works."""
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megacontext.config import MCConfig, check_removed
+from megacontext.controller import MCController
+from megacontext.files import reading
+from megacontext.training.run_folder import ADVICE, RunFolder
+from megacontext.training.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What the ``config.json`` of a run says.
+
+    Attributes:
+        model, settings: as the run was begun.
+        source: description of what it reads.
+    """
+
+    model: MCConfig
+    settings: TrainConfig
+    source: dict[str, Any]
+
+
+def read_run(folder: RunFolder) -> SavedRun:
+    """What a run is.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        DamagedFileError: its configuration cannot be read, or makes no run.
+        ValueError: it was begun with an option that there is no more.
+    """
+    saved = folder.read_config()
+    check_removed(saved["model"])
+    with reading(folder.config, ADVICE):
+        settings = TrainConfig.from_json(saved["train"])
+        return SavedRun(MCConfig.from_json(saved["model"]), settings, saved["source"])
+
+
+def load_model(run_dir: str | os.PathLike[str], device: torch.device | str = "cpu") -> MCController:
+    """The controller of a run, with the weights of its newest checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or no checkpoint yet.
+        DamagedFileError: the configuration or the checkpoint is damaged.
+        ImportError: its language model is one of transformers, which is not installed.
+    """
+    folder = RunFolder(run_dir)
+    mc = MCController(saved_model(folder, read_run(folder).model)).to(device)
+    state = folder.load_checkpoint(torch.device(device))
+    if state is None:
+        raise FileNotFoundError(f"{folder.path} has no checkpoint yet; train it first")
+    with reading(folder.checkpoint, ADVICE):
+        mc.load_state_dict(state["model"])
+    return mc
+
+
+def saved_model(folder: RunFolder, model: MCConfig) -> MCConfig:
+    """The configuration of a run's model, as it is to be made again before a checkpoint is loaded.
+
+    A language model that was given is made from the run's own copy of its sizes: where it came from
+    may be gone.
+
+    Args:
+        model: as the run was begun.
+    """
+    if not model.language_model or not folder.checkpoint.exists():
+        return model
+    return replace(model, language_model=str(folder.language_model / "config.json"))
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ValueError: it cannot be used here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+    return device

@@ -1,0 +1,328 @@
+"""The trainer: the steps of a run, its checkpoints, its validation.
+
+A run has two phases: the language model alone, then all networks. `Trainer._make_steps` is the one
+loop that both go through.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.profiler import record_function
+
+from megacontext.config import MCConfig
+from megacontext.controller import MCController
+from megacontext.data.source import Source
+from megacontext.files import reading
+from megacontext.micro_step import Cuts
+from megacontext.training.distributed import (
+    DataParallel,
+    World,
+    gathered,
+    load_optimizer,
+    load_weights,
+    local_part,
+)
+from megacontext.training.metric_sinks import MetricSink, MetricSinkError, write_all
+from megacontext.training.optimization import new_optimizer, own_gradients, rate_at, update
+from megacontext.training.run_folder import ADVICE, RunFolder
+from megacontext.training.running_means import RunningMeans
+from megacontext.training.step_profile import step_profile
+from megacontext.training.train_config import TrainConfig
+from megacontext.training.train_result import Report, StepReport
+
+LM_DATA, DATA = 0, 1  # what random numbers are for
+VALIDATION_SEQUENCES = 32
+COMPARED_SEQUENCES = 16  # of validation, with all their variants
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Steps of one kind.
+
+    Attributes:
+        name: As reports call it.
+        trained: Whose gradients there are.
+        done: Steps that were made before.
+        steps: Steps of the whole phase.
+        make_step: Makes the next one; returns how many there were then.
+        log: Gives the metrics since the last logged step, which it keeps where that is due.
+        sinks: Are told of them.
+    """
+
+    name: str
+    trained: nn.Module
+    done: int
+    steps: int
+    make_step: Callable[[], int]
+    log: Callable[[], dict[str, float]]
+    sinks: Sequence[MetricSink] = ()
+
+
+class Trainer:
+    """The state of a run: model, optimizer, random generators, step.
+
+    Args:
+        model: Sizes.
+        settings: How to train.
+        source: Where sequences come from.
+        folder: Takes checkpoints and metrics.
+        device: Of this process.
+        world: The processes of the run.
+        stop: Asked before the first step and after each, whether to end.
+
+    Attributes:
+        mc: The controller that is trained.
+        call: Calls methods of the controller so that all processes train the same weights.
+        lm_step: Steps of the language model alone so far.
+        step: Steps of all networks so far.
+        stopped: Whether the run ended because it was asked to.
+        cuts: Those of the last micro-step, to look at; None before the first one.
+    """
+
+    def __init__(
+        self,
+        model: MCConfig,
+        settings: TrainConfig,
+        source: Source,
+        folder: RunFolder,
+        device: torch.device,
+        world: World,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.settings = settings
+        self.source = source
+        self.folder = folder
+        self.device = device
+        self.world = world
+        self.stop = stop
+        self.stopped = False
+        self.lm_step = 0
+        self.step = 0
+        self.cuts: Cuts | None = None
+        self.means = RunningMeans(device)  # of metrics, since the last logged step
+        self._lm_loss = torch.zeros((), device=device)  # of the last step of the language model
+        self.mc = MCController(model, bf16=settings.bf16).to(device)
+        self.mc.language_model.recompute = settings.recompute
+        if settings.compile:
+            self.mc.compile_networks()
+        self.call = DataParallel(self.mc, world, shard=settings.shard)
+        lens = [*self.mc.lensnet.parameters()]
+        if model.language_model:  # GistNet is new, and learns as LensNet does
+            lens += self.mc.gistnet.parameters()
+        rest = [p for p in self.mc.parameters() if p not in set(lens)]
+        self.optimizer = new_optimizer(
+            [(rest, settings.learning_rate), (lens, settings.lens_learning_rate)]
+        )
+        # A range in a trace, only on demand: it is not free where no trace is taken.
+        self.phase: Callable[[str], AbstractContextManager[object]] = nullcontext
+
+    def run(self, report: Report, sinks: Sequence[MetricSink], *, profile: bool = False) -> None:
+        """Make all remaining steps.
+
+        Args:
+            report: Called after every logged step.
+            sinks: Get the metrics of every logged step of all networks.
+            profile: Take a trace of some of them, in the first process.
+
+        Raises:
+            FloatingPointError: A loss or weights that are no longer finite; nothing was saved then.
+            MetricSinkError: A sink failed; the run was saved at that step, by several processes at
+                its last checkpoint.
+        """
+        settings = self.settings
+        if self.step == 0 and self.lm_step == 0:
+            self.save()  # so that a run can be resumed from its first moment
+        language_model = self.mc.language_model
+        alone = (self.lm_step, settings.lm_steps, self.make_lm_step, self._log_lm)
+        joint = (self.step, settings.steps, self.make_step, self._log)
+        self._hear()
+        self._make_steps(_Phase("language model", language_model, *alone), report)
+        if self.stopped:
+            return
+        profile = profile and self.world.first
+        steps = settings.steps - self.step if profile else 0
+        self.phase = record_function if profile else nullcontext
+        cuda = self.device.type == "cuda"
+        with step_profile(self.folder.profile, steps, cuda=cuda) as end_step:
+            self._make_steps(_Phase("training", self.mc, *joint, sinks), report, end_step)
+
+    def _make_steps(
+        self, phase: _Phase, report: Report, end_step: Callable[[], object] = lambda: None
+    ) -> None:
+        """Make the steps of a phase that are left."""
+        settings, step = self.settings, phase.done
+        with self.mc.context("training"):
+            own_gradients(phase.trained.parameters())
+            self.call.train(phase.trained)
+            while step < phase.steps and not self.stopped:
+                step = phase.make_step()
+                last = step == phase.steps
+                checkpoint = self._hear() or last or step % settings.checkpoint_interval == 0
+                logged = last or step % settings.log_interval == 0
+                if checkpoint or logged:
+                    self._check_finite(step)
+                if logged:
+                    row = phase.log()
+                    report(StepReport(phase.name, step, phase.steps, row))
+                if checkpoint:
+                    self.save()
+                if logged:
+                    self._tell(phase.sinks, row)
+                end_step()
+
+    def _hear(self) -> bool:
+        """Whether one of the processes is to stop: all of them do then, if there is more to do."""
+        more = self.step < self.settings.steps
+        self.stopped = self.world.any(self.stop()) and more
+        return self.stopped
+
+    def _tell(self, sinks: Sequence[MetricSink], row: dict[str, float]) -> None:
+        """Tell the sinks, between two steps: nothing of this step is open any more."""
+        try:
+            write_all(sinks, self.step, row, self.cuts or ())
+        except MetricSinkError as error:
+            saved = "at its last checkpoint"
+            if self.world.size == 1:  # else the others would have to take part
+                self.save()
+                saved = "at that step"
+            raise MetricSinkError(
+                f"{error}; the run is saved {saved} in {self.folder.path}: continue it with "
+                "--resume"
+            ) from error.__cause__
+
+    def make_lm_step(self) -> int:
+        """One step of the language model alone, on this process's share of a batch."""
+        settings = self.settings
+        rng = self._random_numbers(LM_DATA, self.lm_step)
+        sequence_tokens = self.mc.config.sequence_tokens
+        batch = self.source.lm_batch(rng, settings.lm_batch_size, sequence_tokens)
+        batch = batch.share(self.world.rank, self.world.size).to(self.device)
+        loss = self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled)
+        torch.autograd.backward(loss)
+        rate = min(1.0, (self.lm_step + 1) / max(settings.warmup_steps, 1))
+        update(self.optimizer, rate, settings.clip_norm)
+        self._lm_loss = loss.detach()
+        self.lm_step += 1
+        return self.lm_step
+
+    def _log_lm(self) -> dict[str, float]:
+        """The loss of the last step of the language model alone; kept nowhere."""
+        return {"lm_loss": float(self.world.sum(self._lm_loss)) / self.world.size}
+
+    def make_step(self) -> int:
+        """One step of all networks: this process's micro-steps of it."""
+        settings, config = self.settings, self.mc.config
+        own = settings.accumulation // self.world.size
+        for micro_step in range(own):
+            # Sequences and cuts go by the micro-step's number within the run, whoever does it.
+            number = self.step * settings.accumulation + micro_step * self.world.size
+            number += self.world.rank
+            rng = self._random_numbers(DATA, number)
+            batch = self.source.batch(rng, settings.batch_size, config.sequence_tokens)
+            batch = batch.to(self.device)
+            self.mc.allocator.drawn = number * settings.batch_size * config.num_variants
+            with self.call.adding_up(last=micro_step == own - 1):
+                with self.phase("process_batch"):
+                    result = self.call(
+                        self.mc.process_batch,
+                        batch.tokens,
+                        step=self.step,
+                        micro_step=micro_step,
+                        labelled=batch.labelled,
+                    )
+                with self.phase("backward"):
+                    torch.autograd.backward(result.loss / own)
+            self.means.add({"loss": result.loss.detach(), **result.metrics})
+        with self.phase("optimizer"):
+            rate = rate_at(self.step, settings.steps, settings.warmup_steps)
+            update(self.optimizer, rate, settings.clip_norm)
+        self.cuts = result.variants.cuts
+        self.step += 1
+        return self.step
+
+    def _log(self) -> dict[str, float]:
+        """The means since the last logged step and the validation, which the folder keeps."""
+        row = self.means.take(self.world.sum) | {
+            "validation_loss": self.validation_loss(),
+            "validation_agreement": self.validation_agreement(),
+        }
+        self.folder.append_metrics({"step": self.step, **row})
+        return row
+
+    def _random_numbers(self, purpose: int, number: int) -> np.random.Generator:
+        """By what they are for alone, so that nothing of them need be saved."""
+        return np.random.default_rng([self.mc.config.seed, purpose, number])
+
+    def _check_finite(self, step: int) -> None:
+        """Stop before a checkpoint of a model that has diverged replaces a good one.
+
+        All processes must call it together, and all stop when one must.
+        """
+        weights = map(local_part, self.mc.parameters())
+        healthy = [weight.detach().isfinite().all() for weight in weights]
+        diverged = ~torch.stack([*healthy, self.means.finite()]).all()
+        if bool(self.world.sum(diverged.float())):
+            raise FloatingPointError(
+                f"the loss or the weights are no longer finite at step {step}; the last checkpoint "
+                f"in {self.folder.path} is kept: train anew with lower learning rates"
+            )
+
+    def validation_loss(self) -> float:
+        """Of the language model on the same held-out windows every time, nats per label."""
+        batch = self.source.held_out_batch(
+            np.random.default_rng(0), VALIDATION_SEQUENCES, self._validation_tokens()
+        ).to(self.device)
+        with torch.no_grad():
+            return float(self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled))
+
+    def validation_agreement(self) -> float:
+        """Of LensNet with the preference pairs of the same held-out sequences every time."""
+        batch = self.source.held_out_batch(
+            np.random.default_rng(0), COMPARED_SEQUENCES, self.mc.config.sequence_tokens
+        ).to(self.device)
+        with torch.no_grad():  # also around the call, or DDP would wait for a backward
+            return float(self.call(self.mc.held_out_agreement, batch.tokens, batch.labelled))
+
+    def _validation_tokens(self) -> int:
+        """As many as a working context has of text; recall needs room for its facts."""
+        config = self.mc.config
+        text = self.settings.data == "text"
+        return config.train_wc_length if text else config.sequence_tokens
+
+    def save(self) -> None:
+        """Replace the checkpoint; all processes must call it together.
+
+        Raises:
+            OSError: It cannot be written; the old one is kept.
+        """
+        first = self.world.first
+        state = {
+            "lm_step": self.lm_step,
+            "step": self.step,
+            "means": self.means.state(self.world.sum),
+            "model": gathered(self.mc.state_dict(), keep=first),
+            "optimizer": gathered(self.optimizer.state_dict(), keep=first),
+        }
+        self.folder.save_checkpoint(state)
+
+    def restore(self) -> None:
+        """Go on at the newest checkpoint, if there is one.
+
+        Raises:
+            DamagedFileError: It cannot be read, or is of another model.
+        """
+        # Of a sharded run a device may not hold the whole.
+        on = torch.device("cpu") if self.settings.shard else self.device
+        state = self.folder.load_checkpoint(on)
+        if state is not None:
+            with reading(self.folder.checkpoint, ADVICE):
+                self.lm_step, self.step = state["lm_step"], state["step"]
+                if self.world.first:  # means are summed over the processes
+                    self.means.load(state["means"])
+                load_weights(self.mc, state["model"])
+                load_optimizer(self.optimizer, state["optimizer"])
+        self.folder.drop_metrics_after(self.step)
