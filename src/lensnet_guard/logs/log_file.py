@@ -1,4 +1,4 @@
-"""One process's file in a log folder: every line is with the kernel before ``write`` returns.
+"""One process's file in a log folder: a line that ``write`` has returned from survives SIGKILL.
 
 Nothing here ever raises for the file's sake: one warning, then lost lines are counted.
 """

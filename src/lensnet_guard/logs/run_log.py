@@ -1,4 +1,4 @@
-"""The log: one JSON object per line, written through to the kernel before the call returns.
+"""The log: which events become lines, and which of them before the module runs.
 
 A process that dies by SIGKILL, SIGSEGV or a CUDA abort leaves every line that it began. A log that
 cannot be written never stops enforcement: one warning, then lost lines are counted and told.
