@@ -30,7 +30,7 @@ class Comparison(Protocol):
     def __call__(
         self, tree: MegaContextTree, variants: Variants, nll: Tensor
     ) -> tuple[WorkingContext, PreferencePairs]:
-        """What LensNet is to score, and what the variants' losses say of it.
+        """Decide what LensNet is to score, and what the variants' losses say of it.
 
         Args:
             tree: Of the histories.
@@ -43,7 +43,7 @@ class Comparison(Protocol):
 
 
 def comparison_of(config: MCConfig) -> Comparison:
-    """The comparison that a configuration asks for."""
+    """Make the comparison that a configuration asks for."""
     judge: Judge = judge_all
     if config.recipe.judged == "horizon":
         judge = partial(judge_horizon, horizon_tokens=config.horizon_tokens)
@@ -69,7 +69,7 @@ class ViewComparison:
     def __call__(
         self, tree: MegaContextTree, variants: Variants, nll: Tensor
     ) -> tuple[WorkingContext, PreferencePairs]:
-        """See `Comparison`: pairs by what the variants hold at LOD0 of the view's gists."""
+        """Pair variants by what they hold at LOD0 of the view's gists; see `Comparison`."""
         judged = self.judge(tree, variants, nll)
         focus_view, horizon = self.geometry.focus_view, self.horizon_tokens
         view_of = {length: focus_view(length, horizon) for length in set(tree.lengths)}
@@ -82,7 +82,7 @@ class ViewComparison:
 def judge_horizon(
     tree: MegaContextTree, variants: Variants, nll: Tensor, horizon_tokens: int
 ) -> Tensor:
-    """NLL of each variant summed over the tokens of the horizon.
+    """Sum the NLL of each variant over the tokens of the horizon.
 
     Args:
         tree: Of the histories.
@@ -103,7 +103,16 @@ def judge_horizon(
 
 
 def held_by_variants(tree: MegaContextTree, variants: Variants, views: Sequence[Cut]) -> Tensor:
-    """Whether each variant holds each view entry's span at LOD0, bool ``[B, 1 + V, E]``."""
+    """Tell which spans of a view's entries each variant holds at LOD0.
+
+    Args:
+        tree: Of the histories.
+        variants: The working contexts.
+        views: The focus view of each history, B of them.
+
+    Returns:
+        Whether it does, bool ``[B, 1 + V, E]``; False at pads on the left.
+    """
     width, per_history = max(map(len, views)), len(variants.cuts[0])
     held = np.zeros((len(views), per_history, width), dtype=np.bool_)
     for length in set(tree.lengths):  # those that are as long have the same view
@@ -119,7 +128,7 @@ def held_by_variants(tree: MegaContextTree, variants: Variants, views: Sequence[
 
 
 def judge_all(tree: MegaContextTree, variants: Variants, nll: Tensor) -> Tensor:
-    """NLL of each variant summed over all its tokens, nats, ``[B, 1 + V]``."""
+    """Sum the NLL of each variant over all its tokens, nats, ``[B, 1 + V]``."""
     return nll.sum(-1).view(len(tree.lengths), -1)
 
 
@@ -136,7 +145,7 @@ class VariantComparison:
     def __call__(
         self, tree: MegaContextTree, variants: Variants, nll: Tensor
     ) -> tuple[WorkingContext, PreferencePairs]:
-        """See `Comparison`: pairs by the detail in which the better one holds the worse one's."""
+        """Pair variants by how much detail the better one has of the worse; see `Comparison`."""
         judged = self.judge(tree, variants, nll)
         detail = [
             relative_detail(cuts, length)
@@ -148,14 +157,14 @@ class VariantComparison:
 
 
 def relative_detail(cuts: Sequence[Cut], num_tokens: int) -> NDArray[np.bool_]:
-    """Where cut i holds all of entry e of cut j in more, and in less, detail than cut j does.
+    """Tell where cut i holds all of entry e of cut j in more, and in less, detail than cut j does.
 
     Args:
         cuts: V of the same length W.
         num_tokens: Of the history that they cut.
 
     Returns:
-        Bool ``[2, V, V, W]`` by (more or less, i, j, e).
+        Whether it does, bool ``[2, V, V, W]`` by (more or less, i, j, e).
     """
     lods = np.stack([cut.token_lods(num_tokens) for cut in cuts])
     lods = np.where(lods < 0, 3, lods)  # what a cut does not hold is held in least detail

@@ -41,29 +41,33 @@ class MCConfig:
     """Everything that defines a model and its training working contexts.
 
     Attributes:
-        vocab_size: tokens; 256 for bytes.
-        d_model, num_heads: width D and attention heads of language model and LensNet.
-        lm_layers, lens_layers: their depths.
-        block_size: tokens of a LOD1 gist, K.
-        max_lod: 1 or 2.
-        sequence_tokens: longest training sequence, N.
-        train_wc_length: entries of every training working context, W.
-        recent_tokens: protected tail that stays at LOD0.
-        horizon_tokens: the last tokens, on which variants are compared; part of the tail.
-        focus_window: most entries of the focus view that LensNet scores.
-        num_variants: random variants per sequence, beside the baseline.
-        lod2_probability: of a LOD2 collapse, where the target permits.
-        temperature, advantage_scale: of the preference loss.
-        seed: of the initial weights and of the training allocator.
-        language_model: a folder that ``save_pretrained`` of Hugging Face transformers made, or the
+        vocab_size: Number of tokens; 256 for bytes.
+        d_model: Width D of language model and LensNet.
+        num_heads: Attention heads of both.
+        lm_layers: Depth of the language model.
+        lens_layers: Depth of LensNet.
+        block_size: Tokens of a LOD1 gist, K.
+        max_lod: The highest level of detail, 1 or 2.
+        sequence_tokens: The longest training sequence, N.
+        train_wc_length: Entries of every training working context, W.
+        recent_tokens: Length of the protected tail, which stays at LOD0.
+        horizon_tokens: The last tokens, on which variants are compared; part of the tail.
+        focus_window: The most entries of the focus view that LensNet scores.
+        num_variants: Random variants of a sequence, beside the baseline.
+        lod2_probability: How often a collapse goes to LOD2, where the target permits.
+        temperature: Divides policy scores in the preference loss.
+        advantage_scale: Says how soon a pair whose losses differ has its full weight in it.
+        seed: Of the initial weights and of the training allocator.
+        language_model: A folder that ``save_pretrained`` of Hugging Face transformers made, or the
             ``config.json`` of one for random weights; "" for our own model. ``vocab_size`` and
-            ``d_model`` must be the model's (`hf_loading.language_model_sizes`), and
-            ``lm_layers`` says nothing.
-        recipe: how LensNet is trained.
+            ``d_model`` must be the model's (see `language_model_sizes`), and ``lm_layers`` says
+            nothing.
+        recipe: How LensNet is trained.
 
     Raises:
-        TypeError, ValueError: a value that makes no model, named.
-        UnreachableTarget: no collapses make ``train_wc_length`` entries of a full sequence; the
+        TypeError: A value of another type; the message names it.
+        ValueError: A value that makes no model; the message names it.
+        UnreachableTarget: No collapses make ``train_wc_length`` entries of a full sequence; the
             message names the nearest lengths.
     """
 
@@ -114,7 +118,7 @@ class MCConfig:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "MCConfig":
-        """The configuration that a ``config.json`` holds, also one that an older version wrote.
+        """Make the configuration that a ``config.json`` holds, also one of an older version.
 
         Args:
             saved: Its part ``model``.
@@ -139,7 +143,7 @@ class MCConfig:
         return Geometry(self.block_size, self.max_lod, self.recent_tokens, self.focus_window)
 
     def new_allocator(self) -> TrainingWCVariationAllocator:
-        """The training allocator of this configuration, at the start of its random sequence."""
+        """Make the training allocator of this configuration, at the start of its sequence."""
         return TrainingWCVariationAllocator(
             block_size=self.block_size,
             max_lod=self.max_lod,
@@ -149,7 +153,7 @@ class MCConfig:
         )
 
     def _check_target(self) -> None:
-        """Any sequence length up to the longest must collapse to the target, after trimming."""
+        """Refuse a target that some sequence, once it is trimmed, cannot be collapsed to."""
         if self.train_wc_length > self.sequence_tokens:
             raise UnreachableTarget(
                 f"train_wc_length {self.train_wc_length} exceeds sequence_tokens "

@@ -32,18 +32,21 @@ from megacontext.model.working_context import NO_LABEL
 
 
 class MCController(SessionHost):
-    """Networks and training allocator in one, and a session at a time.
+    """Networks and training allocator in one, with a session at a time.
 
     Args:
-        config: sizes; checked when it was made.
-        bf16: run the networks' forward passes of training and validation under autocast to
+        config: Sizes; checked when it was made.
+        bf16: Run the networks' forward passes of training and validation under autocast to
             bfloat16. Losses and preference pairs are computed in the dtype of the weights.
 
     Attributes:
-        lensnet: the guarded proxy; ``mc.guard`` is its guard.
+        allocator: Samples the variants of training.
+        comparison: Makes preference pairs of what the variants' losses say.
 
     Raises:
-        ImportError, FileNotFoundError, ValueError: ``config.language_model`` cannot be used.
+        ImportError: ``config.language_model`` needs a library that is not installed.
+        FileNotFoundError: There is no such language model.
+        ValueError: It cannot be used.
     """
 
     def __init__(self, config: MCConfig, *, bf16: bool = False) -> None:
@@ -68,22 +71,22 @@ class MCController(SessionHost):
         set. LensNet is called once, for the focus views of the whole batch.
 
         Args:
-            tokens: int64 ``[B, T]``.
-            step, micro_step: for the records: optimizer step, and micro-batch within it.
-            pad_mask: bool ``[B, T]``, True at the pads on the left of shorter sequences. Give it
+            tokens: The sequences, int64 ``[B, T]``.
+            step: Number of the optimizer step, for the records.
+            micro_step: Number of the micro-batch within it, for the records.
+            pad_mask: Where the pads on the left of shorter sequences are, bool ``[B, T]``. Give it
                 on the host: what it says decides shapes, and the host waits for a device's.
-            labelled: bool ``[B, T]``, the tokens that count in losses; all by default.
+            labelled: The tokens that count in losses, bool ``[B, T]``; all by default.
+
+        Returns:
+            Losses, variants and metrics.
 
         Raises:
-            RuntimeError: called in inference context.
-            TypeError, ValueError: tokens that cannot be a batch.
-            LensNetViolation: something else called LensNet.
+            RuntimeError: It was called in inference context.
+            TypeError: Tokens of another type.
+            ValueError: Tokens that cannot be a batch.
+            LensNetViolation: Something else called LensNet.
         """
-        if self.guard.current_context == "inference":
-            raise RuntimeError(
-                "process_batch trains and cannot run in inference context; "
-                'leave `with mc.context("inference"):` first'
-            )
         with self._training_context(), self.guard.micro_step(step, micro_step) as ledger:
             tree = self.build_tree(tokens, pad_mask, labelled)
             variants = self.build_variants(tree)
@@ -119,9 +122,16 @@ class MCController(SessionHost):
         The (N - W) mod (K - 1) oldest tokens go; what is kept counts from position 0.
 
         Args:
-            tokens: int64 ``[B, T]``.
-            pad_mask: bool ``[B, T]``, True at pads on the left.
-            labelled: bool ``[B, T]``, the tokens that count in losses; all by default.
+            tokens: The sequences, int64 ``[B, T]``.
+            pad_mask: Where the pads on the left of shorter sequences are, bool ``[B, T]``.
+            labelled: The tokens that count in losses, bool ``[B, T]``; all by default.
+
+        Returns:
+            The tree.
+
+        Raises:
+            TypeError: Tokens of another type.
+            ValueError: Tokens that cannot be a batch.
         """
         lengths = check_batch(tokens, pad_mask, self.config)
         kept = [
@@ -156,10 +166,14 @@ class MCController(SessionHost):
     def build_variants(
         self, tree: MegaContextTree, allocator: TrainingWCVariationAllocator | None = None
     ) -> Variants:
-        """One LOD0 baseline and ``num_variants`` random cuts per history, gathered at once.
+        """Gather one LOD0 baseline and ``num_variants`` random cuts of each history, all at once.
 
         Args:
-            allocator: samples the cuts; the controller's own by default.
+            tree: Of the histories.
+            allocator: Samples the cuts; the controller's own by default.
+
+        Returns:
+            The working contexts that are compared.
         """
         cuts = tuple(
             (
@@ -176,25 +190,29 @@ class MCController(SessionHost):
     def _collapse_wc_randomly(
         self, num_tokens: int, allocator: TrainingWCVariationAllocator | None = None
     ) -> Cut:
-        """A random cut of exactly the training length (all tokens, if there are fewer)."""
+        """Sample a cut of exactly the training length (all tokens, if there are fewer)."""
         allocator = allocator or self.allocator
         return allocator.sample(num_tokens, min(num_tokens, self.config.train_wc_length))
 
     # Validation --------------------------------------------------------------------------------
 
     def held_out_agreement(self, tokens: Tensor, labelled: Tensor | None = None) -> Tensor:
-        """``preference_agreement`` on sequences that are not trained on, scalar on the device.
+        """Compute ``preference_agreement`` on sequences that are not trained on.
 
-        In inference context, with one call of LensNet. The variants are the same every time, and
-        the training allocator's random sequence is left alone. nan where no pair tells anything.
+        It runs in inference context, with one call of LensNet. The variants are the same every
+        time, and the training allocator's random sequence is left alone.
 
         Args:
-            tokens: int64 ``[B, T]``.
-            labelled: bool ``[B, T]``, the tokens that count in losses; all by default.
+            tokens: The sequences, int64 ``[B, T]``.
+            labelled: The tokens that count in losses, bool ``[B, T]``; all by default.
+
+        Returns:
+            The agreement, scalar on the device; nan where no pair tells anything.
 
         Raises:
-            TypeError, ValueError: tokens that cannot be a batch.
-            ContextSwitchRefused: a micro-step is open.
+            TypeError: Tokens of another type.
+            ValueError: Tokens that cannot be a batch.
+            ContextSwitchRefused: A micro-step is open.
         """
         with self.context("inference"), torch.no_grad():
             tree = self.build_tree(tokens, labelled=labelled)
@@ -205,7 +223,16 @@ class MCController(SessionHost):
             scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
             return preference.preference_metrics(scores, pairs, gists)["preference_agreement"]
 
-    # Pieces of process_batch -------------------------------------------------------------------
-
     def _training_context(self) -> AbstractContextManager[None]:
-        return self.context("training") if self.guard.current_context is None else nullcontext()
+        """Declare training for a block where no context is set.
+
+        Raises:
+            RuntimeError: It is inference.
+        """
+        context = self.guard.current_context
+        if context == "inference":
+            raise RuntimeError(
+                "process_batch trains and cannot run in inference context; "
+                'leave `with mc.context("inference"):` first'
+            )
+        return self.context("training") if context is None else nullcontext()

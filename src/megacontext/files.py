@@ -19,16 +19,20 @@ class DamagedFileError(ValueError):
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when the block ends.
+    """Open a file that takes the place of ``path`` when the block ends.
 
     Whatever stops it, a kill included, leaves the old file or the new one. It is written to
     ``path`` and ``.tmp``, of which only a kill leaves anything.
 
     Args:
-        sync: force it to the device, so that a power cut loses nothing either.
+        path: Of the file.
+        sync: Force it to the device, so that a power cut loses nothing either.
+
+    Yields:
+        The file, to be written to.
 
     Raises:
-        OSError: it cannot be written; named, and what was there is kept.
+        OSError: It cannot be written; named, and what was there is kept.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -50,8 +54,12 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a kill at any moment leaves the old one or the new one.
 
+    Args:
+        path: Of the file.
+        data: What it is to hold.
+
     Raises:
-        OSError: see `replacing`.
+        OSError: It cannot be written; named, and what was there is kept.
     """
     with replacing(path) as file:
         file.write(data)
@@ -83,7 +91,16 @@ def hold_lock(path: Path, taken: str) -> FileLock:
 
 
 def cannot_write(path: Path, error: OSError, state: str = "what was there is kept") -> OSError:
-    """An error of the same number that names the file and its state, and says what to do."""
+    """Make an error of the same number that names the file and its state, and says what to do.
+
+    Args:
+        path: Of the file.
+        error: What happened.
+        state: What is there now.
+
+    Returns:
+        The error, to be raised.
+    """
     text = f"cannot write {path}: {error.strerror}; {state}"
     if error.errno in _FULL:
         text += ", so make room and try again"
@@ -92,14 +109,14 @@ def cannot_write(path: Path, error: OSError, state: str = "what was there is kep
 
 @contextmanager
 def reading(what: Path | str, advice: str) -> Iterator[None]:
-    """Around what reads a file and takes it apart: whatever is wrong with it becomes one error.
+    """Make one error of whatever is wrong with a file, around what reads it and takes it apart.
 
     Args:
-        what: the file, or a place in it.
-        advice: what to do about it.
+        what: The file, or a place in it.
+        advice: What to do about it.
 
     Raises:
-        DamagedFileError: for any exception of the block but those which say that the file cannot be
+        DamagedFileError: For any exception of the block but those which say that the file cannot be
             opened, or that there is no memory.
     """
     try:
@@ -114,7 +131,7 @@ def reading(what: Path | str, advice: str) -> Iterator[None]:
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """The failed write behind an exception: torch.save may end in an error of its own over it."""
+    """Return the failed write behind an exception: torch.save may end in an error of its own."""
     behind: BaseException | None = error
     while isinstance(behind, RuntimeError):
         behind = behind.__cause__ or behind.__context__

@@ -16,8 +16,8 @@ class Variants:
     """The working contexts that are compared: per history the LOD0 baseline, then random cuts.
 
     Attributes:
-        cuts: ``[B][1 + V]``, the baseline first.
-        working_context: all of them, ``[B · (1 + V), W]``.
+        cuts: The cut of each, ``[B][1 + V]``, the baseline first.
+        working_context: All of them, ``[B · (1 + V), W]``.
     """
 
     cuts: Cuts
@@ -29,11 +29,11 @@ class MCBatchResult:
     """What a micro-step produced.
 
     Attributes:
-        loss: what the trainer calls backward on, ``lm_loss + lens_loss``; scalar.
-        lm_loss: mean NLL of every labelled entry of every variant, nats; scalar.
-        lens_loss: the preference loss; trains LensNet alone; scalar.
-        variants: the working contexts that were compared, without their part of the graph.
-        metrics: scalars by name, left on the device; nan where undefined (an LOD that no entry
+        loss: What the trainer calls backward on, ``lm_loss + lens_loss``; scalar.
+        lm_loss: Mean NLL of every labelled entry of every variant, nats; scalar.
+        lens_loss: The preference loss, which trains LensNet alone; scalar.
+        variants: The working contexts that were compared, without their part of the graph.
+        metrics: Scalars by name, left on the device; nan where undefined (an LOD that no entry
             has), except ``lensnet_calls``, an int.
     """
 
@@ -45,33 +45,37 @@ class MCBatchResult:
 
 
 def without_graph(variants: Variants) -> Variants:
-    """For whoever looks at them later: nothing is kept alive for a backward."""
+    """Return the variants for whoever looks at them later: nothing is kept for a backward."""
     context = variants.working_context
     return Variants(variants.cuts, replace(context, embeddings=context.embeddings.detach()))
 
 
 def lensnet_inputs(view: WorkingContext) -> tuple[Tensor | None, ...]:
-    """Arguments of LensNet. Detached: its loss trains LensNet, not what it looks at."""
+    """Return the arguments of LensNet, detached: its loss trains it, not what it looks at."""
     return view.embeddings.detach(), view.starts, view.spans, view.lods, view.pad_mask
 
 
 def scores_by_sequence(
     scores: Tensor, view: WorkingContext, sequences: int
 ) -> tuple[Tensor, Tensor]:
-    """LensNet's scores in the dtype of what it read, and which of them are gists', ``[B, E]``.
+    """Return LensNet's scores in the dtype of what it read, and which of them are gists'.
 
-    One row per sequence, also where its variants were scored one by one.
+    There is one row for each sequence, also where its variants were scored one by one.
 
     Args:
-        scores: as LensNet gave them out, of the view's shape.
-        sequences: B.
+        scores: As LensNet gave them out, of the view's shape.
+        view: What LensNet read.
+        sequences: Number of sequences, B.
+
+    Returns:
+        The scores, and whether each is a gist's, bool; ``[B, E]`` each.
     """
     scores = scores.to(view.embeddings.dtype).view(sequences, -1)
     return scores, (view.lods > 0).view_as(scores)
 
 
 def lod_losses(nll: Tensor, context: WorkingContext) -> dict[str, Tensor]:
-    """Mean NLL after entries of each LOD, nats; nan for an LOD that no labelled entry has."""
+    """Return the mean NLL after entries of each LOD, nats; nan where no such entry has a label."""
     labelled = context.labels != NO_LABEL
     of_lod = context.lods == torch.arange(3, device=nll.device)[:, None, None]
     of_lod &= labelled

@@ -33,9 +33,12 @@ def make_pairs(nll: Tensor, held: Tensor, gists: Tensor) -> PreferencePairs:
     """Pair up variants.
 
     Args:
-        nll: summed over the horizon, nats, ``[B, V]``; taken as constant.
-        held: whether a variant holds an entry's span at LOD0, bool ``[B, V, E]``.
-        gists: which entries of the view are gists, bool ``[B, E]``.
+        nll: Of each variant, summed over the horizon, nats, ``[B, V]``; taken as constant.
+        held: Whether a variant holds an entry's span at LOD0, bool ``[B, V, E]``.
+        gists: Which entries of the view are gists, bool ``[B, E]``.
+
+    Returns:
+        The pairs.
     """
     first, second, advantages = paired(nll)
     held_gists = (held & gists[:, None]).to(nll.dtype)
@@ -43,7 +46,7 @@ def make_pairs(nll: Tensor, held: Tensor, gists: Tensor) -> PreferencePairs:
 
 
 def paired(nll: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs of variants, and by how much the first of each is better.
+    """Number all pairs of variants, and say by how much the first of each is better.
 
     Args:
         nll: Of each variant, nats, ``[B, V]``; taken as constant.
@@ -58,13 +61,14 @@ def paired(nll: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def policy_scores(scores: Tensor, pairs: PreferencePairs) -> tuple[Tensor, Tensor]:
-    """What LensNet's scores say of each pair: positive prefers its first variant.
+    """Compute what LensNet's scores say of each pair: positive prefers its first variant.
 
     Args:
         scores: LensNet's, in [-1, 1], ``[B, E]``.
+        pairs: Of the variants.
 
     Returns:
-        the sum of the differing gists' scores, signed by who holds them, ``[B, P]``; and whether
+        The sum of the differing gists' scores, signed by who holds them, ``[B, P]``; and whether
         there is one, bool ``[B, P]``.
     """
     total = (pairs.labels @ scores[..., None]).squeeze(-1)
@@ -74,12 +78,16 @@ def policy_scores(scores: Tensor, pairs: PreferencePairs) -> tuple[Tensor, Tenso
 def preference_loss(
     scores: Tensor, pairs: PreferencePairs, *, temperature: float, advantage_scale: float
 ) -> Tensor:
-    """Weighted Bradley-Terry logistic loss, scalar; 0 when no pair says anything.
+    """Compute the weighted Bradley-Terry logistic loss.
 
     Args:
         scores: LensNet's, ``[B, E]``.
-        temperature: divides the policy score.
-        advantage_scale: a pair weighs tanh(advantage_scale · |advantage|).
+        pairs: Of the variants.
+        temperature: Divides the policy score.
+        advantage_scale: A pair weighs tanh(advantage_scale · |advantage|).
+
+    Returns:
+        The loss, scalar; 0 when no pair says anything.
     """
     policy, informative = policy_scores(scores, pairs)
     logits = policy * pairs.advantages.sign() / temperature
@@ -88,11 +96,18 @@ def preference_loss(
 
 
 def preference_metrics(scores: Tensor, pairs: PreferencePairs, gists: Tensor) -> dict[str, Tensor]:
-    """How scores and advantages relate; scalars on the device, nan where undefined.
+    """Compute how scores and advantages relate.
 
-    ``adv_delta_*`` is the gap between better and worse variant in nats; ``preference_agreement``
-    the share of informative pairs that the scores order as the losses do; ``preference_corr`` the
-    correlation of policy score and advantage over them.
+    Args:
+        scores: LensNet's, ``[B, E]``.
+        pairs: Of the variants.
+        gists: Which entries are gists, bool ``[B, E]``.
+
+    Returns:
+        Scalars on the device, nan where undefined. ``adv_delta_*`` is the gap between better and
+        worse variant in nats; ``preference_agreement`` the share of informative pairs that the
+        scores order as the losses do; ``preference_corr`` the correlation of policy score and
+        advantage over them.
     """
     scores = scores.detach()
     policy, informative = policy_scores(scores, pairs)
@@ -113,7 +128,7 @@ def preference_metrics(scores: Tensor, pairs: PreferencePairs, gists: Tensor) ->
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
-    """As ``torch.quantile``, which takes longer, and on torch 2.7 waits for the device; scalar."""
+    """Do as ``torch.quantile``, which takes longer, and on torch 2.7 waits for the device."""
     ordered = values.flatten().sort().values
     place = share * (len(ordered) - 1)
     below = int(place)
@@ -122,7 +137,7 @@ def _quantile(values: Tensor, share: float) -> Tensor:
 
 
 def _correlation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """Pearson's r over the masked elements, scalar."""
+    """Compute Pearson's r over the masked elements, scalar."""
     count = mask.sum()
     x = torch.where(mask, x - (x * mask).sum() / count, 0.0)
     y = torch.where(mask, y - (y * mask).sum() / count, 0.0)

@@ -25,9 +25,9 @@ class Cut:
     """Entries of a working context, oldest first.
 
     Attributes:
-        positions: first token of each entry, int64 ``[W]``.
-        lods: level of detail of each entry, int64 ``[W]``.
-        block_size: tokens of a LOD1 entry, K.
+        positions: First token of each entry, int64 ``[W]``.
+        lods: Level of detail of each entry, int64 ``[W]``.
+        block_size: Tokens of a LOD1 entry, K.
     """
 
     positions: Ints
@@ -45,7 +45,7 @@ class Cut:
         return self.positions + self.spans
 
     def token_lods(self, num_tokens: int) -> Ints:
-        """The LOD at which each token is held, int64 ``[num_tokens]``; -1 where it is not."""
+        """Return the LOD of each token, int64 ``[num_tokens]``; -1 where it is not held."""
         lods = np.full(num_tokens, -1, dtype=np.int64)
         if len(self):
             lods[self.positions[0] : self.ends[-1]] = np.repeat(self.lods, self.spans)
@@ -54,9 +54,14 @@ class Cut:
     def check(self, first: int, end: int, recent_tokens: int = 0) -> None:
         """Check that the cut is legal and covers tokens ``[first, end)`` completely.
 
+        Args:
+            first: The first token.
+            end: The token after the last.
+            recent_tokens: Length of the protected tail.
+
         Raises:
-            ValueError: a gap, an overlap, an entry off its grid, or a coarse entry among the last
-                ``recent_tokens`` tokens.
+            ValueError: A gap, an overlap, an entry off its grid, or a coarse entry in the protected
+                tail.
         """
         edges = np.concatenate([[first], self.ends])
         torn = np.flatnonzero(edges != np.append(self.positions, end))
@@ -127,17 +132,17 @@ class Geometry:
         return span
 
     def within(self, window: int) -> "Geometry":
-        """The same shape, for coarse cuts of at most ``window`` entries."""
+        """Return the same shape, for coarse cuts of at most ``window`` entries."""
         return replace(self, window=window)
 
     def coarse_cut(self, first: int, end: int, lod0_from: int | None = None) -> Cut:
-        """Tokens ``[first, end)`` as gists up to about ``lod0_from``, and at LOD0 from there on.
+        """Cut tokens ``[first, end)``: gists up to about ``lod0_from``, and LOD0 from there on.
 
         The history is LOD1; where that exceeds ``window`` entries and ``max_lod`` is 2, its oldest
         aligned K² spans are LOD2, as few as it takes.
 
         Args:
-            first: A multiple of the coarsest span.
+            first: The first token, a multiple of the coarsest span.
             end: The token after the last.
             lod0_from: The block that holds this token is the first at LOD0; the one where the
                 protected tail begins by default.
@@ -174,7 +179,7 @@ class Geometry:
         return Cut(np.concatenate(positions), lods, k)
 
     def focus_view(self, num_tokens: int, horizon_tokens: int) -> Cut:
-        """The coarse cut that LensNet scores: the history as gists, the recent tail at LOD0.
+        """Make the coarse cut that LensNet scores: history as gists, the recent tail at LOD0.
 
         It ends before the horizon, on which variants are judged. See `coarse_cut`.
 
@@ -192,7 +197,7 @@ class Geometry:
         return self.coarse_cut(0, end, max(num_tokens - self.recent_tokens, 0))
 
     def shortest_length(self, num_tokens: int) -> int:
-        """Entries left when all outside the protected tail is collapsed as far as it goes."""
+        """Count the entries left when all before the protected tail is as coarse as it can be."""
         history = max(num_tokens - self.recent_tokens, 0)
         blocks = history // self.block_size
         spans = blocks // self.block_size if self.max_lod == 2 else 0
@@ -200,16 +205,21 @@ class Geometry:
 
 
 def spans_of(lods: Ints, block_size: int) -> Ints:
-    """Tokens that entries of these LODs cover, int64, of the same shape."""
+    """Return the tokens that entries of these LODs cover, int64, of the same shape."""
     spans: Ints = (block_size ** np.arange(3))[lods]  # looked up: integer powers are slow
     return spans
 
 
 def from_block_lods(block_lods: Ints, num_tokens: int, block_size: int) -> Cut:
-    """The cut that holds block ``i`` at ``block_lods[i]``, and what follows the blocks at LOD0.
+    """Make the cut that holds each block at its LOD, and what follows the blocks at LOD0.
 
     Args:
-        block_lods: int64 ``[blocks]``; the K blocks of a LOD2 span agree.
+        block_lods: The LOD of each block, int64 ``[blocks]``; the K blocks of a LOD2 span agree.
+        num_tokens: Of the history.
+        block_size: Tokens of a block, K.
+
+    Returns:
+        The cut.
     """
     k = block_size
     blocks = np.arange(len(block_lods), dtype=np.int64)
@@ -223,13 +233,31 @@ def from_block_lods(block_lods: Ints, num_tokens: int, block_size: int) -> Cut:
 
 
 def lod0_tail(num_tokens: int, length: int, block_size: int) -> Cut:
-    """The last ``length`` of ``num_tokens`` tokens (all of them if fewer), each at LOD0."""
+    """Cut out the last tokens, each at LOD0.
+
+    Args:
+        num_tokens: Of the history.
+        length: How many to hold; all of them if there are fewer.
+        block_size: Tokens of a block, K.
+
+    Returns:
+        The cut.
+    """
     positions = np.arange(max(num_tokens - length, 0), num_tokens, dtype=np.int64)
     return Cut(positions, np.zeros_like(positions), block_size)
 
 
 def held_at_lod0(cuts: Sequence[Cut], view: Cut, num_tokens: int) -> NDArray[np.bool_]:
-    """Whether each cut holds all of each view entry's span at LOD0, bool ``[cuts, entries]``."""
+    """Tell which spans of a view's entries cuts hold at LOD0, all of them.
+
+    Args:
+        cuts: Some cuts of one history.
+        view: The focus view of the history.
+        num_tokens: Of the history.
+
+    Returns:
+        Whether it does, bool ``[cuts, entries]``.
+    """
     lod0 = np.zeros((len(cuts), num_tokens + 1), dtype=np.int64)
     for row, cut in zip(lod0, cuts, strict=True):
         row[cut.positions[cut.lods == 0] + 1] = 1
@@ -239,9 +267,17 @@ def held_at_lod0(cuts: Sequence[Cut], view: Cut, num_tokens: int) -> NDArray[np.
 
 
 def kept_tokens(num_tokens: int, target_length: int, block_size: int) -> int:
-    """How many of the newest tokens to keep so that ``target_length`` becomes reachable.
+    """Count the newest tokens that may stay so that ``target_length`` becomes reachable.
 
     Every collapse shortens a cut by a multiple of K - 1, so (N - W) mod (K - 1) tokens must go.
+
+    Args:
+        num_tokens: Of the history, N.
+        target_length: Entries that are wanted, W.
+        block_size: Tokens of a block, K.
+
+    Returns:
+        How many tokens may stay.
     """
     if num_tokens <= target_length:
         return num_tokens

@@ -22,9 +22,9 @@ class Edits:
     """What one iteration did.
 
     Attributes:
-        expanded, collapsed: keys of the nodes (see `node_keys`): the entries that were expanded,
-            and the parents that siblings were collapsed into; int64 ``[edits]`` each.
-        dropped: entries that left at the old end, since even the coarsest cut did not fit.
+        expanded: Keys (see `node_keys`) of the entries that were expanded, int64 ``[edits]``.
+        collapsed: Keys of the parents that siblings were collapsed into, int64 ``[edits]``.
+        dropped: Entries that left at the old end, since even the coarsest cut did not fit.
     """
 
     expanded: Ints
@@ -37,15 +37,25 @@ class Edits:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A focus view and LensNet's scores of its entries, float ``[E]``."""
+    """A focus view and LensNet's scores of its entries.
+
+    Attributes:
+        view: The entries that were scored, E of them.
+        scores: Of each, float32 ``[E]``.
+    """
 
     view: Cut
     scores: Floats
 
     def of_nodes(self, starts: Ints, spans: Ints) -> Floats:
-        """The highest score within each node, float ``[n]``: one worthy part is enough.
+        """Return the highest score within each node: one worthy part is enough.
 
-        -inf for nodes that the view does not reach.
+        Args:
+            starts: First token of each node, int64 ``[n]``.
+            spans: Tokens of each node, int64 ``[n]``.
+
+        Returns:
+            The scores, float32 ``[n]``; -inf for nodes that the view does not reach.
         """
         first = np.searchsorted(self.view.ends, starts, side="right")
         last = np.searchsorted(self.view.positions, starts + spans, side="left")
@@ -56,7 +66,7 @@ class Scored:
 
 
 def node_keys(starts: Ints, lods: Ints) -> Ints:
-    """One integer for each node of a tree."""
+    """Return one integer for each node of a tree, by its first token and its LOD."""
     keys: Ints = starts * 4 + lods
     return keys
 
@@ -64,7 +74,7 @@ def node_keys(starts: Ints, lods: Ints) -> Ints:
 def refocus_cut(
     cut: Cut, scored: Scored, rules: FocusRules, barred: Ints | None = None
 ) -> tuple[Cut, Edits]:
-    """Edit a cut by scores: as many of the best expansions as there is room, or room can be made.
+    """Edit a cut by scores: the best expansions that there is room for, or room can be made.
 
     The budget comes first. A cut of more than ``wc_length`` entries is collapsed where scores are
     lowest, whatever they are and however many edits it takes; what is barred comes last, and only
@@ -76,12 +86,13 @@ def refocus_cut(
     score lowest, each of which must score ``margin`` less than the expansion it makes room for.
 
     Args:
-        cut: at least one entry; covers the tokens up to the newest without a gap.
-        scored: its view covers all that may be edited.
-        barred: keys of nodes that may not be edited now, int64 ``[n]``.
+        cut: At least one entry; covers the tokens up to the newest without a gap.
+        scored: The scores, whose view covers all that may be edited.
+        rules: How scores become edits.
+        barred: Keys of nodes that may not be edited now, int64 ``[n]``; none by default.
 
     Returns:
-        the new cut, and the edits that made it.
+        The new cut, and the edits that made it.
 
     Raises:
         UnreachableTarget: ``wc_length`` does not even hold the protected tail.
@@ -102,7 +113,7 @@ def _collapse_to_fit(cut: Cut, scored: Scored, rules: FocusRules, barred: Ints) 
     """Collapse what scores lowest until the cut fits: a round for each LOD, then the barred ones.
 
     Returns:
-        the cut, and the keys of the parents.
+        The cut, and the keys of the parents.
     """
     made = [_NONE]
     for spared in (barred, _NONE):
@@ -121,11 +132,18 @@ def _trade(
 ) -> tuple[Cut, Ints, Ints]:
     """Make the expansions that are worth their room, and the collapses that pay for them.
 
-    An expansion never meets a collapse around it: the group's score is the highest within it, so
-    it would have to be lower than itself.
+    An expansion never meets a collapse around it: the group's score is the highest within it, so it
+    would have to be lower than itself.
 
     Args:
-        forced: how many edits the budget has taken.
+        cut: It fits.
+        scored: The scores.
+        rules: How scores become edits.
+        barred: Keys of nodes that may not be edited now, int64 ``[n]``.
+        forced: How many edits the budget has taken.
+
+    Returns:
+        The cut, and the keys of what was expanded and of what was collapsed.
     """
     k, lods, tuning = cut.block_size, cut.lods, rules.tuning
     groups, parents, low = _collapsible(cut, scored, rules, barred)
@@ -156,12 +174,18 @@ def _trade(
 
 
 def _leaves_reserve(cut: Cut, keys: Ints, rules: FocusRules, barred: Ints) -> NDArray[np.bool_]:
-    """Whether, after each expansion in turn, the reserve is free.
+    """Tell whether, after each expansion in turn, the reserve is free.
 
     Free is what would be, were all collapsed but what was expanded and is barred, or now will be.
 
     Args:
-        keys: of the entries to be expanded, in order, ``[n]``.
+        cut: Before the expansions.
+        keys: Of the entries to be expanded, in order, int64 ``[n]``.
+        rules: Say how much the reserve is.
+        barred: Keys of nodes that may not be edited now, int64.
+
+    Returns:
+        Whether it is, bool ``[n]``.
     """
     if not rules.reserve:
         return np.ones(len(keys), dtype=np.bool_)
@@ -183,7 +207,7 @@ def _leaves_reserve(cut: Cut, keys: Ints, rules: FocusRules, barred: Ints) -> ND
 
 
 def _parents(keys: Ints, first: int, end: int, rules: FocusRules, keep_none: bool = False) -> Ints:
-    """Keys of the parents that a cut of ``[first, end)`` could hold; -1 for none, or left out."""
+    """Return keys of the parents that a cut could hold; -1, or nothing, where there is none."""
     lods = keys % 4 + 1
     spans = rules.geometry.block_size**lods
     starts = keys // 4 // spans * spans
@@ -196,7 +220,7 @@ def _parents(keys: Ints, first: int, end: int, rules: FocusRules, keep_none: boo
 def _collapsible(
     cut: Cut, scored: Scored, rules: FocusRules, barred: Ints
 ) -> tuple[Ints, Ints, Floats]:
-    """Where K siblings begin that all stand in the cut, their parents' keys and scores."""
+    """Find where K siblings begin that all stand in the cut; their parents' keys and scores too."""
     k, spans = cut.block_size, cut.spans
     if len(cut) < k:
         return _NONE, _NONE, np.empty(0, np.float32)

@@ -94,7 +94,7 @@ class FocusRules:
 
 
 def coarsest_length(first: int, end: int, geometry: Geometry) -> int:
-    """Entries of a cut of tokens ``[first, end)`` that is as coarse as it can be."""
+    """Count the entries of a cut of ``[first, end)`` that is as coarse as it can be."""
     editable, nodes = end - geometry.recent_tokens, 0
     for lod in range(1, geometry.max_lod + 1):
         span = geometry.block_size**lod
@@ -103,7 +103,7 @@ def coarsest_length(first: int, end: int, geometry: Geometry) -> int:
 
 
 def first_that_fits(first: int, end: int, rules: FocusRules) -> int:
-    """Where a cut must begin so that it fits: ``max_tokens``, and, as coarse as it can be, W.
+    """Find where a cut must begin so that it fits: ``max_tokens``, and, as coarse as it can be, W.
 
     That is ``first`` if it can be; else a multiple of the coarsest span that leaves room for
     detail, so that the history is not cut off again after every few tokens.

@@ -20,19 +20,20 @@ class TrainingWCVariationAllocator:
     the eligible ones; the last ``recent_tokens`` tokens stay at LOD0. Same seed, same cuts.
 
     Args:
-        block_size: tokens of a LOD1 gist, K, at least 2.
-        max_lod: 1 or 2.
+        block_size: Tokens of a LOD1 gist, K, at least 2.
+        max_lod: The highest level of detail, 1 or 2.
         lod2_probability: 0 forbids LOD2, 1 uses it whenever it fits.
-        recent_tokens: length of the protected tail.
-        seed: a non-negative int or several.
+        recent_tokens: Length of the protected tail.
+        seed: A non-negative int or several.
 
     Attributes:
-        drawn: cuts sampled so far. Each has random numbers of its own, by seed and number, so
+        drawn: Cuts sampled so far. Each has random numbers of its own, by seed and number, so
             assigning this is all that it takes to continue elsewhere, or to skip what another
             process samples.
 
     Raises:
-        TypeError, ValueError: an argument out of these bounds.
+        TypeError: An argument of another type; the message names it.
+        ValueError: An argument out of these bounds; the message names it.
     """
 
     def __init__(
@@ -60,11 +61,18 @@ class TrainingWCVariationAllocator:
         self._start = self._bits.state
 
     def sample(self, num_tokens: int, target_length: int) -> Cut:
-        """A random cut of tokens ``[0, num_tokens)`` with exactly ``target_length`` entries.
+        """Sample a cut of tokens ``[0, num_tokens)`` with exactly ``target_length`` entries.
+
+        Args:
+            num_tokens: Of the history.
+            target_length: Entries that are wanted.
+
+        Returns:
+            The cut.
 
         Raises:
-            UnreachableTarget: no collapses lead there; the message names the lengths that are
-                next to it.
+            UnreachableTarget: No collapses lead there; the message names the lengths that are next
+                to it.
         """
         check_int("num_tokens", num_tokens)
         check_int("target_length", target_length)
@@ -112,7 +120,7 @@ class TrainingWCVariationAllocator:
         return from_block_lods(block_lods, num_tokens, k)
 
     def _random_numbers(self, number: int) -> np.random.Generator:
-        """Those of one cut."""
+        """Return the random numbers of one cut."""
         # The counter's highest word tells cuts apart: none uses 2**192 random numbers. Setting
         # the state takes a fifth of the time of a new generator.
         self._start["state"]["counter"][:] = 0, 0, 0, number
@@ -120,9 +128,14 @@ class TrainingWCVariationAllocator:
         return np.random.Generator(self._bits)
 
     def reachable_length(self, num_tokens: int, target_length: int) -> int:
-        """The longest length that can be reached and does not exceed ``target_length``.
+        """Find the longest length that can be reached and does not exceed the target.
 
-        Below the shortest reachable length it is that one.
+        Args:
+            num_tokens: Of the history.
+            target_length: Entries that are wanted.
+
+        Returns:
+            That length; the shortest reachable one where the target is below it.
         """
         step = self.block_size - 1
         shortest = self._geometry.shortest_length(num_tokens)

@@ -17,15 +17,18 @@ class _Lazy(click.Group):
     """Lists its commands without importing them: torch takes seconds."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """List them."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import one."""
         if name not in _COMMANDS:
             return None
         command: click.Command = import_module(f"megacontext.cli.{name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what each does."""
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 

@@ -38,10 +38,10 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Around what checks a command line: what does not fit is wrong usage.
+    """Make wrong usage of what does not fit, around what checks a command line.
 
     Raises:
-        click.UsageError: exit code 2.
+        click.UsageError: Something does not fit; exit code 2.
     """
     try:
         yield
@@ -53,13 +53,13 @@ def usage_errors() -> Iterator[None]:
 
 @contextmanager
 def plain_endings(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Around a command, once it is known to be right: whatever fails is told in a few words.
+    """Tell whatever fails in a few words, around a command, once it is known to be right.
 
     Args:
-        advice: how to go on, asked when the command has not come to its end.
+        advice: Says how to go on, asked when the command has not come to its end.
 
     Raises:
-        SystemExit: with the code for what happened.
+        SystemExit: With the code for what happened.
     """
     try:
         yield
@@ -93,7 +93,7 @@ class Termination:
         self._asked = self._heard = False
 
     def __call__(self) -> bool:
-        """Whether the training is to end."""
+        """Tell whether the training is to end."""
         self._asked = True
         return self._heard
 

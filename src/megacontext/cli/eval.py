@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megacontext.cli.endings import EXIT_CODES, plain_endings, usage_errors
+from megacontext.cli.options import with_options
 from megacontext.cli.streams import PipeConsole
 from megacontext.evaluation.compare import (
     LENSNET,
@@ -30,36 +31,53 @@ from megacontext.training.run_folder import RunFolder
 from megacontext.training.sources import load_source
 from megacontext.training.train_result import StepReport
 
+_HELP = """Compare ways to pick a working context, LensNet among them, at equal length.
 
-@click.command("eval", context_settings={"show_default": True}, epilog=EXIT_CODES)
-@click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    required=True,
-    help="Folder of a trained run; eval.json and eval.png go there.",
+Prints a table with 95 % bootstrap intervals, paired by sequence, and writes eval.json and
+eval.png (with --ablate, ablations.json).
+
+\b
+Examples:
+  megacontext eval --run-dir runs/recall
+  megacontext eval --run-dir runs/recall --sequences 512 --seed 7 --json
+  megacontext eval --run-dir runs/recall --ablate
+"""
+_OPTIONS = (
+    click.option(
+        "--run-dir",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        required=True,
+        help="Folder of a trained run; eval.json and eval.png go there.",
+    ),
+    click.option(
+        "--sequences", type=click.IntRange(min=1), default=256, help="Held-out sequences."
+    ),
+    click.option("--seed", default=1000, help="Of the sequences and of everything random."),
+    click.option(
+        "--oracle-draws",
+        type=click.IntRange(min=1),
+        default=64,
+        help="Random cuts of which the oracle takes the best.",
+    ),
+    click.option("--device", default="cpu", help="Torch device, such as cpu or cuda."),
+    click.option(
+        "--ablate",
+        is_flag=True,
+        help="Train the run's setting anew with one thing changed at a time, in RUN_DIR/ablations, "
+        "and compare; takes about as long as the run did, seven times.",
+    ),
+    click.option(
+        "--steps",
+        type=click.IntRange(min=1),
+        show_default="the run's",
+        help="Optimizer steps of each training of --ablate.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 )
-@click.option("--sequences", type=click.IntRange(min=1), default=256, help="Held-out sequences.")
-@click.option("--seed", default=1000, help="Of the sequences and of everything random.")
-@click.option(
-    "--oracle-draws",
-    type=click.IntRange(min=1),
-    default=64,
-    help="Random cuts of which the oracle takes the best.",
-)
-@click.option("--device", default="cpu", help="Torch device, such as cpu or cuda.")
-@click.option(
-    "--ablate",
-    is_flag=True,
-    help="Train the run's setting anew with one thing changed at a time, in RUN_DIR/ablations, "
-    "and compare; takes about as long as the run did, seven times.",
-)
-@click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    show_default="the run's",
-    help="Optimizer steps of each training of --ablate.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+@click.command("eval", help=_HELP, epilog=EXIT_CODES, context_settings={"show_default": True})
+@with_options(_OPTIONS)
 def command(
     run_dir: Path,
     sequences: int,
@@ -70,17 +88,7 @@ def command(
     steps: int | None,
     as_json: bool,
 ) -> None:
-    """Compare ways to pick a working context, LensNet among them, at equal length.
-
-    Prints a table with 95 % bootstrap intervals, paired by sequence, and writes eval.json and
-    eval.png (with --ablate, ablations.json).
-
-    \b
-    Examples:
-      megacontext eval --run-dir runs/recall
-      megacontext eval --run-dir runs/recall --sequences 512 --seed 7 --json
-      megacontext eval --run-dir runs/recall --ablate
-    """
+    """Evaluate; `_HELP` is what a user reads."""
     if steps is not None and not ablate:
         raise click.UsageError("--steps is of the trainings of --ablate; leave it out, or add that")
     console = PipeConsole(stderr=as_json, highlight=False)
@@ -99,17 +107,28 @@ def command(
 
 @dataclass(frozen=True)
 class _Row:
-    """What the table says of one way to pick."""
+    """What the table says of one way to pick.
+
+    Attributes:
+        way: Its name.
+        entries: Of its working contexts.
+        nll: Mean NLL per label, nats.
+        interval: Of that.
+        closed: Share of the gap from random collapse to the oracle that it closes.
+        behind: By how much its NLL is above that of LensNet focus, nats.
+        behind_interval: Of that.
+    """
 
     way: str
     entries: int
     nll: float
     interval: tuple[float, float]
     closed: float
-    behind: float  # NLL more than LensNet focus
+    behind: float
     behind_interval: tuple[float, float]
 
     def to_json(self) -> dict[str, Any]:
+        """Return what ``eval.json`` is to hold of it."""
         return {
             "way": self.way,
             "entries": self.entries,

@@ -4,9 +4,9 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import click
 import torch
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from torch import Tensor
 
 from megacontext.cli.endings import EXIT_CODES, plain_endings, usage_errors
+from megacontext.cli.options import option, with_options
 from megacontext.cli.streams import PipeConsole
 from megacontext.controller import MCController
 from megacontext.data.tokenizer import Tokenizer, tokenizer_of
@@ -27,69 +28,81 @@ from megacontext.inference.text_stream import TextStream
 from megacontext.training.pretrained import load_model, usable_device
 from megacontext.training.run_folder import RunFolder
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
 _SESSION, _SAMPLING = SessionConfig(), SamplingRules()
 _PROMPT_BYTES = 1 << 16  # of a prompt that are in memory at once
 
 
-def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command]:
-    return click.option(name, default=default, show_default=True, help=text)
+_HELP = """Continue a text of any length with a trained model.
+
+The text streams to stdout; the budget and every refocus are told on stderr.
+
+\b
+Examples:
+  megacontext generate --run-dir runs/first --text "def main("
+  megacontext generate --run-dir runs/first --prompt book.txt --show-focus
+  megacontext generate --run-dir runs/first --prompt log.txt --tree-store disk --session-dir s
+  megacontext generate --run-dir runs/first --session-dir s --resume
+"""
+_OPTIONS = (
+    click.option(
+        "--run-dir",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="Folder of the run that trained the model.",
+    ),
+    click.option(
+        "--prompt",
+        type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+        help="File to continue, of any length; - for standard input.",
+    ),
+    click.option("--text", help="Text to continue."),
+    option("--max-tokens", 256, "Most bytes, or tokens of the model's tokenizer, to generate."),
+    option("--temperature", _SAMPLING.temperature, "0 takes the likeliest token always."),
+    option("--top-k", _SAMPLING.top_k, "Only so many of the likeliest tokens; 0 for all."),
+    option("--top-p", _SAMPLING.top_p, "Only the likeliest that have this probability together."),
+    option("--seed", 0, "Same seed, same text."),
+    click.option(
+        "--stop", multiple=True, help="Ends the text before this string; may be repeated."
+    ),
+    click.option(
+        "--wc-length",
+        type=int,
+        show_default="the model's",
+        help="Most entries of the working context.",
+    ),
+    option("--refocus-interval", _SESSION.refocus_interval, "Tokens from one refocus to the next."),
+    option("--iterations", _SESSION.iterations, "Of each refocus, with one LensNet call each."),
+    option("--expand-threshold", _SESSION.expand_threshold, "Only what scores above is expanded."),
+    option(
+        "--collapse-threshold", _SESSION.collapse_threshold, "Only what scores no more gives way."
+    ),
+    option("--margin", _SESSION.margin, "By which an expansion must beat the collapse it costs."),
+    option("--max-edits", _SESSION.max_edits, "Of one iteration."),
+    option("--cooldown", _SESSION.cooldown, "Iterations for which an edit is not undone."),
+    option("--detail-share", _SESSION.detail_share, "Freed for detail when history is lost."),
+    option("--device", "cpu", "Torch device, such as cpu or cuda."),
+    click.option(
+        "--tree-store",
+        type=click.Choice(["memory", "disk"]),
+        default="memory",
+        help="Where the history is kept; disk needs --session-dir.",
+    ),
+    click.option(
+        "--session-dir", type=click.Path(path_type=Path), help="Folder of a session on disk."
+    ),
+    click.option("--resume", is_flag=True, help="Continue the session in --session-dir."),
+    click.option("--show-focus", is_flag=True, help="Draw at each refocus what is held in detail."),
+    click.option("--quiet", is_flag=True, help="No budget and no refocus events on stderr."),
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print text and report as JSON at the end."
+    ),
+)
 
 
-@click.command("generate", context_settings={"show_default": True}, epilog=EXIT_CODES)
-@click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the run that trained the model.",
-)
-@click.option(
-    "--prompt",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
-    help="File to continue, of any length; - for standard input.",
-)
-@click.option("--text", help="Text to continue.")
-@_option("--max-tokens", 256, "Most bytes, or tokens of the model's tokenizer, to generate.")
-@_option("--temperature", _SAMPLING.temperature, "0 takes the likeliest token always.")
-@_option("--top-k", _SAMPLING.top_k, "Only so many of the likeliest tokens; 0 for all.")
-@_option("--top-p", _SAMPLING.top_p, "Only the likeliest that have this probability together.")
-@_option("--seed", 0, "Same seed, same text.")
-@click.option("--stop", multiple=True, help="Ends the text before this string; may be repeated.")
-@click.option(
-    "--wc-length", type=int, show_default="the model's", help="Most entries of the working context."
-)
-@_option("--refocus-interval", _SESSION.refocus_interval, "Tokens from one refocus to the next.")
-@_option("--iterations", _SESSION.iterations, "Of each refocus, with one LensNet call each.")
-@_option("--expand-threshold", _SESSION.expand_threshold, "Only what scores above is expanded.")
-@_option("--collapse-threshold", _SESSION.collapse_threshold, "Only what scores no more gives way.")
-@_option("--margin", _SESSION.margin, "By which an expansion must beat the collapse it costs.")
-@_option("--max-edits", _SESSION.max_edits, "Of one iteration.")
-@_option("--cooldown", _SESSION.cooldown, "Iterations for which an edit is not undone.")
-@_option("--detail-share", _SESSION.detail_share, "Freed for detail when history is lost.")
-@_option("--device", "cpu", "Torch device, such as cpu or cuda.")
-@click.option(
-    "--tree-store",
-    type=click.Choice(["memory", "disk"]),
-    default="memory",
-    help="Where the history is kept; disk needs --session-dir.",
-)
-@click.option("--session-dir", type=click.Path(path_type=Path), help="Folder of a session on disk.")
-@click.option("--resume", is_flag=True, help="Continue the session in --session-dir.")
-@click.option("--show-focus", is_flag=True, help="Draw at each refocus what is held in detail.")
-@click.option("--quiet", is_flag=True, help="No budget and no refocus events on stderr.")
-@click.option("--json", "as_json", is_flag=True, help="Print text and report as JSON at the end.")
+@click.command("generate", help=_HELP, epilog=EXIT_CODES, context_settings={"show_default": True})
+@with_options(_OPTIONS)
 def command(run_dir: Path, device: str, **options: Any) -> None:
-    """Continue a text of any length with a trained model.
-
-    The text streams to stdout; the budget and every refocus are told on stderr.
-
-    \b
-    Examples:
-      megacontext generate --run-dir runs/first --text "def main("
-      megacontext generate --run-dir runs/first --prompt book.txt --show-focus
-      megacontext generate --run-dir runs/first --prompt log.txt --tree-store disk --session-dir s
-      megacontext generate --run-dir runs/first --session-dir s --resume
-    """
+    """Continue a text; `_HELP` is what a user reads."""
     console = PipeConsole(stderr=True, highlight=False)
     where = options["session_dir"]
     again = f"Continue with: --session-dir {where} --resume" if where is not None else ""
@@ -114,7 +127,9 @@ def _check_usage(ctx: click.Context) -> None:
     """Refuse options that do not go together, and folders that are not what they should be.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError: saying which.
+        ValueError: Options that do not go together; says which.
+        FileNotFoundError: There is no session to resume.
+        FileExistsError: The folder of a new session holds something.
     """
     given = ctx.params
     if given["text"] == "":
@@ -162,6 +177,7 @@ class _Generation:
         self._drawn_scale = 0  # tokens of a character in the last legend
 
     def run(self) -> None:
+        """Generate until there is enough, or a stop string."""
         logits = self._begin()
         device = logits.device
         generator = torch.Generator(device).manual_seed(self._options["seed"])
@@ -180,7 +196,7 @@ class _Generation:
         self._end(tokens)
 
     def _begin(self) -> Tensor:
-        """Take in the prompt; logits after it."""
+        """Take in the prompt; return logits after it."""
         options = self._options
         if options["resume"]:
             logits = self._mc.resume_inference_session(options["session_dir"])
@@ -208,7 +224,7 @@ class _Generation:
             )
 
     def _prompt(self) -> Iterator[Tensor]:
-        """The prompt in pieces."""
+        """Yield the prompt in pieces."""
         return map(torch.from_numpy, self._tokenizer.encode(self._prompt_bytes()))
 
     def _prompt_bytes(self) -> Iterator[bytes]:

@@ -36,5 +36,5 @@ class PipeConsole(Console):
     """A console that raises BrokenPipeError when nobody reads it; rich would exit with 1."""
 
     def on_broken_pipe(self) -> None:
-        """Called by rich while it handles that exception."""
+        """Let the error through; rich calls this while it handles it."""
         raise

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megacontext.cli.endings import EXIT_CODES, Termination, plain_endings, usage_errors
+from megacontext.cli.options import option, with_options
 from megacontext.cli.streams import PipeConsole
 from megacontext.config import MCConfig
 from megacontext.data.tokenizer import has_tokenizer
@@ -30,93 +31,107 @@ from megacontext.training.run_folder import RunFolder
 from megacontext.training.train_config import TrainConfig
 from megacontext.training.train_result import StepReport, TrainResult
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
 _Config = TypeVar("_Config", MCConfig, TrainConfig)
 _MODEL, _TRAIN = SETTINGS["demo"]
 
 
-def _option(name: str, default: Any, text: str) -> Callable[[_Command], _Command]:
-    return click.option(name, default=default, show_default=True, help=text)
+_HELP = """Train, on text or on facts far back, and end with a verdict from the guard's log.
+
+SIGTERM ends it after the step that it is in, with a checkpoint.
+
+\b
+Examples:
+  megacontext train --run-dir runs/first
+  megacontext train --run-dir runs/mine --text notes.txt --text src/ --steps 1000
+  megacontext train --run-dir runs/mine --resume
+  megacontext train --run-dir runs/recall --setting recall --seed 1
+  megacontext train --run-dir runs/first --steps 10 --profile
+  torchrun --nproc-per-node 2 -m megacontext train --run-dir runs/two --accumulation 2
+  megacontext train --run-dir runs/llama --language-model models/llama --bf16
+"""
+_OPTIONS = (
+    click.option(
+        "--run-dir",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="Folder of the run: config, metrics, guard log, checkpoint, picture.",
+    ),
+    click.option(
+        "--setting",
+        type=click.Choice(list(SETTINGS)),
+        default="demo",
+        help="Whose values the other options have by default: demo trains on text for a minute; "
+        "recall learns to find facts far back; text is a longer run on text.",
+    ),
+    click.option("--resume", is_flag=True, help="Continue the run in --run-dir with its settings."),
+    click.option(
+        "--text",
+        type=click.Path(exists=True, path_type=Path),
+        multiple=True,
+        show_default="the standard library's sources",
+        help="File or folder to train on, byte by byte, or by the tokenizer of --language-model; "
+        "may be repeated.",
+    ),
+    click.option(
+        "--language-model",
+        type=click.Path(exists=True, path_type=Path),
+        show_default="our own small one",
+        help="Folder that save_pretrained of Hugging Face transformers made: a causal language "
+        "model to train on, whose sizes and tokenizer are taken; --learning-rate is then "
+        f"{PRETRAINED_RATE:g} by default. Or its config.json, for random weights.",
+    ),
+    click.option(
+        "--profile",
+        is_flag=True,
+        help="Write a torch profiler's trace of a few steps, after a warm-up, to profile.json.gz "
+        "in the run folder; LensNet calls and phases are ranges in it. May be given with --resume.",
+    ),
+    option("--lm-steps", _TRAIN.lm_steps, "Optimizer steps of the language model alone, before."),
+    option("--steps", _TRAIN.steps, "Optimizer steps."),
+    option("--batch-size", _TRAIN.batch_size, "Sequences per micro-step."),
+    option("--accumulation", _TRAIN.accumulation, "Micro-steps per optimizer step."),
+    option("--learning-rate", _TRAIN.learning_rate, "Peak, of language model and GistNet."),
+    option("--lens-learning-rate", _TRAIN.lens_learning_rate, "Peak, of LensNet."),
+    option("--warmup-steps", _TRAIN.warmup_steps, "Of linear warm-up."),
+    option("--log-interval", _TRAIN.log_interval, "Steps between lines of metrics."),
+    option("--checkpoint-interval", _TRAIN.checkpoint_interval, "Steps between checkpoints."),
+    option("--device", _TRAIN.device, "Torch device, such as cpu or cuda."),
+    click.option("--compile", is_flag=True, help="Run all networks under torch.compile."),
+    click.option("--bf16", is_flag=True, help="Run forward passes in bfloat16, by autocast."),
+    click.option(
+        "--shard",
+        is_flag=True,
+        help="With several processes: share weights and optimizer state among them (FSDP2).",
+    ),
+    click.option(
+        "--recompute",
+        is_flag=True,
+        help="Keep less of the language model for backward, and run its blocks twice: less memory.",
+    ),
+    click.option(
+        "--tensorboard",
+        is_flag=True,
+        help="Write metrics and LOD strips for TensorBoard, to tensorboard/ in the run folder.",
+    ),
+    option("--seed", _MODEL.seed, "Of weights, data order and cuts."),
+    option("--d-model", _MODEL.d_model, "Width of all networks."),
+    option("--num-heads", _MODEL.num_heads, "Attention heads."),
+    option("--lm-layers", _MODEL.lm_layers, "Depth of the language model."),
+    option("--lens-layers", _MODEL.lens_layers, "Depth of LensNet."),
+    option("--block-size", _MODEL.block_size, "Tokens of a LOD1 gist."),
+    option("--max-lod", _MODEL.max_lod, "Highest level of detail, 1 or 2."),
+    option("--sequence-tokens", _MODEL.sequence_tokens, "Tokens of a training sequence."),
+    option("--train-wc-length", _MODEL.train_wc_length, "Entries of every working context."),
+    option("--recent-tokens", _MODEL.recent_tokens, "Protected tail, always LOD0."),
+    option("--horizon-tokens", _MODEL.horizon_tokens, "Last tokens, which judge the variants."),
+    option("--num-variants", _MODEL.num_variants, "Random variants per sequence."),
+    option("--lod2-probability", _MODEL.lod2_probability, "Of a LOD2 collapse."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+)
 
 
-@click.command("train", context_settings={"show_default": True}, epilog=EXIT_CODES)
-@click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the run: config, metrics, guard log, checkpoint, picture.",
-)
-@click.option(
-    "--setting",
-    type=click.Choice(list(SETTINGS)),
-    default="demo",
-    help="Whose values the other options have by default: demo trains on text for a minute; recall "
-    "learns to find facts far back; text is a longer run on text.",
-)
-@click.option("--resume", is_flag=True, help="Continue the run in --run-dir with its settings.")
-@click.option(
-    "--text",
-    type=click.Path(exists=True, path_type=Path),
-    multiple=True,
-    show_default="the standard library's sources",
-    help="File or folder to train on, byte by byte, or by the tokenizer of --language-model; may "
-    "be repeated.",
-)
-@click.option(
-    "--language-model",
-    type=click.Path(exists=True, path_type=Path),
-    show_default="our own small one",
-    help="Folder that save_pretrained of Hugging Face transformers made: a causal language model "
-    "to train on, whose sizes and tokenizer are taken; --learning-rate is then "
-    f"{PRETRAINED_RATE:g} by default. Or its config.json, for random weights.",
-)
-@click.option(
-    "--profile",
-    is_flag=True,
-    help="Write a torch profiler's trace of a few steps, after a warm-up, to profile.json.gz in "
-    "the run folder; LensNet calls and phases are ranges in it. May be given with --resume.",
-)
-@_option("--lm-steps", _TRAIN.lm_steps, "Optimizer steps of the language model alone, before.")
-@_option("--steps", _TRAIN.steps, "Optimizer steps.")
-@_option("--batch-size", _TRAIN.batch_size, "Sequences per micro-step.")
-@_option("--accumulation", _TRAIN.accumulation, "Micro-steps per optimizer step.")
-@_option("--learning-rate", _TRAIN.learning_rate, "Peak, of language model and GistNet.")
-@_option("--lens-learning-rate", _TRAIN.lens_learning_rate, "Peak, of LensNet.")
-@_option("--warmup-steps", _TRAIN.warmup_steps, "Of linear warm-up.")
-@_option("--log-interval", _TRAIN.log_interval, "Steps between lines of metrics.")
-@_option("--checkpoint-interval", _TRAIN.checkpoint_interval, "Steps between checkpoints.")
-@_option("--device", _TRAIN.device, "Torch device, such as cpu or cuda.")
-@click.option("--compile", is_flag=True, help="Run all networks under torch.compile.")
-@click.option("--bf16", is_flag=True, help="Run forward passes in bfloat16, by autocast.")
-@click.option(
-    "--shard",
-    is_flag=True,
-    help="With several processes: share weights and optimizer state among them (FSDP2).",
-)
-@click.option(
-    "--recompute",
-    is_flag=True,
-    help="Keep less of the language model for backward, and run its blocks twice: less memory.",
-)
-@click.option(
-    "--tensorboard",
-    is_flag=True,
-    help="Write metrics and LOD strips for TensorBoard, to tensorboard/ in the run folder.",
-)
-@_option("--seed", _MODEL.seed, "Of weights, data order and cuts.")
-@_option("--d-model", _MODEL.d_model, "Width of all networks.")
-@_option("--num-heads", _MODEL.num_heads, "Attention heads.")
-@_option("--lm-layers", _MODEL.lm_layers, "Depth of the language model.")
-@_option("--lens-layers", _MODEL.lens_layers, "Depth of LensNet.")
-@_option("--block-size", _MODEL.block_size, "Tokens of a LOD1 gist.")
-@_option("--max-lod", _MODEL.max_lod, "Highest level of detail, 1 or 2.")
-@_option("--sequence-tokens", _MODEL.sequence_tokens, "Tokens of a training sequence.")
-@_option("--train-wc-length", _MODEL.train_wc_length, "Entries of every working context.")
-@_option("--recent-tokens", _MODEL.recent_tokens, "Protected tail, always LOD0.")
-@_option("--horizon-tokens", _MODEL.horizon_tokens, "Last tokens, which judge the variants.")
-@_option("--num-variants", _MODEL.num_variants, "Random variants per sequence.")
-@_option("--lod2-probability", _MODEL.lod2_probability, "Of a LOD2 collapse.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.command("train", help=_HELP, epilog=EXIT_CODES, context_settings={"show_default": True})
+@with_options(_OPTIONS)
 def command(
     run_dir: Path,
     setting: str,
@@ -127,20 +142,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train, on text or on facts far back, and end with a verdict from the guard's log.
-
-    SIGTERM ends it after the step that it is in, with a checkpoint.
-
-    \b
-    Examples:
-      megacontext train --run-dir runs/first
-      megacontext train --run-dir runs/mine --text notes.txt --text src/ --steps 1000
-      megacontext train --run-dir runs/mine --resume
-      megacontext train --run-dir runs/recall --setting recall --seed 1
-      megacontext train --run-dir runs/first --steps 10 --profile
-      torchrun --nproc-per-node 2 -m megacontext train --run-dir runs/two --accumulation 2
-      megacontext train --run-dir runs/llama --language-model models/llama --bf16
-    """
+    """Train, and end with a verdict; `_HELP` is what a user reads."""
     if resume:
         _refuse_settings(click.get_current_context())
     given = {name: options[name] for name in options if _is_given(name)}
@@ -149,16 +151,8 @@ def command(
     model, settings = SETTINGS[setting]
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that tells
     console = PipeConsole(stderr=as_json, highlight=False, quiet=not first)
-
-    def advice() -> str:
-        if not (run_dir / "config.json").exists():
-            return ""
-        return (
-            f"The log is in {run_dir}; the last checkpoint is kept.\n"
-            f"Continue with: megacontext train --run-dir {run_dir} --resume"
-        )
-
-    with plain_endings(advice if first else lambda: ""), Termination() as termination:
+    advice = partial(_advice, run_dir) if first else str
+    with plain_endings(advice), Termination() as termination:
         with usage_errors():
             if language_model is not None:
                 given = _of_language_model(language_model.resolve()) | given
@@ -186,11 +180,23 @@ def command(
     sys.exit(0 if held else 1)
 
 
+def _advice(run_dir: Path) -> str:
+    """Say how to go on with a run that has not come to its end."""
+    if not (run_dir / "config.json").exists():
+        return ""
+    return (
+        f"The log is in {run_dir}; the last checkpoint is kept.\n"
+        f"Continue with: megacontext train --run-dir {run_dir} --resume"
+    )
+
+
 def _check(folder: RunFolder, model: MCConfig, settings: TrainConfig, resume: bool) -> None:
     """Refuse what cannot be meant, before anything is done.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError: see `train`.
+        FileExistsError: A new run's folder holds something.
+        FileNotFoundError: There is no run to resume, or no model.
+        ValueError: A device or a model that cannot be used.
     """
     if resume:
         folder.require_run()
@@ -201,25 +207,25 @@ def _check(folder: RunFolder, model: MCConfig, settings: TrainConfig, resume: bo
 
 
 def _is_given(name: str) -> bool:
-    """Whether an option stands on the command line."""
+    """Tell whether an option stands on the command line."""
     source = click.get_current_context().get_parameter_source(name)
     return source is click.core.ParameterSource.COMMANDLINE
 
 
 def _of_language_model(path: Path) -> dict[str, Any]:
-    """What a language model decides, where the command line does not."""
+    """Return what a language model decides, where the command line does not."""
     rate = {"learning_rate": PRETRAINED_RATE} if path.is_dir() else {}
     return {"language_model": str(path), **language_model_sizes(path), **rate}
 
 
 def _replace(config: _Config, given: dict[str, Any]) -> _Config:
-    """The configuration with what was given in it."""
+    """Put what was given into a configuration."""
     names = {field.name for field in dataclasses.fields(config)}
     return dataclasses.replace(config, **{k: v for k, v in given.items() if k in names})
 
 
 def _refuse_settings(ctx: click.Context) -> None:
-    """A resumed run takes every setting from its config.json."""
+    """Refuse settings: a resumed run takes every one from its config.json."""
     own = ("run_dir", "resume", "profile", "as_json")
     given = [name for name in ctx.params if _is_given(name) and name not in own]
     if given:

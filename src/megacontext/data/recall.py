@@ -24,11 +24,12 @@ class RecallSource:
     """How sequences are made. Tokens 0 to keys - 1 are keys, the next ones symbols.
 
     Attributes:
-        keys, symbols: how many there are.
-        facts: per sequence, each of another key, in blocks of their own.
-        questions: keys that are asked for; the answer takes two tokens each.
-        block_size: tokens of a block; a fact does not straddle two.
-        label_all: every token counts in losses, not the answers alone; for an ablation.
+        keys: How many keys there are.
+        symbols: How many symbols there are.
+        facts: Facts of a sequence, each of another key, in blocks of their own.
+        questions: Keys that are asked for; the answer takes two tokens each.
+        block_size: Tokens of a block; a fact does not straddle two.
+        label_all: Let every token count in losses, not the answers alone; for an ablation.
     """
 
     keys: int = 16
@@ -40,24 +41,32 @@ class RecallSource:
 
     @property
     def vocab_size(self) -> int:
-        """Keys and symbols."""
+        """Number of keys and symbols."""
         return self.keys + self.symbols
 
     @property
     def horizon_tokens(self) -> int:
-        """The answers, at the end of every sequence."""
+        """Tokens of the answers, at the end of every sequence."""
         return 2 * self.questions
 
     @property
     def description(self) -> dict[str, Any]:
-        """The sizes."""
+        """The sizes, by name."""
         return asdict(self)
 
     def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> "RecallBatch":
-        """Random sequences.
+        """Draw random sequences.
+
+        Args:
+            rng: Draws them.
+            batch_size: How many.
+            length: Tokens of each.
+
+        Returns:
+            The sequences, and where their facts are.
 
         Raises:
-            ValueError: a sequence of ``length`` tokens has no room for facts and questions.
+            ValueError: A sequence of ``length`` tokens has no room for facts and questions.
         """
         asked = 3 * self.questions
         blocks = min(length * 5 // 8, length - asked) // self.block_size  # the older part
@@ -91,18 +100,18 @@ class RecallSource:
         )
 
     def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
-        """Short sequences with many questions: retrieval is learned from them soonest."""
+        """Draw short sequences with many questions: retrieval is learned from them soonest."""
         for_facts = (self.facts + 1) * self.block_size
         questions = max(min(3 * self.facts, (length - for_facts) // 3), 1)
         many = replace(self, questions=questions)
         return many.batch(rng, batch_size, min(length, for_facts + 3 * questions))
 
     def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
-        """No two sequences are ever the same."""
+        """Draw random sequences, of which no two are ever the same."""
         return self.batch(rng, batch_size, length)
 
     def unigram_entropy(self) -> float:
-        """A value is any symbol."""
+        """Return the entropy of a value, which is any symbol; nats."""
         return math.log(self.symbols)
 
 
@@ -111,8 +120,8 @@ class RecallBatch(Batch):
     """Sequences and where their facts are.
 
     Attributes:
-        fact_blocks: the blocks that hold facts, int64 ``[B, facts]``.
-        asked_blocks: those of the facts that are asked for, int64 ``[B, questions]``.
+        fact_blocks: The blocks that hold facts, int64 ``[B, facts]``.
+        asked_blocks: Those of the facts that are asked for, int64 ``[B, questions]``.
     """
 
     fact_blocks: Ints
@@ -120,6 +129,6 @@ class RecallBatch(Batch):
 
 
 def _choose(rng: np.random.Generator, rows: int, among: int, number: int) -> Ints:
-    """For each row, different numbers below ``among``, int64 ``[rows, number]``."""
+    """Choose for each row different numbers below ``among``, int64 ``[rows, number]``."""
     order: Ints = rng.random((rows, among)).argsort(axis=1)
     return order[:, :number]

@@ -24,20 +24,20 @@ class Batch:
     """Sequences of equal length.
 
     Attributes:
-        tokens: int64 ``[B, T]``.
-        labelled: the tokens that count in losses, bool ``[B, T]``; None for all.
+        tokens: The sequences, int64 ``[B, T]``.
+        labelled: The tokens that count in losses, bool ``[B, T]``; None for all.
     """
 
     tokens: Tensor
     labelled: Tensor | None
 
     def share(self, rank: int, size: int) -> "Batch":
-        """Every ``size``-th sequence, from number ``rank`` on."""
+        """Return every ``size``-th sequence, from number ``rank`` on."""
         labelled = None if self.labelled is None else self.labelled[rank::size]
         return replace(self, tokens=self.tokens[rank::size], labelled=labelled)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
+        """Return the same on a device."""
         labelled = None if self.labelled is None else to_device(self.labelled, device)
         return replace(self, tokens=to_device(self.tokens, device), labelled=labelled)
 
@@ -47,23 +47,50 @@ class Source(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens are below it."""
+        """Number of tokens: all are below it."""
 
     @property
     def description(self) -> dict[str, Any]:
-        """For a run's ``config.json``; its ``sha256`` is that of what is read, if anything is."""
+        """What a run's ``config.json`` says; ``sha256`` is that of what is read, if anything is."""
 
     def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
-        """Random sequences to train on."""
+        """Draw random sequences to train on.
+
+        Args:
+            rng: Draws them.
+            batch_size: How many.
+            length: Tokens of each.
+
+        Returns:
+            The sequences.
+        """
 
     def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
-        """Random sequences of at most ``length`` for the language model alone."""
+        """Draw random sequences for the language model alone.
+
+        Args:
+            rng: Draws them.
+            batch_size: How many.
+            length: Tokens of each, at most.
+
+        Returns:
+            The sequences.
+        """
 
     def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
-        """Random sequences that are never trained on."""
+        """Draw random sequences that are never trained on.
+
+        Args:
+            rng: Draws them.
+            batch_size: How many.
+            length: Tokens of each.
+
+        Returns:
+            The sequences.
+        """
 
     def unigram_entropy(self) -> float:
-        """Entropy of a label without its context, nats: the loss to beat."""
+        """Return the entropy of a label without its context, nats: the loss to beat."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +98,12 @@ class Corpus:
     """Text as tokens, a tenth of it held out for validation.
 
     Attributes:
-        training, validation: tokens, in the smallest type that holds them, ``[tokens]``.
-        files: how many files were read.
-        sha256: fingerprint of both parts; a resumed run must find the same.
-        vocab_size: tokens are below it; 256 for bytes.
-        unit: what to call them: ``"bytes"`` or ``"tokens"``.
+        training: Tokens to train on, in the smallest type that holds them, ``[tokens]``.
+        validation: Tokens that are held out, likewise.
+        files: How many files were read.
+        sha256: Fingerprint of both parts; a resumed run must find the same.
+        vocab_size: Number of tokens; 256 for bytes.
+        unit: What to call them: ``"bytes"`` or ``"tokens"``.
     """
 
     training: Ids
@@ -87,7 +115,7 @@ class Corpus:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Fingerprint and sizes."""
+        """Fingerprint and sizes, by name."""
         return {
             "sha256": self.sha256,
             "files": self.files,
@@ -96,19 +124,19 @@ class Corpus:
         }
 
     def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
-        """Random windows of the training part."""
+        """Draw random windows of the training part."""
         return _windows(self.training, rng, batch_size, length)
 
     def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
-        """The same."""
+        """Draw random windows of the training part."""
         return self.batch(rng, batch_size, length)
 
     def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
-        """Random windows of the held-out part."""
+        """Draw random windows of the held-out part."""
         return _windows(self.validation, rng, batch_size, length)
 
     def unigram_entropy(self) -> float:
-        """Entropy of a token of the validation part, nats: the loss of a model without context."""
+        """Return the entropy of a held-out token, nats: the loss of a model without context."""
         counts = np.bincount(self.validation)
         probabilities = counts[counts > 0] / len(self.validation)
         return float(-(probabilities * np.log(probabilities)).sum())
@@ -120,14 +148,17 @@ def load_corpus(
     """Read text files; every tenth is held out (of fewer than ten, the last tenth of each).
 
     Args:
-        paths: files, or folders whose files are read but for hidden ones and Python's caches; none
+        paths: Files, or folders whose files are read but for hidden ones and Python's caches; none
             for the standard library.
-        min_tokens: length of one window: both parts must be longer.
-        tokenizer: makes tokens of each file; of bytes by default.
+        min_tokens: Length of one window: both parts must be longer.
+        tokenizer: Makes tokens of each file; of bytes by default.
+
+    Returns:
+        The text.
 
     Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: too little text; or a path that is a pipe or a device.
+        FileNotFoundError: A path does not exist.
+        ValueError: Too little text; or a path that is a pipe or a device.
     """
     files = _files(paths) if paths else _standard_library()
     tokenizer = tokenizer or ByteTokenizer()
@@ -199,7 +230,7 @@ def _files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _is_litter(path: Path) -> bool:
-    """Hidden files and Python's caches: they are no text, and change by themselves."""
+    """Tell whether this is hidden or Python's cache: that is no text, and changes by itself."""
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 

@@ -19,18 +19,18 @@ class Tokenizer(Protocol):
     """What text is made of.
 
     Attributes:
-        vocab_size: tokens are below it.
-        unit: what to call them, in the plural.
+        vocab_size: Number of tokens: all are below it.
+        unit: What to call them, in the plural.
     """
 
     vocab_size: int
     unit: str
 
     def encode(self, pieces: Iterable[bytes]) -> Iterator[Tokens]:
-        """Tokens ``[n]`` of each piece of a text; there may be more or fewer pieces of them."""
+        """Yield the tokens ``[n]`` of a text in pieces, which may be more or fewer."""
 
     def decoder(self) -> Callable[[int], bytes]:
-        """To be called with each token of a text in turn; returns the bytes that are certain."""
+        """Make what turns each token of a text in turn into the bytes that are certain then."""
 
 
 class ByteTokenizer:
@@ -40,10 +40,12 @@ class ByteTokenizer:
     unit = "bytes"
 
     def encode(self, pieces: Iterable[bytes]) -> Iterator[Tokens]:
+        """Yield tokens ``[n]`` of the pieces of a text."""
         for piece in pieces:
             yield np.frombuffer(piece, dtype=np.uint8).astype(np.int64)
 
     def decoder(self) -> Callable[[int], bytes]:
+        """Make what turns each token of a text in turn into the bytes that are certain then."""
         return lambda token: bytes([token])
 
 
@@ -51,11 +53,15 @@ class PretrainedTokenizer:
     """A tokenizer of transformers. Special tokens are neither added nor shown.
 
     Args:
-        folder: that ``save_pretrained`` made.
+        folder: A folder that ``save_pretrained`` made.
+
+    Attributes:
+        vocab_size: Number of tokens: all are below it.
+        unit: What to call them, in the plural.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: it cannot be loaded.
+        ValueError: It cannot be loaded.
     """
 
     unit = "tokens"
@@ -75,6 +81,7 @@ class PretrainedTokenizer:
 
     def encode(self, pieces: Iterable[bytes]) -> Iterator[Tokens]:
         # A word on the seam of two pieces becomes other tokens; pieces are long, so few are.
+        """Yield tokens ``[n]`` of the pieces of a text."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for piece in chain(pieces, [None]):
             text = decoder.decode(piece or b"", final=piece is None)
@@ -86,6 +93,7 @@ class PretrainedTokenizer:
         # How a token reads depends on those before it, and characters may take several. So what
         # is new is what comes to the text of some tokens that are known, once it ends in no torn
         # character.
+        """Make what turns each token of a text in turn into the bytes that are certain then."""
         tokens: list[int] = []
         known = 0
 
@@ -108,10 +116,13 @@ class PretrainedTokenizer:
 
 
 def has_tokenizer(language_model: str) -> bool:
-    """Whether a model that was given brings one.
+    """Tell whether a model that was given brings a tokenizer.
 
     Args:
-        language_model: of `MCConfig`; "" for our own model.
+        language_model: Of `MCConfig`; "" for our own model.
+
+    Returns:
+        Whether it does.
     """
     return bool(language_model) and any(
         (folder_of(language_model) / name).exists() for name in _FILES
@@ -119,13 +130,17 @@ def has_tokenizer(language_model: str) -> bool:
 
 
 def tokenizer_of(language_model: str) -> Tokenizer:
-    """The tokenizer that a model was given with; bytes where there is none.
+    """Load the tokenizer that a model was given with; bytes where there is none.
 
     Args:
-        language_model: of `MCConfig`; "" for our own model, which reads bytes.
+        language_model: Of `MCConfig`; "" for our own model, which reads bytes.
+
+    Returns:
+        The tokenizer.
 
     Raises:
-        ImportError, ValueError: see `PretrainedTokenizer`.
+        ImportError: It needs transformers, which is not installed.
+        ValueError: It cannot be loaded.
     """
     if has_tokenizer(language_model):
         return PretrainedTokenizer(folder_of(language_model))

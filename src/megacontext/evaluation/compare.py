@@ -41,10 +41,10 @@ class Evaluation:
     """Losses of one model, by the way in which its working contexts were picked.
 
     Attributes:
-        nll: mean NLL per label of the horizon, nats, one per sequence, float64 ``[S]``.
-        entries: of the working contexts.
-        examples: each way's cut of the first sequence.
-        tokens: of that sequence.
+        nll: Mean NLL per label of the horizon, nats, one per sequence, float64 ``[S]``.
+        entries: Of the working contexts.
+        examples: Each way's cut of the first sequence.
+        tokens: Of that sequence.
     """
 
     nll: Mapping[str, Floats]
@@ -66,14 +66,19 @@ def evaluate(
     """Compare ways to pick a working context on held-out sequences.
 
     Args:
-        sequences: S, how many.
-        seed: of the sequences and of everything random.
-        oracle_draws: random cuts of which the oracle takes the best.
-        in_session: also let each history come bit by bit, which takes the longest.
-        progress: called with the number of sequences that are done.
+        mc: The model.
+        source: Gives the sequences.
+        sequences: How many, S.
+        seed: Of the sequences and of everything random.
+        oracle_draws: Random cuts of which the oracle takes the best.
+        in_session: Also let each history come bit by bit, which takes the longest.
+        progress: Called with the number of sequences that are done.
+
+    Returns:
+        The losses.
 
     Raises:
-        ValueError: no sequences, or no draws.
+        ValueError: No sequences, or no draws.
     """
     if sequences < 1 or oracle_draws < 1:
         raise ValueError(
@@ -120,7 +125,7 @@ class _Chunk:
         self.allocator = replace(config, seed=int(rng.integers(2**32))).new_allocator()
 
     def losses(self, oracle_draws: int) -> dict[str, tuple[Floats, list[Cut]]]:
-        """NLL and cuts by the name of the way."""
+        """Compute NLL and cuts by the name of the way."""
         rows, wc_length = len(self.batch.tokens), self.mc.config.train_wc_length
         k = self.mc.config.block_size
         scores = self._lensnet_scores()
@@ -149,7 +154,7 @@ class _Chunk:
         return picked
 
     def _nll(self, cuts: Sequence[Sequence[Cut]]) -> Floats:
-        """Mean NLL over the labels of the horizon, nats, ``[B, V]``."""
+        """Compute the mean NLL over the labels of the horizon, nats, ``[B, V]``."""
         with torch.no_grad():
             context = self.tree.working_context(cuts)
             nll = self.mc.token_nll(context)
@@ -160,7 +165,7 @@ class _Chunk:
         return out
 
     def session(self) -> tuple[Floats, list[Cut]]:
-        """Each history as it comes, refocused again and again, the last time at the horizon.
+        """Let each history come bit by bit, refocused again and again, up to the horizon.
 
         The session's budget leaves room for the horizon, so that the length is equal at its end.
         """
@@ -196,7 +201,7 @@ class _Chunk:
         return [self.allocator.sample(self.length, wc_length) for _ in self.batch.tokens]
 
     def _oracle(self, draws: int) -> tuple[Floats, list[Cut]]:
-        """The best of many random cuts, by loss."""
+        """Take the best of many random cuts, by loss."""
         best = np.full(len(self.batch.tokens), np.inf)
         cuts: list[Cut] = self._random()
         for drawn in range(0, draws, 8):
@@ -208,7 +213,7 @@ class _Chunk:
         return best, cuts
 
     def _uniform(self) -> Cut:
-        """History at LOD1 from its beginning on, as much of it as makes the length right.
+        """Hold history at LOD1 from its beginning on, as much of it as makes the length right.
 
         Where LOD1 is not enough, the oldest is at LOD2.
         """
@@ -219,14 +224,14 @@ class _Chunk:
         return self.geometry.coarse_cut(0, self.length, lod0_from)
 
     def _coarsest(self) -> Cut:
-        """Every aligned K² span at LOD2, if there is LOD2."""
+        """Hold every aligned K² span at LOD2, if there is LOD2."""
         config = self.mc.config
         spans = (self.length - config.recent_tokens) // config.block_size**2
         window = len(self.start) - (config.block_size - 1) * (spans if config.max_lod == 2 else 0)
         return self.geometry.within(window).coarse_cut(0, self.length)
 
     def _lensnet_scores(self) -> Floats:
-        """One call for all sequences, ``[B, E]``."""
+        """Ask LensNet once for all sequences, ``[B, E]``."""
         with torch.no_grad(), self.mc.context("inference"):
             view = self.tree.working_context([[self.view]] * len(self.batch.tokens))
             scores = self.mc.lensnet(
@@ -236,7 +241,7 @@ class _Chunk:
         return out
 
     def _block_scores(self, blocks: NDArray[np.int64]) -> Floats:
-        """High where a view entry holds one of the blocks; ties in random order."""
+        """Score high where a view entry holds one of the blocks; ties are in random order."""
         scores = self.rng.uniform(-0.1, 0.1, (len(blocks), len(self.view)))
         entries = np.searchsorted(self.view.ends, blocks * self.mc.config.block_size, side="right")
         scores[np.arange(len(blocks))[:, None], entries] += 0.5
@@ -256,7 +261,7 @@ class _Chunk:
 
 
 def gap_closed(evaluation: Evaluation, way: str) -> float:
-    """Share of the gap in mean NLL between random collapse and the oracle that a way closes."""
+    """Return how much of the gap from random collapse to the oracle a way closes, as a share."""
     random, oracle, mean = (evaluation.nll[name].mean() for name in (RANDOM, ORACLE, way))
     return float((random - mean) / (random - oracle))
 
@@ -264,10 +269,16 @@ def gap_closed(evaluation: Evaluation, way: str) -> float:
 def bootstrap_interval(
     values: Floats, seed: int = 0, draws: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979).
+    """Compute a percentile bootstrap interval of the mean (Efron 1979).
 
     Args:
-        values: one per sequence, ``[S]``; for a paired comparison, the differences.
+        values: One per sequence, ``[S]``; for a paired comparison, the differences.
+        seed: Of the draws.
+        draws: How many.
+        level: Of confidence.
+
+    Returns:
+        Its ends.
     """
     rng = np.random.default_rng(seed)
     means = np.concatenate(

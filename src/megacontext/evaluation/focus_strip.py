@@ -11,11 +11,15 @@ _NAMES = ("LOD0, tokens", "LOD1, gists", "LOD2, gists of gists")
 
 
 def focus_strip(cut: Cut, width: int, *, ascii_only: bool = False) -> Text:
-    """The finest level of detail in each stretch of what is covered, oldest first.
+    """Draw the finest level of detail in each stretch of what is covered, oldest first.
 
     Args:
-        width: at most so many characters, each for as many tokens.
-        ascii_only: for a terminal that has no others.
+        cut: Of the working context.
+        width: At most so many characters, each for as many tokens.
+        ascii_only: For a terminal that has no others.
+
+    Returns:
+        The line.
     """
     characters = _ASCII if ascii_only else _CHARACTERS
     each = tokens_per_character(cut, width)
@@ -30,7 +34,15 @@ def focus_strip(cut: Cut, width: int, *, ascii_only: bool = False) -> Text:
 
 
 def focus_legend(each: int, *, ascii_only: bool = False) -> Text:
-    """What the characters of a strip mean, each for so many tokens."""
+    """Say what the characters of a strip mean.
+
+    Args:
+        each: Tokens of a character.
+        ascii_only: For a terminal that has no others.
+
+    Returns:
+        The line.
+    """
     legend = Text(f"each character is {each:,} token{'s' * (each > 1)}:")
     characters = _ASCII if ascii_only else _CHARACTERS
     for character, style, name in zip(characters, _STYLES, _NAMES, strict=True):
@@ -39,5 +51,5 @@ def focus_legend(each: int, *, ascii_only: bool = False) -> Text:
 
 
 def tokens_per_character(cut: Cut, width: int) -> int:
-    """Tokens that a character of a strip stands for."""
+    """Count the tokens that a character of a strip of this width stands for."""
     return int(-(-(cut.ends[-1] - cut.positions[0]) // width))

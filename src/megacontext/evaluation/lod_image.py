@@ -13,10 +13,13 @@ _STRIP_PIXELS, _GAP_PIXELS, _TOKEN_PIXELS = 12, 3, 2
 
 
 def named_strips(cuts: Sequence[Sequence[Cut]]) -> list[tuple[str, Cut]]:
-    """The first `MOST_STRIPS` working contexts of a micro-step, and what to call them.
+    """Pick the first `MOST_STRIPS` working contexts of a micro-step, and what to call them.
 
     Args:
-        cuts: ``[B][1 + V]``, the baseline first.
+        cuts: Of all of them, ``[B][1 + V]``, the baseline first.
+
+    Returns:
+        Names and cuts.
     """
     return [
         ("baseline" if v == 0 else f"variant {v}", cut)
@@ -26,7 +29,10 @@ def named_strips(cuts: Sequence[Sequence[Cut]]) -> list[tuple[str, Cut]]:
 
 
 def lod_image(cuts: Sequence[Sequence[Cut]]) -> NDArray[np.uint8]:
-    """The working contexts of `named_strips`, one below the other; oldest token left.
+    """Draw the working contexts of `named_strips`, one below the other; oldest token left.
+
+    Args:
+        cuts: Of all of them, ``[B][1 + V]``, the baseline first.
 
     Returns:
         RGB, uint8 ``[height, width, 3]``.

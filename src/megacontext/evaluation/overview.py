@@ -32,8 +32,8 @@ def draw_overview(
         file: Where it is written to, as PNG.
         rows: The lines of its metrics.
         verdict: From its log.
-        cuts: whose LODs to show; None (a resumed run with nothing left to do) leaves them out.
-        unigram_entropy: of the held-out text, nats, drawn as the line to beat.
+        cuts: Whose LODs to show; None (a resumed run with nothing left to do) leaves them out.
+        unigram_entropy: Of the held-out text, nats, drawn as the line to beat.
     """
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -76,8 +76,13 @@ def draw_evaluation(
     """Write the picture of an evaluation.
 
     Args:
-        losses: by way of picking, mean NLL and its interval, nats.
-        examples: by way, its cut of the same ``num_tokens`` tokens.
+        path: Of the picture.
+        losses: By way of picking, mean NLL and its interval, nats.
+        examples: By way, its cut of the same ``num_tokens`` tokens.
+        num_tokens: Of that history.
+
+    Raises:
+        OSError: It cannot be written; what was there is kept.
     """
     figure = Figure(figsize=(12, 0.42 * len(losses) + 2), layout="constrained")
     left, right = figure.subplots(1, 2)

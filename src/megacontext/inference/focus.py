@@ -16,12 +16,15 @@ class FocusAllocator:
     """Asks LensNet once per iteration, and edits a working context by what it says.
 
     Args:
-        lensnet: Guarded.
+        lensnet: The guarded LensNet.
         guard: Its guard.
         rules: How scores become edits.
         horizon_tokens: By how much the LOD0 tail of the focus view is shorter than the protected
             tail, as it was in training.
         focus_window: The most entries of the focus view.
+
+    Attributes:
+        rules: The same.
 
     Raises:
         RuntimeError: It was made or used outside inference context.
@@ -46,7 +49,7 @@ class FocusAllocator:
     def refocus(
         self, cut: Cut, resting: Sequence[Ints], gather: Callable[[Cut], WorkingContext]
     ) -> tuple[Cut, Edits]:
-        """One iteration: one LensNet call, then edits.
+        """Do one iteration: one LensNet call, then edits.
 
         Args:
             cut: The working context's, up to the newest token.
@@ -68,7 +71,7 @@ class FocusAllocator:
         return refocus_cut(cut, scored, self.rules, barred)
 
     def focus_view(self, cut: Cut) -> Cut:
-        """What LensNet is to score: all that the edited cut can cover, the history as gists."""
+        """Make what LensNet is to score: all that the edited cut can cover, history as gists."""
         end = int(cut.ends[-1])
         first = first_that_fits(int(cut.positions[0]), end, self.rules)
         lod0_tokens = self._view_geometry.recent_tokens - self._horizon_tokens

@@ -34,7 +34,7 @@ class FocusState:
     """The focus of a session as of its last refocus.
 
     Attributes:
-        cut: The working context's.
+        cut: The working context's, then.
         tokens: Of the history then; those since are at LOD0.
         totals: Of all refocuses.
         resting: Keys of the nodes that the last iterations edited, one array each, newest last.
@@ -47,7 +47,7 @@ class FocusState:
     resting: tuple[Ints, ...] = ()
 
     def cut_at(self, tokens: int) -> Cut:
-        """The cut when the history has so many tokens: those since the refocus are at LOD0."""
+        """Return the cut when the history has so many tokens: those since are at LOD0."""
         tail = np.arange(self.tokens, tokens, dtype=np.int64)
         return Cut(
             np.concatenate([self.cut.positions, tail]),
@@ -56,12 +56,12 @@ class FocusState:
         )
 
     def refocused(self, tokens: int) -> "FocusState":
-        """As a refocus begins, when the history has so many tokens."""
+        """Begin a refocus, when the history has so many tokens."""
         totals = replace(self.totals, refocuses=self.totals.refocuses + 1)
         return replace(self, cut=self.cut_at(tokens), tokens=tokens, totals=totals)
 
     def edited(self, cut: Cut, edits: Edits, cooldown: int) -> "FocusState":
-        """After an iteration.
+        """Add an iteration.
 
         Args:
             cut: As it is now.
@@ -85,7 +85,7 @@ class FocusState:
         return replace(self, cut=cut, totals=totals, resting=resting)
 
     def to_json(self) -> dict[str, Any]:
-        """What ``focus.json`` holds."""
+        """Return what ``focus.json`` is to hold."""
         return {
             "tokens": self.tokens,
             "positions": self.cut.positions,
@@ -96,7 +96,7 @@ class FocusState:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], geometry: Geometry) -> "FocusState":
-        """The state that was saved.
+        """Make the state that was saved.
 
         Args:
             saved: What ``focus.json`` holds.

@@ -25,7 +25,7 @@ class SessionHost(Networks):
     """Networks that can hold one session at a time, over a history that grows.
 
     What runs a network raises a RuntimeError in training context, and all but the first two methods
-    do when there is no session.
+    do when there is no session. See `Networks` for the arguments.
     """
 
     _session: Session | None = None
@@ -44,21 +44,23 @@ class SessionHost(Networks):
         The weights must stay as they are while it lasts: finished gists are kept.
 
         Args:
-            tokens: int64 ``[T]`` or ``[1, T]``, or such pieces one after another, which need not
-                fit into memory together.
+            tokens: The first tokens, int64 ``[T]`` or ``[1, T]``, or such pieces one after another,
+                which need not fit into memory together.
             tree_store: ``"memory"``, or ``"disk"`` for a history that survives a kill and may be
                 larger than memory.
-            path: folder of a session on disk; new or empty.
-            settings: of the session.
-            progress: is told now and then how many tokens were taken in.
+            path: Folder of a session on disk; new or empty.
+            settings: Of the session.
+            progress: Is told now and then how many tokens were taken in.
 
         Returns:
-            next-token logits after the last token, ``[1, 1, vocab_size]``.
+            Next-token logits after the last token, ``[1, 1, vocab_size]``.
 
         Raises:
-            TypeError, ValueError: tokens or settings that make no session.
-            FileExistsError, BlockingIOError: the folder is not free.
-            OSError: it cannot be written.
+            TypeError: Tokens of another type.
+            ValueError: Tokens or settings that make no session.
+            FileExistsError: The folder holds something.
+            BlockingIOError: Another session is using it.
+            OSError: It cannot be written.
         """
         settings = settings or SessionConfig()
         if tree_store not in ("memory", "disk"):
@@ -85,13 +87,16 @@ class SessionHost(Networks):
 
         `inference_report` says how many tokens it holds.
 
+        Args:
+            path: Folder of the session.
+
         Returns:
-            next-token logits after its last token, ``[1, 1, vocab_size]``.
+            Next-token logits after its last token, ``[1, 1, vocab_size]``.
 
         Raises:
-            FileNotFoundError: there is no session.
-            BlockingIOError: another process, or another controller, is using it.
-            ValueError: it was made by another model, or is damaged.
+            FileNotFoundError: There is no session.
+            BlockingIOError: Another process, or another controller, is using it.
+            ValueError: It was made by another model, or is damaged.
         """
         with self._inference():
             about = session_about(self, SessionConfig())
@@ -108,14 +113,15 @@ class SessionHost(Networks):
         """Append tokens to the history; refocuses where it is due.
 
         Args:
-            new_tokens: int64 ``[T]`` or ``[1, T]``, at least one.
+            new_tokens: At least one, int64 ``[T]`` or ``[1, T]``.
 
         Returns:
-            next-token logits after each of them, ``[1, T, vocab_size]``.
+            Next-token logits after each of them, ``[1, T, vocab_size]``.
 
         Raises:
-            TypeError, ValueError: tokens that cannot be appended; nothing was.
-            OSError: the folder cannot be written. `inference_report` says what was appended.
+            TypeError: Tokens of another type; nothing was appended.
+            ValueError: Tokens that cannot be appended; nothing was.
+            OSError: The folder cannot be written. `inference_report` says what was appended.
         """
         session = self._current()
         with self._inference():
@@ -137,7 +143,7 @@ class SessionHost(Networks):
         return self._current().cut
 
     def inference_report(self) -> InferenceReport:
-        """The session in figures, as of now."""
+        """Return the session in figures, as of now."""
         return self._current().report()
 
     def end_inference_session(self) -> None:
@@ -146,7 +152,7 @@ class SessionHost(Networks):
         self._session = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Copies of a controller have no session: it may own files."""
+        """Leave the session out of copies: it may own files."""
         return self.__dict__ | {"_session": None}
 
     def _start(
@@ -180,7 +186,7 @@ class SessionHost(Networks):
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """Inference context, and no gradients."""
+        """Open inference context for a block, and take no gradients in it."""
         context = self.guard.current_context
         if context == "training":
             raise RuntimeError(
@@ -196,7 +202,7 @@ class SessionHost(Networks):
 
 
 def _as_tokens(tokens: object, vocab_size: int) -> Tokens:
-    """Refuse what cannot be appended; host integers ``[T]``."""
+    """Refuse what cannot be appended; return host integers ``[T]``."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens must be an int64 tensor, not {found}")

@@ -14,12 +14,13 @@ class SamplingRules:
     """How a token is drawn.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token always.
-        top_k: only so many of the likeliest tokens; 0 for all.
-        top_p: only the fewest likeliest tokens that have this probability together; 1 for all.
+        temperature: Divides the logits; 0 takes the likeliest token always.
+        top_k: Only so many of the likeliest tokens; 0 for all.
+        top_p: Only the fewest likeliest tokens that have this probability together; 1 for all.
 
     Raises:
-        TypeError, ValueError: a value that cannot sample, named.
+        TypeError: A ``top_k`` that is no integer.
+        ValueError: A value that cannot sample; the message names it.
     """
 
     temperature: float = 1.0
@@ -37,10 +38,14 @@ class SamplingRules:
 
 
 def token_probabilities(logits: Tensor, rules: SamplingRules) -> Tensor:
-    """The distribution that a token is drawn from, float32 ``[vocab_size]``.
+    """Compute the distribution that a token is drawn from.
 
     Args:
-        logits: ``[vocab_size]``.
+        logits: Of the next token, ``[vocab_size]``.
+        rules: How it is drawn.
+
+    Returns:
+        Probabilities, float32 ``[vocab_size]``.
     """
     logits = logits.float()
     if rules.temperature == 0:
@@ -58,10 +63,14 @@ def token_probabilities(logits: Tensor, rules: SamplingRules) -> Tensor:
 
 
 def sample_token(logits: Tensor, rules: SamplingRules, generator: torch.Generator) -> Tensor:
-    """Draw one token, int64 ``[1]``; same generator state, same token.
+    """Draw one token; from the same state of the generator, the same one.
 
     Args:
-        logits: ``[vocab_size]``.
-        generator: of the logits' device.
+        logits: Of the next token, ``[vocab_size]``.
+        rules: How it is drawn.
+        generator: Of the logits' device.
+
+    Returns:
+        The token, int64 ``[1]``.
     """
     return torch.multinomial(token_probabilities(logits, rules), 1, generator=generator)

@@ -43,6 +43,12 @@ class Session:
         settings: The user's.
         folder: Where the tree is kept; in memory if None.
 
+    Attributes:
+        rules: What the settings make of a focus, for this model.
+        settings: The user's.
+        store: The tree.
+        focus: As of the last refocus.
+
     Raises:
         ValueError: Settings that do not fit the model.
         OSError: The folder cannot be written.
@@ -169,7 +175,7 @@ class Session:
         return self.focus.cut_at(len(self.store))
 
     def working_context(self) -> WorkingContext:
-        """What the language model reads now, ``[1, W]``; starts count from the first token of it.
+        """Gather what the language model reads now, ``[1, W]``; starts count from its first token.
 
         Angles of positions near 1,000,000 lose digits in float32, and only differences matter.
         """
@@ -183,7 +189,7 @@ class Session:
         )
 
     def report(self) -> InferenceReport:
-        """The session in figures."""
+        """Return the session in figures."""
         cut = self.cut
         ram, disk = self.store.nbytes()
         by_lod = np.bincount(cut.lods, minlength=self.rules.geometry.max_lod + 1)
@@ -204,7 +210,7 @@ class Session:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One caller at a time.
+        """Let one caller in at a time.
 
         Raises:
             RuntimeError: There is another.
@@ -223,7 +229,7 @@ class Session:
         return self._since_refocus() >= self.settings.refocus_interval
 
     def _focus_anew(self) -> None:
-        """From all history as gists, in so many iterations that its best parts reach LOD0."""
+        """Focus from gists alone, in so many iterations that the best parts reach LOD0."""
         geometry, end = self.rules.geometry, len(self.store)
         first = first_that_fits(0, end, self.rules)
         self.focus = FocusState(geometry.coarse_cut(first, end), end)
@@ -244,7 +250,7 @@ class Session:
         self._events.extend(events)
 
     def _gather(self, cut: Cut) -> WorkingContext:
-        """A cut as tensors ``[1, W]``, without labels; starts count from its first token."""
+        """Turn a cut into tensors ``[1, W]``, without labels; starts count from its first token."""
         host = np.stack([cut.positions - cut.positions[0], cut.spans, cut.lods])
         starts, spans, lods = torch.from_numpy(host).to(self.store.device)[:, None]
         embeddings = self.store.gather(cut)
@@ -276,7 +282,7 @@ class Session:
 
 
 def session_about(networks: Networks, settings: SessionConfig) -> dict[str, Any]:
-    """What the folder of a session says of the model that made it."""
+    """Return what the folder of a session says of the model that made it."""
     sizes = ("vocab_size", "d_model", "block_size", "max_lod", "recent_tokens")
     return {
         "model": {name: getattr(networks.config, name) for name in sizes},

@@ -35,7 +35,7 @@ class SessionConfig(FocusTuning):
         super().__post_init__()
 
     def rules(self, geometry: Geometry, max_tokens: int | None = None) -> FocusRules:
-        """The rules of the focus allocator; expansions reserve what will be appended meanwhile.
+        """Make the rules of the focus allocator; expansions reserve what is appended meanwhile.
 
         Args:
             geometry: Of the tree; its window is the length of working contexts.
@@ -57,7 +57,7 @@ class SessionConfig(FocusTuning):
 
 
 def session_rules(model: MCConfig, settings: SessionConfig, max_tokens: int | None) -> FocusRules:
-    """The rules that settings make for a model.
+    """Make the rules of settings for a model.
 
     Args:
         model: Its sizes.

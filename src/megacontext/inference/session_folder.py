@@ -27,6 +27,15 @@ class SessionFolder:
     """One session's folder, locked against other sessions until it is closed.
 
     Use `create` or `open`.
+
+    Args:
+        path: Of the folder, which is there.
+
+    Attributes:
+        path: The same.
+
+    Raises:
+        BlockingIOError: Another session is using it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,11 +48,15 @@ class SessionFolder:
         """Make the folder for a new session.
 
         Args:
-            about: what `open` is to compare and to give back: ``model``, ``weights``, ``settings``.
+            path: Of the folder.
+            about: What `open` is to compare and to give back: ``model``, ``weights``, ``settings``.
+
+        Returns:
+            The folder, locked.
 
         Raises:
-            FileExistsError: it holds a session already, or something else.
-            OSError: it cannot be written.
+            FileExistsError: It holds a session already, or something else.
+            OSError: It cannot be written.
         """
         folder = Path(path).absolute()
         require_free(folder)
@@ -62,15 +75,19 @@ class SessionFolder:
     def open(
         cls, path: str | os.PathLike[str], about: Mapping[str, Any]
     ) -> tuple["SessionFolder", dict[str, Any]]:
-        """The folder of a session that is to go on, and its settings.
+        """Open the folder of a session that is to go on.
 
         Args:
+            path: Of the folder.
             about: ``model`` and ``weights`` as they are now.
 
+        Returns:
+            The folder, locked, and the session's settings.
+
         Raises:
-            FileNotFoundError: it holds no session.
-            BlockingIOError: another session is using it.
-            ValueError: it was made with other sizes or weights, or is damaged.
+            FileNotFoundError: It holds no session.
+            BlockingIOError: Another session is using it.
+            ValueError: It was made with other sizes or weights, or is damaged.
         """
         folder = Path(path).absolute()
         require_session(folder)
@@ -91,20 +108,26 @@ class SessionFolder:
     def write_focus(self, focus: FocusState) -> None:
         """Replace the state of the focus; a kill at any moment leaves the old one or the new one.
 
+        Args:
+            focus: The new state.
+
         Raises:
-            OSError: it cannot be written; the old one is kept.
+            OSError: It cannot be written; the old one is kept.
         """
         self._write("focus.json", focus.to_json())
 
     def read_focus(self, geometry: Geometry, tokens: int) -> FocusState | None:
-        """The state of the focus; None before the first was written.
+        """Read the state of the focus.
 
         Args:
             geometry: Of the tree.
-            tokens: That the session's history has.
+            tokens: Of the session's history now.
+
+        Returns:
+            The state; None before the first was written.
 
         Raises:
-            ValueError: it is damaged, or of more tokens than there are.
+            ValueError: It is damaged, or of more tokens than there are.
         """
         path = self.path / "focus.json"
         if not path.exists():
@@ -147,8 +170,11 @@ class SessionFolder:
 def require_free(folder: Path) -> None:
     """Make sure that a new session can begin in a folder.
 
+    Args:
+        folder: It need not be there.
+
     Raises:
-        FileExistsError: it holds a session already, or something else.
+        FileExistsError: It holds a session already, or something else.
     """
     if (folder / "session.json").exists():
         raise FileExistsError(f"{folder} holds a session already: resume it, or choose another")
@@ -159,15 +185,18 @@ def require_free(folder: Path) -> None:
 def require_session(folder: Path) -> None:
     """Make sure that a folder holds a session.
 
+    Args:
+        folder: It need not be there.
+
     Raises:
-        FileNotFoundError: it does not.
+        FileNotFoundError: It holds none.
     """
     if not (folder / "session.json").exists():
         raise FileNotFoundError(f"{folder} holds no session to resume: no session.json")
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """SHA-256 of the weights of some modules."""
+    """Compute the SHA-256 of the weights of some modules."""
     digest = hashlib.sha256()
     for module in modules:
         for name, weight in module.state_dict().items():
@@ -180,7 +209,7 @@ def _compare(folder: Path, saved: Mapping[str, Any], about: Mapping[str, Any]) -
     """Refuse another model than the one that made the gists.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: It is another; the message names what differs.
     """
     sizes, now = saved.get("model"), about["model"]
     if not isinstance(sizes, dict) or not isinstance(saved.get("settings"), dict):
@@ -198,5 +227,5 @@ def _compare(folder: Path, saved: Mapping[str, Any], about: Mapping[str, Any]) -
 
 
 def _litter(folder: Path) -> bool:
-    """Whether there is anything but what a session leaves that could not be begun."""
+    """Tell whether there is anything but what a session leaves that could not be begun."""
     return any(path.name not in ("lock", "session.json.tmp") for path in folder.iterdir())

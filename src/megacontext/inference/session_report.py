@@ -11,11 +11,13 @@ class FocusEvent:
     """One iteration of a refocus.
 
     Attributes:
-        tokens: of the history at that moment.
-        expanded, collapsed: edits.
-        dropped: entries that were lost at the old end.
-        before, after: entries of the working context.
-        first_token: the first that is covered afterwards.
+        tokens: Of the history at that moment.
+        expanded: Entries that were expanded.
+        collapsed: Parents that siblings were collapsed into.
+        dropped: Entries that were lost at the old end.
+        before: Entries of the working context before.
+        after: Entries of the working context afterwards.
+        first_token: The first that is covered afterwards.
     """
 
     tokens: int
@@ -28,7 +30,7 @@ class FocusEvent:
 
     @classmethod
     def of(cls, edits: Edits, cut: Cut, before: int, tokens: int) -> "FocusEvent":
-        """The event of some edits.
+        """Make the event of some edits.
 
         Args:
             edits: What the iteration did.
@@ -55,16 +57,20 @@ class InferenceReport:
     """A session as of now.
 
     Attributes:
-        tokens: of the history.
-        first_token: the first that the working context covers; 0 while nothing was lost.
-        length: entries of the working context now.
-        wc_length: most entries after a refocus.
-        entries_by_lod: how many of each level of detail.
-        next_refocus: tokens until then.
-        refocuses, lensnet_calls: so far, before a kill included.
-        expanded, collapsed, dropped: edits, and entries lost at the old end, so far.
-        ram_bytes, disk_bytes: of the tree.
-        events: the newest iterations since the session began or was resumed, oldest first.
+        tokens: Of the history.
+        first_token: The first that the working context covers; 0 while nothing was lost.
+        length: Entries of the working context now.
+        wc_length: The most entries after a refocus.
+        entries_by_lod: How many there are of each level of detail.
+        next_refocus: Tokens until then.
+        refocuses: How many there were so far, before a kill included.
+        lensnet_calls: How often LensNet was called for them.
+        expanded: Entries that were expanded so far.
+        collapsed: Parents that siblings were collapsed into so far.
+        dropped: Entries that were lost at the old end so far.
+        ram_bytes: Of the tree in memory.
+        disk_bytes: Of the tree on disk.
+        events: The newest iterations since the session began or was resumed, oldest first.
     """
 
     tokens: int

@@ -8,13 +8,13 @@ class TextStream:
     """Decodes UTF-8 as it comes and holds back what may become a stop string.
 
     Args:
-        stops: strings before which the text ends; none may be empty.
+        stops: Strings before which the text ends; none may be empty.
 
     Attributes:
-        stopped: whether one of them came.
+        stopped: Whether one of them came.
 
     Raises:
-        ValueError: an empty stop string.
+        ValueError: An empty stop string.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -26,11 +26,11 @@ class TextStream:
         self.stopped = False
 
     def feed(self, data: bytes) -> str:
-        """The text that is certain now."""
+        """Take in some bytes, and return the text that is certain now."""
         return self._release(self._decoder.decode(data))
 
     def finish(self) -> str:
-        """The rest: nothing more comes."""
+        """Return the rest: nothing more comes."""
         text = self._release(self._decoder.decode(b"", final=True)) + self._held
         self._held = ""
         return text
@@ -49,6 +49,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of a text with which the stop string may begin."""
+    """Count the characters at the end of a text with which the stop string may begin."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if stop.startswith(text[-size:])), 0)

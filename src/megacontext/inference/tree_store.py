@@ -37,10 +37,10 @@ class Column(Protocol):
         """Forget all but the first ``length`` rows."""
 
     def take(self, indices: NDArray[np.int64]) -> Array:
-        """Rows ``[n, *row]``, in one gather."""
+        """Return rows ``[n, *row]``, in one gather."""
 
     def nbytes(self) -> tuple[int, int]:
-        """In memory, and on disk."""
+        """Return how many bytes there are in memory, and on disk."""
 
     def close(self) -> None:
         """Let go of files."""
@@ -50,7 +50,8 @@ class MemoryColumn:
     """Rows in memory; room grows by half, so that each is copied a few times at most.
 
     Args:
-        dtype, row: of the rows.
+        dtype: Of the rows.
+        row: Shape of each.
     """
 
     def __init__(self, dtype: np.dtype[Any], row: tuple[int, ...] = ()) -> None:
@@ -61,6 +62,7 @@ class MemoryColumn:
         return self._length
 
     def append(self, rows: Array) -> None:
+        """Add rows; all of them, or none and an OSError."""
         end = self._length + len(rows)
         if end > len(self._rows):
             room = np.empty((max(end, len(self._rows) * 3 // 2), *rows.shape[1:]), self._rows.dtype)
@@ -70,25 +72,29 @@ class MemoryColumn:
         self._length = end
 
     def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` rows."""
         self._length = length
 
     def take(self, indices: NDArray[np.int64]) -> Array:
+        """Return rows ``[n, *row]``, in one gather."""
         rows: Array = self._rows[: self._length].take(indices, axis=0)
         return rows
 
     def nbytes(self) -> tuple[int, int]:
+        """Return how many bytes there are in memory, and on disk."""
         return self._rows.nbytes, 0
 
     def close(self) -> None:
-        pass
+        """Let go of files."""
 
 
 class DiskColumn:
     """Rows in a file, read by memory map. A torn row at its end is cut off when it is opened.
 
     Args:
-        path: of the file; made when there is none.
-        dtype, row: of the rows.
+        path: Of the file; made when there is none.
+        dtype: Of the rows.
+        row: Shape of each.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any], row: tuple[int, ...] = ()) -> None:
@@ -106,6 +112,7 @@ class DiskColumn:
         return self._length
 
     def append(self, rows: Array) -> None:
+        """Add rows; all of them, or none and an OSError."""
         data = memoryview(np.ascontiguousarray(rows, dtype=self._dtype).tobytes())
         try:
             while data:
@@ -118,11 +125,13 @@ class DiskColumn:
         self._length += len(rows)
 
     def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` rows."""
         os.ftruncate(self._file, length * self._row_bytes)
         self._length = length
         self._mapped = self._mapped[:length]
 
     def take(self, indices: NDArray[np.int64]) -> Array:
+        """Return rows ``[n, *row]``, in one gather."""
         if len(self._mapped) < self._length:
             shape = (self._length, *self._row)
             self._mapped = np.asarray(np.memmap(self._path, self._dtype, mode="r", shape=shape))
@@ -130,9 +139,11 @@ class DiskColumn:
         return rows
 
     def nbytes(self) -> tuple[int, int]:
+        """Return how many bytes there are in memory, and on disk."""
         return 0, self._length * self._row_bytes
 
     def close(self) -> None:
+        """Let go of files."""
         self._mapped = self._mapped[:0].copy()
         self._close()
 
@@ -141,12 +152,14 @@ class TreeStore:
     """The tree over one growing history.
 
     Args:
-        language_model, gistnet: embed tokens, and make gists; where they are, gathers go.
-        block_size, max_lod: of the tree.
-        folder: keeps the columns in files there; in memory if None.
+        language_model: Embeds tokens; where it is, gathers go.
+        gistnet: Makes gists.
+        block_size: Tokens of a LOD1 gist, K.
+        max_lod: The highest level, 1 or 2.
+        folder: Keeps the columns in files there; in memory if None.
 
     Raises:
-        OSError: the files cannot be written.
+        OSError: The files cannot be written.
     """
 
     def __init__(
@@ -173,7 +186,7 @@ class TreeStore:
         self._grow()  # and missing gists
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Count the tokens."""
         return len(self._columns[0])
 
     @property
@@ -187,16 +200,19 @@ class TreeStore:
         return tuple(len(column) for column in self._columns[1:])
 
     def nbytes(self) -> tuple[int, int]:
-        """In memory, and on disk."""
+        """Return how many bytes there are in memory, and on disk."""
         each = [column.nbytes() for column in self._columns]
         return sum(ram for ram, _ in each), sum(disk for _, disk in each)
 
     def append(self, tokens: NDArray[np.int64]) -> None:
-        """Add tokens ``[n]``, and the gists that they finish; all, or none and an error.
+        """Add tokens, and the gists that they finish; all, or none and an error.
+
+        Args:
+            tokens: What is new, ``[n]``.
 
         Raises:
-            ValueError: tokens that the model does not embed.
-            OSError: the files cannot be written.
+            ValueError: Tokens that the model does not embed.
+            OSError: The files cannot be written.
         """
         ids, before = as_ids(tokens, self._vocab_size), len(self)
         try:
@@ -208,16 +224,16 @@ class TreeStore:
             raise
 
     def tokens(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The tokens at some positions, int64 ``[n]``."""
+        """Return the tokens at some positions, int64 ``[n]``."""
         tokens: NDArray[np.int64] = self._columns[0].take(positions).astype(np.int64)
         return tokens
 
     def embed(self, tokens: NDArray[np.int64]) -> Tensor:
-        """LOD0 embeddings ``[n, D]`` of tokens ``[n]``."""
+        """Return LOD0 embeddings ``[n, D]`` of tokens ``[n]``."""
         return self._model.embed(torch.from_numpy(tokens).to(self.device))
 
     def gather(self, cut: Cut) -> Tensor:
-        """Embeddings of a cut's entries, ``[1, W, D]``: one gather for each level."""
+        """Gather embeddings of a cut's entries, ``[1, W, D]``, level by level."""
         like = self._model.embedding.weight
         gathered = like.new_empty(len(cut), like.shape[1])
         indices = cut.positions // cut.spans

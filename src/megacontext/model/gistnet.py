@@ -11,7 +11,7 @@ class GistNet(nn.Module):
     learned the values themselves, and then expanding an entry no longer matters.
 
     Args:
-        d_model: width D.
+        d_model: Width D.
     """
 
     def __init__(self, d_model: int) -> None:
@@ -23,14 +23,17 @@ class GistNet(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.GELU(), out)
 
     def forward(self, embeddings: Tensor, block_size: int, max_lod: int) -> Tensor:
-        """All levels of a tree, one after another, ``[B, N + N//K + N//K², D]``.
+        """Make all levels of a tree.
 
         Blocks at the end of a level that are not full have no gist.
 
         Args:
-            embeddings: of LOD0, ``[B, N, D]``.
-            block_size: children of a gist, K.
-            max_lod: highest level, 1 or 2.
+            embeddings: Of LOD0, ``[B, N, D]``.
+            block_size: Children of a gist, K.
+            max_lod: The highest level, 1 or 2.
+
+        Returns:
+            The levels one after another, ``[B, N + N//K + N//K², D]``.
         """
         # All levels come out of one call: under CUDA graphs a second call without gradients would
         # write over what the first one gave out, and LOD1 is still needed once LOD2 is made.
@@ -44,7 +47,7 @@ class GistNet(nn.Module):
         return torch.cat(levels, dim=1)
 
     def gist(self, children: Tensor) -> Tensor:
-        """One step up, ``[..., K, D]`` to ``[..., D]``; never compiled."""
+        """Go one step up, from ``[..., K, D]`` to ``[..., D]``; this is never compiled."""
         total: Tensor = children.sum(dim=-2) * children.shape[-2] ** -0.5
         residual: Tensor = self.mlp(self.norm(total))
         return total + residual

@@ -26,11 +26,11 @@ def check_reading(path: Path, language_model: HFLanguageModel) -> None:
     """Refuse a model that reads plain tokens otherwise than in the library, or entries not at all.
 
     Args:
-        path: of the model, for messages.
-        language_model: with its model on the CPU; modes are as they were afterwards.
+        path: Of the model, for messages.
+        language_model: With its model on the CPU; modes are as they were afterwards.
 
     Raises:
-        ValueError: naming the model's kind, what differs, and what to do.
+        ValueError: It does; the message names the model's kind, what differs, and what to do.
     """
     model = language_model.model
     kind = f"{type(model).__name__} in {path}"
@@ -76,7 +76,11 @@ def check_reading(path: Path, language_model: HFLanguageModel) -> None:
 def _read(
     language_model: HFLanguageModel, tokens: Tensor, half: int, gap: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits ``[T, vocab_size]`` of plain tokens; with a gap; and with the first half hidden."""
+    """Read plain tokens in three ways, in one batch.
+
+    Returns:
+        Logits ``[T, vocab_size]`` of plain tokens; with a gap; and with the first half hidden.
+    """
     starts = torch.arange(tokens.shape[1]).repeat(3, 1)
     starts[1, half:] += gap
     pad_mask = torch.zeros_like(starts, dtype=torch.bool)
@@ -87,7 +91,7 @@ def _read(
 
 
 def _read_in_pieces(language_model: HFLanguageModel, tokens: Tensor, half: int) -> Tensor:
-    """Logits ``[T, vocab_size]`` of plain tokens, as a session reads them."""
+    """Read plain tokens as a session does; their logits ``[T, vocab_size]``."""
     seen = language_model.new_seen(tokens.shape[1])
     embeddings, starts = language_model.embed(tokens), torch.arange(tokens.shape[1])[None]
     logits = []
@@ -99,7 +103,7 @@ def _read_in_pieces(language_model: HFLanguageModel, tokens: Tensor, half: int) 
 
 
 def _plain_tokens(config: Any, number: int) -> Tensor:
-    """Tokens ``[1, number]`` out of the middle of a vocabulary, without those that mean more."""
+    """Take tokens ``[1, number]`` out of the middle of a vocabulary, but none that mean more."""
     special: set[int | None] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         token = getattr(config, name, None)
@@ -111,7 +115,7 @@ def _plain_tokens(config: Any, number: int) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Nothing random in the block, as the routers of some mixtures of experts are in training."""
+    """Let nothing be random in the block, as the routers of some mixtures of experts are."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

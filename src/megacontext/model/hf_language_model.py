@@ -27,10 +27,12 @@ class HFLanguageModel(nn.Module):
     is a power of two, so tokens come back bit by bit as they were.
 
     Args:
-        model: without dropout, with attention by SDPA; see `hf_loading.load_language_model`.
+        model: Without dropout, with attention by SDPA; see `hf_loading.load_language_model`.
 
     Attributes:
-        max_tokens: the most tokens that its positions reach.
+        model: The same.
+        max_tokens: The most tokens that its positions reach; None where they have no end.
+        scale: The constant.
     """
 
     scale: Tensor
@@ -54,7 +56,7 @@ class HFLanguageModel(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """Its transformer blocks: what the library itself shards one by one."""
-        names = self.model._no_split_modules or ()
+        names = getattr(self.model, "_no_split_modules", None) or ()
         return [module for module in self.model.modules() if type(module).__name__ in names]
 
     @property
@@ -73,16 +75,16 @@ class HFLanguageModel(nn.Module):
         self._recompute = recompute
 
     def _checkpointing(self, what: str) -> Any:
-        """The library's method, by its name now or that of its version 4."""
+        """Return the library's method, by its name now or that of its version 4."""
         now, before = (f"{kind}_checkpointing_{what}" for kind in ("activation", "gradient"))
         return getattr(self.model, now, None) or getattr(self.model, before)
 
     def new_seen(self, capacity: int) -> "HFSeen":
-        """Nothing read yet; grows as it must, so ``capacity`` entries are no limit."""
+        """Return what has read nothing yet; it grows as it must, so ``capacity`` is no limit."""
         return HFSeen(self.model.config)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """int64 ``[B, N]`` to LOD0 embeddings ``[B, N, D]``."""
+        """Turn tokens, int64 ``[B, N]``, into LOD0 embeddings ``[B, N, D]``."""
         embeddings: Tensor = self.embedding(tokens)
         return embeddings / self.scale
 
@@ -94,15 +96,20 @@ class HFLanguageModel(nn.Module):
         pad_mask: Tensor | None = None,
         seen: "HFSeen | None" = None,
     ) -> Tensor:
-        """Next-token logits ``[B, W, vocab_size]`` of entries ``[B, W, D]``.
+        """Predict what follows each entry.
 
         Args:
-            starts, spans: first token and number of tokens of each entry, int64 ``[B, W]``.
-            pad_mask: bool ``[B, W]``, True at pads.
-            seen: the entries before these, without pads; it takes up these.
+            inputs_embeds: Embeddings of the entries, ``[B, W, D]``.
+            starts: First token of each entry, int64 ``[B, W]``.
+            spans: Tokens of each entry, int64 ``[B, W]``.
+            pad_mask: Where pads are, bool ``[B, W]``; None where there are none.
+            seen: The entries before these, without pads; it takes up these.
+
+        Returns:
+            Next-token logits ``[B, W, vocab_size]``.
 
         Raises:
-            ValueError: pads together with ``seen``.
+            ValueError: Pads together with ``seen``.
         """
         if seen is not None and pad_mask is not None:
             raise ValueError("entries that are read one after another must not be padded")
@@ -130,7 +137,10 @@ class HFSeen:
     """The entries that a model has read: keys and values in the library's own cache.
 
     Args:
-        config: of the model.
+        config: Of the model.
+
+    Attributes:
+        cache: The library's.
     """
 
     def __init__(self, config: Any) -> None:
@@ -146,12 +156,12 @@ AnyLanguageModel: TypeAlias = LanguageModel | HFLanguageModel
 
 
 def cache_name(model: Any) -> str | None:
-    """What the model's forward calls its cache; None where it has none."""
+    """Return what the model's forward calls its cache; None where it has none."""
     known = inspect.signature(model.forward).parameters
     return next((name for name in _CACHES if name in known), None)
 
 
 def max_tokens(config: Any) -> int | None:
-    """The most tokens that the positions of a model with this configuration reach, if they end."""
+    """Return the most tokens that the positions of a model reach; None for no end."""
     reach: int | None = getattr(config, "max_position_embeddings", None)
     return reach

@@ -34,12 +34,18 @@ _KEPT = (
 
 
 def new_language_model(config: MCConfig) -> AnyLanguageModel:
-    """The language model that a configuration asks for, ours by default.
+    """Make the language model that a configuration asks for, ours by default.
+
+    Args:
+        config: Sizes.
+
+    Returns:
+        The model.
 
     Raises:
         ImportError: transformers is needed and not installed.
-        FileNotFoundError, ValueError: no model, or one that does not fit; see
-            `load_language_model`.
+        FileNotFoundError: There is no such model.
+        ValueError: It does not fit; see `load_language_model`.
     """
     if not config.language_model:
         return LanguageModel(config.vocab_size, config.d_model, config.lm_layers, config.num_heads)
@@ -48,12 +54,21 @@ def new_language_model(config: MCConfig) -> AnyLanguageModel:
 
 
 def language_model_sizes(path: str | Path) -> dict[str, int]:
-    """The fields of `MCConfig` that a model decides: ``MCConfig(language_model=path, **sizes)``.
+    """Read the fields of `MCConfig` that a model decides.
 
-    ``num_heads`` are LensNet's too, and may be chosen otherwise.
+    They are for ``MCConfig(language_model=path, **sizes)``. ``num_heads`` are LensNet's too, and
+    may be chosen otherwise.
+
+    Args:
+        path: Of the model, as ``MCConfig.language_model``.
+
+    Returns:
+        The sizes, by the names of the fields.
 
     Raises:
-        ImportError, FileNotFoundError, ValueError: see `new_language_model`.
+        ImportError: transformers is not installed.
+        FileNotFoundError: There is no such model.
+        ValueError: Its configuration is damaged.
     """
     config = _config(path)
     names = {
@@ -66,18 +81,21 @@ def language_model_sizes(path: str | Path) -> dict[str, int]:
 
 
 def load_language_model(path: str | Path) -> nn.Module:
-    """A causal language model of transformers, in float32 and without dropout.
+    """Load a causal language model of transformers, in float32 and without dropout.
 
     Without, because variants are compared by their losses: noise in them would be preferred.
 
     Args:
-        path: a folder that ``save_pretrained`` made; or the ``config.json`` of one, for a model of
+        path: A folder that ``save_pretrained`` made; or the ``config.json`` of one, for a model of
             that kind with random weights.
+
+    Returns:
+        The library's model.
 
     Raises:
         ImportError: transformers is not installed.
-        FileNotFoundError: there is no such folder.
-        ValueError: its weights cannot be loaded or are not all there, or it is of a kind that
+        FileNotFoundError: There is no such folder.
+        ValueError: Its weights cannot be loaded or are not all there, or it is of a kind that
             cannot read working contexts, or reads plain tokens otherwise than in its library;
             named.
     """
@@ -105,10 +123,13 @@ def load_language_model(path: str | Path) -> nn.Module:
 
 
 def kept_files(path: str) -> list[Path]:
-    """What a run keeps of a model's folder, so that it needs the folder no more: sizes, tokenizer.
+    """List what a run keeps of a model's folder, so that it needs the folder no more.
 
     Args:
-        path: of `MCConfig.language_model`; "" for none.
+        path: Of the model, as ``MCConfig.language_model``; "" for none.
+
+    Returns:
+        Files that hold its sizes and its tokenizer.
     """
     if not path:
         return []
@@ -117,18 +138,21 @@ def kept_files(path: str) -> list[Path]:
 
 
 def folder_of(path: str | Path) -> Path:
-    """The folder of a model that is given by it or by its ``config.json``."""
+    """Return the folder of a model that is given by it or by its ``config.json``."""
     return Path(path).parent if Path(path).is_file() else Path(path)
 
 
 def import_transformers(path: str) -> Any:
-    """The library.
+    """Import the library.
 
     Args:
-        path: of the model that it is needed for.
+        path: Of the model that it is needed for.
+
+    Returns:
+        The module.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: It is not installed.
     """
     try:
         return import_module("transformers")
@@ -140,10 +164,11 @@ def import_transformers(path: str) -> Any:
 
 
 def _config(path: str | Path) -> Any:
-    """The library's configuration of a model.
+    """Read the library's configuration of a model.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it cannot be read.
+        FileNotFoundError: There is none.
+        DamagedFileError: It cannot be read.
     """
     file = folder_of(path) / "config.json"
     if not file.is_file() or (Path(path).is_file() and Path(path).name != file.name):
@@ -161,9 +186,13 @@ def _config(path: str | Path) -> Any:
 def check_language_model(config: MCConfig) -> None:
     """Refuse a configuration that does not fit the language model that it names; loads no weights.
 
+    Args:
+        config: Of our model.
+
     Raises:
-        ImportError, FileNotFoundError: there is no library, or no model.
-        ValueError: naming what would fit.
+        ImportError: transformers is needed and not installed.
+        FileNotFoundError: There is no such model.
+        ValueError: It does not fit; the message names what would.
     """
     if not config.language_model:
         return
@@ -186,7 +215,7 @@ def _check_kind(path: Path, model: Any) -> None:
     """Refuse what cannot read entries at positions of its own with full causal attention.
 
     Raises:
-        ValueError: saying why.
+        ValueError: It is of such a kind; says why.
     """
     kind, config = type(model).__name__, model.config.get_text_config(decoder=True)
     lacks = [name for name in _ARGUMENTS if name not in inspect.signature(model.forward).parameters]

@@ -16,13 +16,14 @@ class LanguageModel(nn.Module):
     """Causal transformer with tied token embeddings.
 
     Args:
-        vocab_size: number of tokens.
-        d_model: width D.
-        num_layers, num_heads: of the transformer.
+        vocab_size: Number of tokens.
+        d_model: Width D.
+        num_layers: Depth.
+        num_heads: Attention heads.
 
     Attributes:
         max_tokens: None: positions have no end.
-        recompute: keep only what goes into each block for backward, which computes the rest again:
+        recompute: Keep only what goes into each block for backward, which computes the rest again:
             a forward more for a fraction of the memory. Sessions are not affected.
     """
 
@@ -41,11 +42,11 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(d_model)
 
     def new_seen(self, capacity: int) -> "Seen":
-        """Nothing read yet, and room for ``capacity`` entries."""
+        """Return what has read nothing yet, with room for ``capacity`` entries."""
         return Seen(len(self.blocks), capacity)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """int64 ``[B, N]`` to LOD0 embeddings ``[B, N, D]``."""
+        """Turn tokens, int64 ``[B, N]``, into LOD0 embeddings ``[B, N, D]``."""
         embeddings: Tensor = self.embedding(tokens)
         return embeddings
 
@@ -57,15 +58,20 @@ class LanguageModel(nn.Module):
         pad_mask: Tensor | None = None,
         seen: "Seen | None" = None,
     ) -> Tensor:
-        """Next-token logits ``[B, W, vocab_size]`` of entries ``[B, W, D]``.
+        """Predict what follows each entry.
 
         Args:
-            starts, spans: first token and number of tokens of each entry, int64 ``[B, W]``.
-            pad_mask: bool ``[B, W]``, True at pads.
-            seen: the entries before these, without pads; it takes up these.
+            inputs_embeds: Embeddings of the entries, ``[B, W, D]``.
+            starts: First token of each entry, int64 ``[B, W]``.
+            spans: Tokens of each entry, int64 ``[B, W]``.
+            pad_mask: Where pads are, bool ``[B, W]``; None where there are none.
+            seen: The entries before these, without pads; it takes up these.
+
+        Returns:
+            Next-token logits ``[B, W, vocab_size]``.
 
         Raises:
-            ValueError: pads together with ``seen``, or more entries than it has room for.
+            ValueError: Pads together with ``seen``, or more entries than it has room for.
         """
         if seen is not None and pad_mask is not None:
             raise ValueError("entries that are read one after another must not be padded")
@@ -92,7 +98,7 @@ class LanguageModel(nn.Module):
         return logits
 
     def _run(self, block: nn.Module, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        """One block over ``[B, W, D]``."""
+        """Run one block over ``[B, W, D]``."""
         arguments = (x, rope, mask, True)
         if self.recompute and torch.is_grad_enabled():
             # Nothing in a block is random, so there is no random state to keep.
@@ -106,8 +112,12 @@ class Seen:
     """The entries that a language model has read, so that it need not read them again.
 
     Args:
-        num_layers: of the model.
-        capacity: entries that there is room for.
+        num_layers: Depth of the model.
+        capacity: Entries that there is room for.
+
+    Attributes:
+        layers: Keys and values of each layer.
+        last: Embedding of the newest entry, ``[B, 1, D]``; None before the first.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
@@ -120,17 +130,21 @@ class Seen:
         return self.layers[0].length
 
     def mask(self, new: Tensor) -> Tensor | None:
-        """Who of the new entries ``[B, W, D]`` may look at whom; None where SDPA knows."""
+        """Tell who of the new entries ``[B, W, D]`` may look at whom; None where SDPA knows."""
         if not self.length:
             return None
         return causal_mask_after(self.length, new)
 
 
 def causal_mask_after(length: int, new: Tensor) -> Tensor:
-    """Who of new entries ``[B, W, D]`` may look at whom, bool ``[1, 1, W, length + W]``.
+    """Make the mask of new entries, which all see those before them.
 
     Args:
-        length: entries before them, which they all see.
+        length: Entries before them.
+        new: Embeddings of the new entries, ``[B, W, D]``.
+
+    Returns:
+        Who may look at whom, bool ``[1, 1, W, length + W]``.
     """
     width = new.shape[1]
     full = torch.ones(width, length + width, dtype=torch.bool, device=new.device)

@@ -11,15 +11,16 @@ class LensNet(nn.Module):
     """A small bidirectional transformer over the entries of a view.
 
     Bidirectional, because the query that makes an old gist worth expanding comes after it. It
-    begins by comparing content: its queries and keys start with equal weights, so an entry
-    attends to what resembles it (mimetic initialization, Trockman and Kolter 2023,
-    arXiv:2305.09828), and only a part of each head's features knows where an entry stands.
+    begins by comparing content: its queries and keys start with equal weights, so an entry attends
+    to what resembles it (mimetic initialization, Trockman and Kolter 2023, arXiv:2305.09828), and
+    only a part of each head's features knows where an entry stands.
 
     Args:
-        d_model: width D.
-        num_layers, num_heads: of the transformer.
-        max_lod: highest level of detail of an entry.
-        causal: entries look back only; for an ablation.
+        d_model: Width D.
+        num_layers: Depth.
+        num_heads: Attention heads.
+        max_lod: The highest level of detail of an entry.
+        causal: Let entries look back only; for an ablation.
     """
 
     def __init__(
@@ -49,12 +50,17 @@ class LensNet(nn.Module):
         lods: Tensor,
         pad_mask: Tensor | None = None,
     ) -> Tensor:
-        """Scores in [-1, 1], ``[B, E]``: above 0 "expand me", below 0 "collapse me"; 0 at pads.
+        """Score entries: above 0 "expand me", below 0 "collapse me".
 
         Args:
-            embeddings: of the view's entries, ``[B, E, D]``.
-            starts, spans, lods: of the entries, int64 ``[B, E]``.
-            pad_mask: bool ``[B, E]``, True at pads.
+            embeddings: Of the view's entries, ``[B, E, D]``.
+            starts: First token of each entry, int64 ``[B, E]``.
+            spans: Tokens of each entry, int64 ``[B, E]``.
+            lods: Level of detail of each entry, int64 ``[B, E]``.
+            pad_mask: Where pads are, bool ``[B, E]``; None where there are none.
+
+        Returns:
+            Scores in [-1, 1], ``[B, E]``; 0 at pads.
         """
         rope = gaussian_rope(starts, spans, self.head_dim, self.rotated_dim)
         mask = attention_mask(pad_mask, causal=self.causal)

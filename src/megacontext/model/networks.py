@@ -21,15 +21,21 @@ class Networks(nn.Module):
     """Language model, GistNet and guarded LensNet, made by a configuration.
 
     Args:
-        config: sizes; checked when it was made.
-        bf16: run forward passes of training and validation under autocast to bfloat16. Losses are
+        config: Sizes; checked when it was made.
+        bf16: Run forward passes of training and validation under autocast to bfloat16. Losses are
             computed in the dtype of the weights.
 
     Attributes:
-        lensnet: the guarded proxy; `guard` is its guard.
+        config: The same.
+        bf16: The same.
+        language_model: Reads entries, and predicts what follows each.
+        gistnet: Makes gists.
+        lensnet: The guarded proxy; `guard` is its guard.
 
     Raises:
-        ImportError, FileNotFoundError, ValueError: ``config.language_model`` cannot be used.
+        ImportError: ``config.language_model`` needs a library that is not installed.
+        FileNotFoundError: There is no such language model.
+        ValueError: It cannot be used.
     """
 
     def __init__(self, config: MCConfig, *, bf16: bool = False) -> None:
@@ -62,11 +68,11 @@ class Networks(nn.Module):
         return guard
 
     def context(self, context: str) -> AbstractContextManager[None]:
-        """``with mc.context("training"):`` or ``with mc.context("inference"):``."""
+        """Declare a context for a block: ``"training"`` or ``"inference"``."""
         return self.guard.context(context)  # type: ignore[arg-type]  # checked there
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Around forward passes of the networks, and nothing else."""
+        """Return what to put around forward passes of the networks, and nothing else."""
         if not self.bf16:
             return nullcontext()
         return torch.autocast(self.language_model.embedding.weight.device.type, torch.bfloat16)
@@ -75,8 +81,8 @@ class Networks(nn.Module):
         """Compile language model, GistNet and LensNet in place, for batches of fixed shapes.
 
         LensNet and GistNet get CUDA graphs where they run on CUDA. Parameters must have gradient
-        buffers of their own then (`optimization.own_gradients`). For training: a session's shapes
-        change, and torch gives up compiling after eight.
+        buffers of their own then (`optimization.own_gradients`). It is for training: a session's
+        shapes change, and torch gives up compiling after eight.
         """
         # A network with CUDA graphs writes every call's outputs to the same memory, and does so
         # from the next call of any of them on that no backward is pending for. What is read after
@@ -88,7 +94,7 @@ class Networks(nn.Module):
         self.lensnet.compile(mode="reduce-overhead", dynamic=False)
 
     def token_nll(self, context: WorkingContext) -> Tensor:
-        """NLL of each entry's label, nats, ``[R, W]``; 0 where there is none."""
+        """Compute the NLL of each entry's label, nats, ``[R, W]``; 0 where there is none."""
         logits = self.logits(context.embeddings, context.starts, context.spans, context.pad_mask)
         flat = F.cross_entropy(
             logits.flatten(0, 1),
@@ -99,11 +105,18 @@ class Networks(nn.Module):
         return flat.view_as(context.labels)
 
     def full_detail_loss(self, tokens: Tensor, labelled: Tensor | None = None) -> Tensor:
-        """Mean NLL of the language model on plain LOD0 contexts, nats; scalar. Needs no LensNet.
+        """Compute the language model's mean NLL on plain LOD0 contexts; it needs no LensNet.
 
         Args:
-            tokens: int64 ``[B, T]``.
-            labelled: bool ``[B, T]``, the tokens that count; all by default.
+            tokens: The sequences, int64 ``[B, T]``.
+            labelled: The tokens that count, bool ``[B, T]``; all by default.
+
+        Returns:
+            The mean, nats; scalar.
+
+        Raises:
+            TypeError: Tokens of another type.
+            ValueError: Tokens that cannot be a batch.
         """
         check_batch(tokens, None, self.config)
         starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -116,7 +129,18 @@ class Networks(nn.Module):
     def logits(
         self, embeddings: Tensor, starts: Tensor, spans: Tensor, pad_mask: Tensor | None = None
     ) -> Tensor:
-        """The language model's, in the dtype of the embeddings, also where it ran in bfloat16."""
+        """Run the language model.
+
+        Args:
+            embeddings: Of the entries, ``[B, W, D]``.
+            starts: First token of each entry, int64 ``[B, W]``.
+            spans: Tokens of each entry, int64 ``[B, W]``.
+            pad_mask: Where pads are, bool ``[B, W]``; None where there are none.
+
+        Returns:
+            Next-token logits ``[B, W, vocab_size]`` in the dtype of the embeddings, also where it
+            ran in bfloat16.
+        """
         with self.autocast():
             logits: Tensor = self.language_model(embeddings, starts, spans, pad_mask)
         return logits.to(embeddings.dtype)

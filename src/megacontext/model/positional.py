@@ -17,16 +17,17 @@ BASE = 10_000.0
 def gaussian_rope(
     starts: Tensor, spans: Tensor, head_dim: int, rotated_dim: int | None = None
 ) -> Tensor:
-    """Damped rotations of entries.
+    """Compute damped rotations of entries.
 
     Args:
-        starts, spans: first token and number of tokens of each entry, int64 ``[B, W]``.
-        head_dim: even width of an attention head.
-        rotated_dim: even number of its features that are rotated, all by default; the rest of them
+        starts: First token of each entry, int64 ``[B, W]``.
+        spans: Tokens of each entry, int64 ``[B, W]``.
+        head_dim: Even width of an attention head.
+        rotated_dim: Even number of its features that are rotated, all by default; the rest of them
             compares content wherever it stands.
 
     Returns:
-        cosines and sines, float32 ``[2, B, 1, W, head_dim / 2]``.
+        Cosines and sines, float32 ``[2, B, 1, W, head_dim / 2]``.
     """
     rotated_dim = head_dim if rotated_dim is None else rotated_dim
     exponents = torch.arange(0, rotated_dim, 2, device=starts.device) / rotated_dim

@@ -16,10 +16,12 @@ def check_range(tokens: NDArray[np.int64], vocab_size: int, whose: str = "tokens
     """Refuse tokens that are not in the vocabulary.
 
     Args:
-        whose: what to call them.
+        tokens: Of any shape.
+        vocab_size: Tokens must be below it.
+        whose: What to call them.
 
     Raises:
-        ValueError: saying from where to where they run.
+        ValueError: They are not; says from where to where they run.
     """
     if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
         raise ValueError(
@@ -28,10 +30,18 @@ def check_range(tokens: NDArray[np.int64], vocab_size: int, whose: str = "tokens
 
 
 def as_ids(tokens: NDArray[np.int64], vocab_size: int, whose: str = "tokens") -> Ids:
-    """Tokens in the smallest type that holds the vocabulary, in which others would wrap around.
+    """Put tokens in the smallest type that holds the vocabulary, in which others would wrap around.
+
+    Args:
+        tokens: Of any shape.
+        vocab_size: Tokens must be below it.
+        whose: What to call them.
+
+    Returns:
+        The same tokens.
 
     Raises:
-        ValueError: see `check_range`.
+        ValueError: They are not in the vocabulary; says from where to where they run.
     """
     check_range(tokens, vocab_size, whose)
     ids: Ids = tokens.astype(np.min_scalar_type(vocab_size - 1))
@@ -39,16 +49,21 @@ def as_ids(tokens: NDArray[np.int64], vocab_size: int, whose: str = "tokens") ->
 
 
 def check_batch(tokens: Tensor, pad_mask: Tensor | None, config: MCConfig) -> list[int]:
-    """Refuse what cannot be a batch; return the number of tokens of each sequence.
+    """Refuse what cannot be a batch.
 
     Tokens on a device are not looked at, for the host would have to wait for them.
 
     Args:
-        tokens: int64 ``[B, T]``.
-        pad_mask: bool ``[B, T]``, True at pads on the left.
+        tokens: The sequences, int64 ``[B, T]``.
+        pad_mask: Where pads on the left are, bool ``[B, T]``; None where there are none.
+        config: Of the model.
+
+    Returns:
+        The number of tokens of each sequence, B of them.
 
     Raises:
-        TypeError, ValueError: saying what is wrong, and in which sequence.
+        TypeError: They are no int64 tensor.
+        ValueError: Something else is wrong; says what, and in which sequence.
     """
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__

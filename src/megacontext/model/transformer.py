@@ -11,8 +11,8 @@ class Block(nn.Module):
     """Rotary self-attention and an MLP, each on a normalised residual branch.
 
     Args:
-        d_model: width D.
-        num_heads: attention heads; D / num_heads must be even.
+        d_model: Width D.
+        num_heads: Attention heads; D / num_heads must be even.
     """
 
     def __init__(self, d_model: int, num_heads: int) -> None:
@@ -34,13 +34,17 @@ class Block(nn.Module):
         causal: bool,
         seen: "LayerCache | None" = None,
     ) -> Tensor:
-        """``[B, W, D]`` to ``[B, W, D]``.
+        """Map entries ``[B, W, D]`` to entries of the same shape.
 
         Args:
-            rope: of `gaussian_rope`.
-            mask: bool ``[B, 1, W, W]``, True where a query may look; None for no padding.
-            causal: look back only; ``mask`` must then be None or causal itself.
-            seen: keys and values of the entries before these; it takes up those of these.
+            x: The entries.
+            rope: Their rotations, of `gaussian_rope`.
+            mask: Where a query may look, bool ``[B, 1, W, W]``; None for no padding.
+            causal: Look back only; ``mask`` must then be None or causal itself.
+            seen: Keys and values of the entries before these; it takes up those of these.
+
+        Returns:
+            The entries as they are after the block.
         """
         batch, width, _ = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, width, 3, self.num_heads, -1)
@@ -64,7 +68,10 @@ class LayerCache:
     """Keys and values of one layer for the entries so far, ``[B, H, length, D / H]`` each.
 
     Args:
-        capacity: entries that there is room for.
+        capacity: Entries that there is room for.
+
+    Attributes:
+        length: Entries so far.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -73,10 +80,17 @@ class LayerCache:
         self._both: Tensor | None = None  # [2, B, H, capacity, D / H]
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of new entries; returns all.
+        """Add keys and values of new entries, and return all.
+
+        Args:
+            key: Of the new entries, ``[B, H, W, D / H]``.
+            value: The same for values.
+
+        Returns:
+            Keys and values of all entries, ``[B, H, length, D / H]`` each.
 
         Raises:
-            ValueError: there is no room for them.
+            ValueError: There is no room for them.
         """
         if self._both is None:
             batch, heads, _, width = key.shape
@@ -92,12 +106,16 @@ class LayerCache:
 
 
 def attention_mask(pad_mask: Tensor | None, causal: bool) -> Tensor | None:
-    """Who may look at whom, bool ``[B, 1, W, W]``; None when nothing is padded.
+    """Make the mask of a padded batch.
 
     Pads are seen by nobody but themselves, which keeps their rows finite.
 
     Args:
-        pad_mask: bool ``[B, W]``, True at pads.
+        pad_mask: Where pads are, bool ``[B, W]``; None where there are none.
+        causal: Whether entries look back only.
+
+    Returns:
+        Who may look at whom, bool ``[B, 1, W, W]``; None when nothing is padded.
     """
     if pad_mask is None:
         return None

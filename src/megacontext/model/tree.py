@@ -18,13 +18,13 @@ class MegaContextTree:
     """The levels of B histories.
 
     Attributes:
-        tokens: int64 ``[B, N]``; shorter histories are filled up at the end, and no cut of theirs
-            reaches that far.
-        lengths: tokens of each history, B host integers.
-        labels: int64 ``[B, N]``, what entries are to predict: the tokens, or `NO_LABEL`.
+        tokens: The histories, int64 ``[B, N]``; shorter ones are filled up at the end, and no cut
+            of theirs reaches that far.
+        labels: What entries are to predict: the tokens, or `NO_LABEL`; int64 ``[B, N]``.
+        lengths: Tokens of each history, B host integers.
         levels: LOD0, LOD1, LOD2 embeddings one after another, ``[B, N + N//K + N//K², D]``.
-        block_size: tokens of a LOD1 gist, K.
-        max_lod: highest level built.
+        block_size: Tokens of a LOD1 gist, K.
+        max_lod: The highest level built.
     """
 
     tokens: Tensor
@@ -49,9 +49,16 @@ class MegaContextTree:
         """Build all levels; GistNet makes each of them once, for the whole batch.
 
         Args:
-            tokens, embeddings: int64 ``[B, N]`` and their embeddings ``[B, N, D]``.
-            lengths: tokens of each history; N for all by default.
-            labels: int64 ``[B, N]``; the tokens by default.
+            tokens: The histories, int64 ``[B, N]``.
+            embeddings: Of the tokens, ``[B, N, D]``.
+            gistnet: Makes the gists.
+            block_size: Tokens of a LOD1 gist, K.
+            max_lod: The highest level to build, 1 or 2.
+            lengths: Tokens of each history; N for all by default.
+            labels: What entries are to predict, int64 ``[B, N]``; the tokens by default.
+
+        Returns:
+            The tree.
         """
         batch, num_tokens, _ = embeddings.shape
         return cls(
@@ -67,7 +74,7 @@ class MegaContextTree:
         """Gather the embeddings of all cuts at once.
 
         Args:
-            cuts: per history, its cuts; the same number V for each.
+            cuts: Per history, its cuts; the same number V for each.
 
         Returns:
             R = B·V working contexts, those of the first history first.
@@ -101,7 +108,11 @@ class MegaContextTree:
 
 
 def _left_padded(cuts: Sequence[Cut]) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-    """Positions and LODs of R cuts, 0 at pads, int64 ``[R, W]``; and where the pads are, bool."""
+    """Lay cuts out as rows of one width.
+
+    Returns:
+        Positions and LODs of R cuts, 0 at pads, int64 ``[R, W]``; and where the pads are, bool.
+    """
     width = max(map(len, cuts))
     positions, lods = np.zeros((2, len(cuts), width), dtype=np.int64)
     for row, cut in enumerate(cuts):

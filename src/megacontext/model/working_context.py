@@ -12,11 +12,13 @@ class WorkingContext:
     """A batch of working contexts as tensors, left-padded where they differ in length.
 
     Attributes:
-        embeddings: float ``[R, W, D]``.
-        starts, spans, lods: first token, number of tokens and level of detail, int64 ``[R, W]``.
-        labels: the token right after each entry, int64 ``[R, W]``; `NO_LABEL` at pads and where
-            the sequence ends.
-        pad_mask: bool ``[R, W]``, True at pads; None when nothing is padded.
+        embeddings: Of the entries, float ``[R, W, D]``.
+        starts: First token of each entry, int64 ``[R, W]``.
+        spans: Tokens of each entry, int64 ``[R, W]``.
+        lods: Level of detail of each entry, int64 ``[R, W]``.
+        labels: The token right after each entry, int64 ``[R, W]``; `NO_LABEL` at pads and where the
+            sequence ends.
+        pad_mask: Where pads are, bool ``[R, W]``; None when nothing is padded.
     """
 
     embeddings: Tensor

@@ -27,8 +27,9 @@ class Ablation:
     """One change.
 
     Attributes:
-        name: of its row and, with hyphens, of its run folder.
-        model, settings: the fields that differ.
+        name: Of its row and, with hyphens, of its run folder.
+        model: The fields of the model that differ.
+        settings: The fields of the settings that differ.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Ablation:
     settings: dict[str, Any]
 
     def folder(self, parent: Path) -> Path:
-        """Where it is trained."""
+        """Return where it is trained."""
         return parent / "".join(c if c.isalnum() else "-" for c in self.name)
 
 
@@ -59,15 +60,15 @@ class AblationResult:
     """How a changed recipe fared.
 
     Attributes:
-        name: of the ablation.
-        evaluation: of its model, on the same sequences as all others.
+        name: Of the ablation.
+        evaluation: Of its model, on the same sequences as all others.
     """
 
     name: str
     evaluation: Evaluation
 
     def to_json(self) -> dict[str, Any]:
-        """Mean NLL per label by the way of picking, nats, and LensNet's interval."""
+        """Return the mean NLL by the way of picking, nats per label, and LensNet's interval."""
         nll = self.evaluation.nll
         return {
             "name": self.name,
@@ -88,9 +89,15 @@ def ablate(
     """Train and evaluate every ablation in a run folder of its own; finished ones are kept.
 
     Args:
-        model, settings: of the recipe.
-        parent: of the run folders.
-        sequences, seed: of the evaluation.
+        model: Sizes of the recipe.
+        settings: How the recipe is trained.
+        parent: Of the run folders.
+        sequences: How many to evaluate on.
+        seed: Of the evaluation.
+        report: Called with an ablation's name and what is reported of its training.
+
+    Yields:
+        How each fared.
     """
     for ablation in ABLATIONS:
         folder = ablation.folder(parent)

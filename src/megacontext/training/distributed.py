@@ -28,9 +28,9 @@ class World:
     """The processes of a run.
 
     Attributes:
-        rank: which of them this is; the first one, 0, writes the files.
-        size: how many there are.
-        hosts: the group in which their hosts talk, which no device waits for; None for torch's own.
+        rank: Which of them this is; the first one, 0, writes the files.
+        size: How many there are.
+        hosts: The group in which their hosts talk, which no device waits for; None for torch's own.
     """
 
     rank: int = 0
@@ -43,12 +43,12 @@ class World:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Of a tensor over all processes; they must call it together."""
+        """Sum a tensor over all processes; they must call it together."""
         if self.size == 1:
             return tensor
         total = torch.empty_like(tensor).copy_(tensor)
@@ -56,7 +56,7 @@ class World:
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on any of the processes; they must call it together."""
+        """Tell whether it is true on any of the processes; they must call it together."""
         if self.size == 1:
             return flag
         flags = torch.tensor(int(flag))
@@ -64,10 +64,13 @@ class World:
         return bool(flags)
 
     def check(self, settings: TrainConfig) -> None:
-        """Whether the work can be shared.
+        """Refuse work that cannot be shared.
+
+        Args:
+            settings: Of the run.
 
         Raises:
-            ValueError: it cannot; says what to change.
+            ValueError: It cannot; says what to change.
         """
         for name in ("accumulation", *(["lm_batch_size"] if settings.lm_steps else [])):
             if (value := getattr(settings, name)) % self.size:
@@ -89,13 +92,16 @@ class World:
 
 @contextmanager
 def joined_world(device: torch.device) -> Iterator[World]:
-    """The processes that torchrun has started; a world of one where it has not.
+    """Join the processes that torchrun has started; a world of one where it has not.
 
     Args:
-        device: of this process; CUDA devices communicate by NCCL, anything else by gloo.
+        device: Of this process; CUDA devices communicate by NCCL, anything else by gloo.
+
+    Yields:
+        The processes.
 
     Raises:
-        RuntimeError: the processes do not find each other.
+        RuntimeError: The processes do not find each other.
     """
     joined = dist.is_initialized()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not joined:
@@ -118,7 +124,7 @@ def joined_world(device: torch.device) -> Iterator[World]:
 
 
 def device_name(device: str) -> str:
-    """Of this process: the one of several CUDA devices that torchrun means for it."""
+    """Return this process's device: of several for CUDA, the one that torchrun means for it."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if device == "cuda" and local is not None else device
 
@@ -161,7 +167,7 @@ class DataParallel:
             fully_shard(self._module)
 
     def train(self, trained: nn.Module) -> None:
-        """From now on gradients are those of ``trained``, each in every backward."""
+        """From now on, make gradients of ``trained``, each in every backward."""
         if not (self._alone or self._shard):
             self._module = DistributedDataParallel(_Calls(trained))
 
@@ -181,7 +187,11 @@ class DataParallel:
 
     @contextmanager
     def adding_up(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-step: gradients travel after the last one."""
+        """Open a micro-step's forward and backward: gradients travel after the last one.
+
+        Args:
+            last: Whether this is the last micro-step of its optimizer step.
+        """
         module = self._module
         if self._shard:
             module.set_requires_gradient_sync(last)
@@ -194,12 +204,16 @@ class DataParallel:
 
 
 def gathered(state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
-    """A state dict with every sharded tensor made whole; all processes must call it together.
+    """Make every sharded tensor of a state dict whole; all processes must call it together.
 
     One tensor after another, each on the host as soon as it is whole: no device holds them all.
 
     Args:
-        keep: whether this process wants them.
+        state: Of a model or an optimizer.
+        keep: Whether this process wants them.
+
+    Returns:
+        The state; without its sharded tensors where they are not wanted.
     """
 
     def gather(leaf: Any) -> Any:
@@ -228,7 +242,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, sharded as another one is."""
+    """Shard a whole tensor as another one is."""
     if not _is_sharded(like) or _is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -238,12 +252,12 @@ def _as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, unless it is sharded."""
+    """Return what this process holds of a tensor: all of it, unless it is sharded."""
     sharded: Any = tensor
     part: Tensor = sharded.to_local() if _is_sharded(tensor) else tensor
     return part
 
 
 def _is_sharded(value: object) -> bool:
-    """Whether this is a DTensor, told by what those alone have, lest the class is imported."""
+    """Tell a DTensor by what those alone have, lest the class is imported."""
     return hasattr(value, "full_tensor")

@@ -21,14 +21,14 @@ class MetricSink(Protocol):
     """Takes what is logged. Whoever made it closes it."""
 
     def write(self, step: int, metrics: Mapping[str, float], strips: NDArray[np.uint8]) -> None:
-        """What a line of ``metrics.jsonl`` holds, after it was written.
+        """Take what a line of ``metrics.jsonl`` holds, after it was written.
 
         Args:
-            step: optimizer steps so far. After a resume, steps come again that were told after the
+            step: Optimizer steps so far. After a resume, steps come again that were told after the
                 checkpoint.
-            metrics: by name; what is undefined is left out.
-            strips: the LODs of the last micro-step's working contexts, see
-                `megacontext.evaluation.lod_image`; RGB, uint8 ``[height, width, 3]``.
+            metrics: By name; what is undefined is left out.
+            strips: The LODs of the last micro-step's working contexts, a strip each, coloured as in
+                `evaluation.lod_image`; RGB, uint8 ``[height, width, 3]``.
         """
 
 
@@ -45,11 +45,14 @@ def write_all(
     """Tell all sinks, one after the other.
 
     Args:
-        cuts: ``[B][1 + V]``, of the last micro-step.
+        sinks: Whom to tell.
+        step: Optimizer steps so far.
+        metrics: By name; nan where undefined.
+        cuts: Of the last micro-step, ``[B][1 + V]``.
 
     Raises:
-        MetricSinkError: one failed, named; those after it were not told.
-        LensNetViolation: one called LensNet.
+        MetricSinkError: One failed, named; those after it were not told.
+        LensNetViolation: One called LensNet.
     """
     if not sinks:
         return
@@ -77,7 +80,7 @@ class TensorBoardSink:
     """Writes event files for TensorBoard, each step's to the kernel before the next begins.
 
     Args:
-        path: their folder. It is made with the first step, from which on what an earlier process
+        path: Their folder. It is made with the first step, from which on what an earlier process
             wrote there no longer counts: a resumed run shows no step twice.
 
     Raises:
@@ -96,7 +99,7 @@ class TensorBoardSink:
             ) from error
 
     def write(self, step: int, metrics: Mapping[str, float], strips: NDArray[np.uint8]) -> None:
-        """Scalars by their names, and the strips as image ``lods``."""
+        """Write scalars by their names, and the strips as image ``lods``; see `MetricSink`."""
         if self._writer is None:
             self._writer = self._module.SummaryWriter(str(self._path), purge_step=step)
         for name, value in metrics.items():

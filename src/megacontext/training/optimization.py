@@ -8,7 +8,7 @@ from torch import nn
 
 
 def new_optimizer(groups: Sequence[tuple[Iterable[nn.Parameter], float]]) -> torch.optim.AdamW:
-    """AdamW over groups of parameters, each with the peak of its learning rate."""
+    """Make AdamW over groups of parameters, each with the peak of its learning rate."""
     return torch.optim.AdamW(
         [{"params": list(params), "lr": peak, "peak": peak} for params, peak in groups],
         betas=(0.9, 0.95),
@@ -32,7 +32,13 @@ def own_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def update(optimizer: torch.optim.AdamW, rate: float, clip_norm: float) -> None:
-    """Clip each group's gradient norm, step at ``rate`` of the peaks, and zero the gradients."""
+    """Clip each group's gradient norm, step, and zero the gradients.
+
+    Args:
+        optimizer: Of `new_optimizer`.
+        rate: Share of the peak learning rates.
+        clip_norm: The longest gradient of a group.
+    """
     for group in optimizer.param_groups:
         nn.utils.clip_grad_norm_(group["params"], clip_norm)
         group["lr"] = group["peak"] * rate
@@ -41,7 +47,16 @@ def update(optimizer: torch.optim.AdamW, rate: float, clip_norm: float) -> None:
 
 
 def rate_at(step: int, steps: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then cosine to a tenth."""
+    """Compute the share of the peak learning rate at a step.
+
+    Args:
+        step: Number of the step, from 0.
+        steps: Of the run.
+        warmup_steps: Of linear warm-up; a cosine then falls to a tenth.
+
+    Returns:
+        The share.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(steps - warmup_steps, 1)

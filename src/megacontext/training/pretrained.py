@@ -18,8 +18,9 @@ class SavedRun:
     """What the ``config.json`` of a run says.
 
     Attributes:
-        model, settings: as the run was begun.
-        source: description of what it reads.
+        model: Sizes, as the run was begun.
+        settings: How it is trained, likewise.
+        source: Description of what it reads.
     """
 
     model: MCConfig
@@ -28,12 +29,18 @@ class SavedRun:
 
 
 def read_run(folder: RunFolder) -> SavedRun:
-    """What a run is.
+    """Read what a run is.
+
+    Args:
+        folder: Of the run.
+
+    Returns:
+        What its configuration says.
 
     Raises:
-        FileNotFoundError: the folder holds no run.
-        DamagedFileError: its configuration cannot be read, or makes no run.
-        ValueError: it was begun with an option that there is no more.
+        FileNotFoundError: The folder holds no run.
+        DamagedFileError: Its configuration cannot be read, or makes no run.
+        ValueError: It was begun with an option that there is no more.
     """
     saved = folder.read_config()
     check_removed(saved["model"])
@@ -43,12 +50,20 @@ def read_run(folder: RunFolder) -> SavedRun:
 
 
 def load_model(run_dir: str | os.PathLike[str], device: torch.device | str = "cpu") -> MCController:
-    """The controller of a run, with the weights of its newest checkpoint.
+    """Load the controller of a run, with the weights of its newest checkpoint.
+
+    Args:
+        run_dir: The run folder.
+        device: Where the weights are to be.
+
+    Returns:
+        The controller.
 
     Raises:
-        FileNotFoundError: the folder holds no run, or no checkpoint yet.
-        DamagedFileError: the configuration or the checkpoint is damaged.
-        ImportError: its language model is one of transformers, which is not installed.
+        FileNotFoundError: The folder holds no run, or no checkpoint yet.
+        DamagedFileError: The configuration or the checkpoint is damaged.
+        ValueError: The run was begun with an option that there is no more.
+        ImportError: Its language model is one of transformers, which is not installed.
     """
     folder = RunFolder(run_dir)
     mc = MCController(saved_model(folder, read_run(folder).model)).to(device)
@@ -61,13 +76,17 @@ def load_model(run_dir: str | os.PathLike[str], device: torch.device | str = "cp
 
 
 def saved_model(folder: RunFolder, model: MCConfig) -> MCConfig:
-    """The configuration of a run's model, as it is to be made again before a checkpoint is loaded.
+    """Return a run's model as it is to be made again before a checkpoint is loaded.
 
     A language model that was given is made from the run's own copy of its sizes: where it came from
     may be gone.
 
     Args:
-        model: as the run was begun.
+        folder: Of the run.
+        model: As the run was begun.
+
+    Returns:
+        The configuration.
     """
     if not model.language_model or not folder.checkpoint.exists():
         return model
@@ -75,10 +94,16 @@ def saved_model(folder: RunFolder, model: MCConfig) -> MCConfig:
 
 
 def usable_device(name: str) -> torch.device:
-    """A device by its name.
+    """Find a device by its name.
+
+    Args:
+        name: As torch calls it.
+
+    Returns:
+        The device.
 
     Raises:
-        ValueError: it cannot be used here.
+        ValueError: It cannot be used here.
     """
     try:
         device = torch.device(name)

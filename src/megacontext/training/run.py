@@ -179,7 +179,7 @@ def _make_folder(plan: _Plan, world: World) -> None:
 
 
 def _result(plan: _Plan, trainer: Trainer, profile: bool) -> TrainResult:
-    """What came of it, from its files; and the picture."""
+    """Read what came of it from its files, and draw the picture."""
     folder, cuts = plan.folder, trainer.cuts
     verdict, rows = read_verdict(folder.path), folder.read_metrics()
     entropy = plan.source.unigram_entropy()

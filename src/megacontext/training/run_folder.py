@@ -33,8 +33,18 @@ class RunFolder:
     """One run's folder.
 
     Args:
-        path: the folder; nothing is created before `create`. One that is relative stays where it is
-            now, whatever directory the process changes to.
+        path: Of the folder; nothing is created before `create`. One that is relative stays where it
+            is now, whatever directory the process changes to.
+
+    Attributes:
+        path: The same, absolute.
+        config: What the run is.
+        metrics: A line per logged step.
+        checkpoint: The newest.
+        overview: The picture.
+        profile: The trace, where one was taken.
+        tensorboard: Folder of event files, where they were asked for.
+        language_model: Folder of what is kept of a language model that was given.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -51,7 +61,7 @@ class RunFolder:
         """Make sure that a new run can begin here.
 
         Raises:
-            FileExistsError: the folder holds a run already, or something else.
+            FileExistsError: The folder holds a run already, or something else.
         """
         if self.config.exists():
             raise FileExistsError(
@@ -65,11 +75,12 @@ class RunFolder:
         """Make the folder for a new run.
 
         Args:
-            language_model: files to keep a copy of in its folder ``language_model``.
+            config: What the run is.
+            language_model: Files to keep a copy of in its folder ``language_model``.
 
         Raises:
-            FileExistsError: as for `require_new`.
-            OSError: it cannot be written; nothing of it is left then.
+            FileExistsError: The folder holds a run already, or something else.
+            OSError: It cannot be written; nothing of it is left then.
         """
         self.require_new()
         new = not self.path.exists()
@@ -91,17 +102,20 @@ class RunFolder:
         """Make sure that there is a run.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: There is none.
         """
         if not self.config.exists():
             raise FileNotFoundError(f"{self.path} holds no run to resume: no {self.config.name}")
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration of the run.
+        """Read the configuration of the run.
+
+        Returns:
+            Its parts ``model``, ``train`` and ``source``.
 
         Raises:
-            FileNotFoundError: there is no run.
-            DamagedFileError: it cannot be read.
+            FileNotFoundError: There is no run.
+            DamagedFileError: It cannot be read.
         """
         self.require_run()
         with reading(self.config, ADVICE):
@@ -115,7 +129,7 @@ class RunFolder:
         """Keep other processes from training in this folder at the same time.
 
         Raises:
-            BlockingIOError: one does already.
+            BlockingIOError: One does already.
         """
         taken = (
             f"another process is training in {self.path}; wait for it, or choose another --run-dir"
@@ -126,8 +140,11 @@ class RunFolder:
     def append_metrics(self, row: Mapping[str, float | int]) -> None:
         """Append one line; what is undefined (nan) becomes null.
 
+        Args:
+            row: By name, with the step.
+
         Raises:
-            OSError: it cannot be written; named.
+            OSError: It cannot be written; named.
         """
         finite = {k: None if not math.isfinite(v) else v for k, v in row.items()}
         try:
@@ -137,10 +154,13 @@ class RunFolder:
             raise cannot_write(self.metrics, error, "the lines before are kept") from error
 
     def read_metrics(self) -> list[dict[str, float | None]]:
-        """All complete lines, in order.
+        """Read all complete lines, in order.
+
+        Returns:
+            The rows.
 
         Raises:
-            DamagedFileError: one of them is no row of metrics; says which.
+            DamagedFileError: One of them is no row of metrics; says which.
         """
         if not self.metrics.exists():
             return []
@@ -153,8 +173,12 @@ class RunFolder:
     def drop_metrics_after(self, step: int) -> None:
         """Forget the lines of steps that a resumed run will do again.
 
+        Args:
+            step: The last whose line stays.
+
         Raises:
-            DamagedFileError, OSError: it cannot be read, or written; it is as it was.
+            DamagedFileError: The file cannot be read; it is as it was.
+            OSError: It cannot be written; it is as it was.
         """
         rows = [row for row in self.read_metrics() if (row["step"] or 0) <= step]
         write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in rows).encode())
@@ -162,8 +186,11 @@ class RunFolder:
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint; whatever happens leaves the old one or the new one.
 
+        Args:
+            state: Of the run.
+
         Raises:
-            OSError: it cannot be written; the old one is kept.
+            OSError: It cannot be written; the old one is kept.
         """
         with replacing(self.checkpoint) as file:
             torch.save(dict(state), file)
@@ -181,10 +208,16 @@ class RunFolder:
             draw(file)
 
     def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest checkpoint; None when the run was killed before its first.
+        """Load the newest checkpoint.
+
+        Args:
+            device: Where its tensors are to be.
+
+        Returns:
+            The state; None when the run was killed before its first checkpoint.
 
         Raises:
-            DamagedFileError: it cannot be read, or it is gone although the run has metrics.
+            DamagedFileError: It cannot be read, or it is gone although the run has metrics.
         """
         if not self.checkpoint.exists():
             if self.read_metrics():
@@ -201,31 +234,31 @@ class ReadOnlyFolder(RunFolder):
     """The folder for a process that only takes part in the run: what would write does nothing."""
 
     def create(self, config: Mapping[str, Any], language_model: Sequence[Path] = ()) -> None:
-        """The first process makes it."""
+        """Do nothing: the first process makes it."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """The first process locks it."""
+        """Do nothing: the first process locks it."""
         yield
 
     def append_metrics(self, row: Mapping[str, float | int]) -> None:
-        """The first process appends them."""
+        """Do nothing: the first process appends them."""
 
     def drop_metrics_after(self, step: int) -> None:
-        """The first process drops them."""
+        """Do nothing: the first process drops them."""
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """The first process saves it."""
+        """Do nothing: the first process saves it."""
 
     def save_overview(self, draw: Callable[[BinaryIO], None]) -> None:
-        """The first process draws it."""
+        """Do nothing: the first process draws it."""
 
 
 def _row(line: bytes) -> dict[str, float | None]:
-    """A line of metrics.
+    """Read a line of metrics.
 
     Raises:
-        ValueError: it is none.
+        ValueError: It is none.
     """
     row: Any = json.loads(line)
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):

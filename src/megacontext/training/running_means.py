@@ -18,7 +18,7 @@ class RunningMeans:
     """Adds up what is defined; nothing is read back from the device before `take`.
 
     Args:
-        device: where the metrics are.
+        device: Where the metrics are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class RunningMeans:
         self._totals: Tensor | None = None  # sums and counts, float32 [2, M]
 
     def add(self, metrics: Mapping[str, Tensor | int]) -> None:
-        """Those of one micro-step: scalars by name, `LOSSES` and others; nan is undefined."""
+        """Add those of one micro-step: scalars by name, `LOSSES` and others; nan is undefined."""
         names = (*LOSSES, *(name for name in metrics if name not in LOSSES))
         values = torch.stack([self._on_device(metrics[name]) for name in names])
         undefined = values.isnan()
@@ -37,16 +37,19 @@ class RunningMeans:
         self._names = names
 
     def finite(self) -> Tensor:
-        """Whether the losses so far are finite numbers, bool scalar on the device."""
+        """Tell whether the losses so far are finite numbers, bool scalar on the device."""
         if self._totals is None:
             return torch.ones((), dtype=torch.bool, device=self._device)
         return self._totals[0, : len(LOSSES)].isfinite().all()
 
     def take(self, total: Total = _own) -> dict[str, float]:
-        """Means since the last call; nan where never defined; waits for the device.
+        """Return means since the last call; this waits for the device.
 
         Args:
-            total: sums over all processes, which must take together.
+            total: Sums over all processes, which must take together.
+
+        Returns:
+            The means by name; nan where never defined.
         """
         if self._totals is None:
             return {}
@@ -56,7 +59,7 @@ class RunningMeans:
         return means
 
     def state(self, total: Total = _own) -> dict[str, Any]:
-        """For a checkpoint, see `take`."""
+        """Return what a checkpoint is to hold; see `take`."""
         totals = None if self._totals is None else total(self._totals)
         return {"names": list(self._names), "totals": totals}
 

@@ -12,11 +12,18 @@ from megacontext.training.train_config import TrainConfig
 
 
 def load_source(settings: TrainConfig, model: MCConfig) -> Source:
-    """Where the sequences of a run come from.
+    """Load where the sequences of a run come from.
+
+    Args:
+        settings: Of the run.
+        model: Sizes.
+
+    Returns:
+        The source.
 
     Raises:
-        FileNotFoundError: a text that does not exist.
-        ValueError: too little text, or a model that does not fit the data.
+        FileNotFoundError: A text that does not exist.
+        ValueError: Too little text, or a model that does not fit the data.
     """
     if settings.data == "text":
         source: Source = load_corpus(

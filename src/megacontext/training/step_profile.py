@@ -22,17 +22,17 @@ def step_profile(path: Path, steps: int, *, cuda: bool) -> Iterator[Callable[[],
     A body that raises while it is being profiled leaves a trace of what there is.
 
     Args:
-        path: of the trace, gzipped JSON in Chrome's format; a kill at any moment leaves the old
+        path: Of the trace, gzipped JSON in Chrome's format; a kill at any moment leaves the old
             file or the new one.
-        steps: that the body is going to make. Where they are few, fewer pass before the trace, and
-            the fewest are all in it; of none there is no trace.
-        cuda: whether to profile what runs on CUDA devices too.
+        steps: How many the body is going to make. Where they are few, fewer pass before the trace,
+            and the fewest are all in it; of none there is no trace.
+        cuda: Whether to profile what runs on CUDA devices too.
 
     Yields:
         What to call after each step.
 
     Raises:
-        OSError: the trace cannot be written.
+        OSError: The trace cannot be written.
     """
     if not steps:
         yield lambda: None
@@ -57,7 +57,7 @@ def step_profile(path: Path, steps: int, *, cuda: bool) -> Iterator[Callable[[],
 
 
 def _schedule(steps: int) -> Callable[[int], ProfilerAction]:
-    """What the profiler does in each step. torch's own schedules warn where there is no warm-up."""
+    """Say what the profiler does in each step; torch's own schedules warn without a warm-up."""
     last = min(UNPROFILED_STEPS + PROFILED_STEPS, steps) - 1
     first = last - PROFILED_STEPS + 1  # below 0 where all steps are too few
 

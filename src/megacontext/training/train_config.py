@@ -13,29 +13,32 @@ class TrainConfig:
 
     Attributes:
         data: ``"text"``, or ``"recall"`` for facts far back that are asked for at the end.
-        text: files and folders to read; empty for the standard library's sources.
-        lm_steps: optimizer steps of the language model alone, before anything else: LensNet learns
+        text: Files and folders to read; empty for the standard library's sources.
+        lm_steps: Optimizer steps of the language model alone, before anything else: LensNet learns
             from what its losses tell, so they must tell something.
-        lm_batch_size: sequences of each; several processes share them.
-        steps: optimizer steps.
-        batch_size: sequences per micro-step.
-        accumulation: micro-steps per optimizer step; several processes share them.
-        learning_rate, lens_learning_rate: peaks for language model and GistNet, and for LensNet;
-            beside a language model that was given, GistNet learns as LensNet does.
-        warmup_steps: of linear warm-up; a cosine then falls to a tenth of the peak.
-        clip_norm: gradient norm, clipped for LensNet and for the rest separately.
-        log_interval, checkpoint_interval: in steps.
-        device: torch device.
-        compile: run language model, GistNet and LensNet under torch.compile, the latter two with
+        lm_batch_size: Sequences of each of them; several processes share them.
+        steps: Optimizer steps of all networks.
+        batch_size: Sequences of a micro-step.
+        accumulation: Micro-steps of an optimizer step; several processes share them.
+        learning_rate: Peak for language model and GistNet.
+        lens_learning_rate: Peak for LensNet; beside a language model that was given, for GistNet
+            too.
+        warmup_steps: Of linear warm-up; a cosine then falls to a tenth of the peak.
+        clip_norm: The longest gradient, clipped for LensNet and for the rest separately.
+        log_interval: Steps from one line of metrics to the next.
+        checkpoint_interval: Steps from one checkpoint to the next.
+        device: As torch calls it.
+        compile: Run language model, GistNet and LensNet under torch.compile, the latter two with
             CUDA graphs on CUDA.
-        bf16: run forward passes under autocast to bfloat16.
-        shard: with several processes, share weights, gradients and optimizer state among them by
+        bf16: Run forward passes under autocast to bfloat16.
+        recompute: Let the language model keep less for backward, and run its blocks twice.
+        shard: With several processes, share weights, gradients and optimizer state among them by
             FSDP2; by default each has all of them (DDP).
-        recompute: let the language model keep less for backward, and run its blocks twice.
-        tensorboard: write TensorBoard's event files too.
+        tensorboard: Write TensorBoard's event files too.
 
     Raises:
-        TypeError, ValueError: a value that cannot train.
+        TypeError: A value of another type; the message names it.
+        ValueError: A value that cannot train; the message names it.
     """
 
     data: str = "text"
@@ -71,5 +74,16 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "TrainConfig":
-        """As ``config.json`` holds it."""
+        """Make the settings that a ``config.json`` holds.
+
+        Args:
+            saved: Its part ``train``.
+
+        Returns:
+            The settings.
+
+        Raises:
+            TypeError: A name or a value that is none of settings.
+            ValueError: A value that cannot train.
+        """
         return cls(**{**saved, "text": tuple(saved.get("text", ()))})

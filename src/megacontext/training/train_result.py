@@ -10,7 +10,14 @@ from lensnet_guard.postmortem import LogVerdict
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the progress display gets: which phase, step, of how many, metrics."""
+    """What is told after a logged step.
+
+    Attributes:
+        phase: ``"language model"`` or ``"training"``.
+        step: Steps of the phase so far.
+        steps: Steps of the whole phase.
+        metrics: Means since the last report, by name.
+    """
 
     phase: str
     step: int
@@ -26,12 +33,12 @@ class TrainResult:
     """How a run ended.
 
     Attributes:
-        verdict: from the guard's log file.
-        metrics: of the last logged step; none where its line is gone.
-        validation_loss: of the language model on held-out data at full detail, nats per label.
-        unigram_entropy: of the held-out data, nats per label.
-        run_dir: the run folder.
-        profile: the trace of some of the steps that were made now; None where it was not asked for,
+        verdict: From the guard's log file.
+        metrics: Of the last logged step; none where its line is gone.
+        validation_loss: Of the language model on held-out data at full detail, nats per label.
+        unigram_entropy: Of the held-out data, nats per label.
+        run_dir: The run folder.
+        profile: The trace of some of the steps that were made now; None where it was not asked for,
             and where there were no steps left to make.
     """
 

@@ -110,13 +110,7 @@ class Trainer:
         if settings.compile:
             self.mc.compile_networks()
         self.call = DataParallel(self.mc, world, shard=settings.shard)
-        lens = [*self.mc.lensnet.parameters()]
-        if model.language_model:  # GistNet is new, and learns as LensNet does
-            lens += self.mc.gistnet.parameters()
-        rest = [p for p in self.mc.parameters() if p not in set(lens)]
-        self.optimizer = new_optimizer(
-            [(rest, settings.learning_rate), (lens, settings.lens_learning_rate)]
-        )
+        self.optimizer = _optimizer_of(self.mc, settings)
         # A range in a trace, only on demand: it is not free where no trace is taken.
         self.phase: Callable[[str], AbstractContextManager[object]] = nullcontext
 
@@ -175,7 +169,7 @@ class Trainer:
                 end_step()
 
     def _hear(self) -> bool:
-        """Whether one of the processes is to stop: all of them do then, if there is more to do."""
+        """Tell whether a process is to stop: all of them do then, if there is more to do."""
         more = self.step < self.settings.steps
         self.stopped = self.world.any(self.stop()) and more
         return self.stopped
@@ -195,9 +189,9 @@ class Trainer:
             ) from error.__cause__
 
     def make_lm_step(self) -> int:
-        """One step of the language model alone, on this process's share of a batch."""
+        """Make a step of the language model alone, on this process's share of a batch."""
         settings = self.settings
-        rng = self._random_numbers(LM_DATA, self.lm_step)
+        rng = _random_numbers(self.mc.config.seed, LM_DATA, self.lm_step)
         sequence_tokens = self.mc.config.sequence_tokens
         batch = self.source.lm_batch(rng, settings.lm_batch_size, sequence_tokens)
         batch = batch.share(self.world.rank, self.world.size).to(self.device)
@@ -210,18 +204,18 @@ class Trainer:
         return self.lm_step
 
     def _log_lm(self) -> dict[str, float]:
-        """The loss of the last step of the language model alone; kept nowhere."""
+        """Return the loss of the last step of the language model alone; it is kept nowhere."""
         return {"lm_loss": float(self.world.sum(self._lm_loss)) / self.world.size}
 
     def make_step(self) -> int:
-        """One step of all networks: this process's micro-steps of it."""
+        """Make a step of all networks: this process's micro-steps of it."""
         settings, config = self.settings, self.mc.config
         own = settings.accumulation // self.world.size
         for micro_step in range(own):
             # Sequences and cuts go by the micro-step's number within the run, whoever does it.
             number = self.step * settings.accumulation + micro_step * self.world.size
             number += self.world.rank
-            rng = self._random_numbers(DATA, number)
+            rng = _random_numbers(config.seed, DATA, number)
             batch = self.source.batch(rng, settings.batch_size, config.sequence_tokens)
             batch = batch.to(self.device)
             self.mc.allocator.drawn = number * settings.batch_size * config.num_variants
@@ -245,17 +239,13 @@ class Trainer:
         return self.step
 
     def _log(self) -> dict[str, float]:
-        """The means since the last logged step and the validation, which the folder keeps."""
+        """Return means since the last logged step and the validation, which the folder keeps."""
         row = self.means.take(self.world.sum) | {
             "validation_loss": self.validation_loss(),
             "validation_agreement": self.validation_agreement(),
         }
         self.folder.append_metrics({"step": self.step, **row})
         return row
-
-    def _random_numbers(self, purpose: int, number: int) -> np.random.Generator:
-        """By what they are for alone, so that nothing of them need be saved."""
-        return np.random.default_rng([self.mc.config.seed, purpose, number])
 
     def _check_finite(self, step: int) -> None:
         """Stop before a checkpoint of a model that has diverged replaces a good one.
@@ -272,26 +262,21 @@ class Trainer:
             )
 
     def validation_loss(self) -> float:
-        """Of the language model on the same held-out windows every time, nats per label."""
-        batch = self.source.held_out_batch(
-            np.random.default_rng(0), VALIDATION_SEQUENCES, self._validation_tokens()
-        ).to(self.device)
+        """Compute the loss on the same held-out windows every time, nats per label."""
+        config = self.mc.config  # as much text as a working context has; recall needs more room
+        text = self.settings.data == "text"
+        length = config.train_wc_length if text else config.sequence_tokens
+        rng = np.random.default_rng(0)
+        batch = self.source.held_out_batch(rng, VALIDATION_SEQUENCES, length).to(self.device)
         with torch.no_grad():
             return float(self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled))
 
     def validation_agreement(self) -> float:
-        """Of LensNet with the preference pairs of the same held-out sequences every time."""
-        batch = self.source.held_out_batch(
-            np.random.default_rng(0), COMPARED_SEQUENCES, self.mc.config.sequence_tokens
-        ).to(self.device)
+        """Compare LensNet with the preferences of the same held-out sequences every time."""
+        length, rng = self.mc.config.sequence_tokens, np.random.default_rng(0)
+        batch = self.source.held_out_batch(rng, COMPARED_SEQUENCES, length).to(self.device)
         with torch.no_grad():  # also around the call, or DDP would wait for a backward
             return float(self.call(self.mc.held_out_agreement, batch.tokens, batch.labelled))
-
-    def _validation_tokens(self) -> int:
-        """As many as a working context has of text; recall needs room for its facts."""
-        config = self.mc.config
-        text = self.settings.data == "text"
-        return config.train_wc_length if text else config.sequence_tokens
 
     def save(self) -> None:
         """Replace the checkpoint; all processes must call it together.
@@ -326,3 +311,17 @@ class Trainer:
                 load_weights(self.mc, state["model"])
                 load_optimizer(self.optimizer, state["optimizer"])
         self.folder.drop_metrics_after(self.step)
+
+
+def _optimizer_of(mc: MCController, settings: TrainConfig) -> torch.optim.AdamW:
+    """Make the optimizer of all networks, LensNet in a group of its own."""
+    lens = [*mc.lensnet.parameters()]
+    if mc.config.language_model:  # GistNet is new, and learns as LensNet does
+        lens += mc.gistnet.parameters()
+    rest = [p for p in mc.parameters() if p not in set(lens)]
+    return new_optimizer([(rest, settings.learning_rate), (lens, settings.lens_learning_rate)])
+
+
+def _random_numbers(seed: int, purpose: int, number: int) -> np.random.Generator:
+    """Make random numbers by what they are for alone, so that nothing of them need be saved."""
+    return np.random.default_rng([seed, purpose, number])

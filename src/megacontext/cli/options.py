@@ -1,0 +1,43 @@
+"""How the options of a command are written down: in a table above the command."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def option(name: str, default: Any, text: str) -> Option:
+    """Make an option that has a default and says which.
+
+    Args:
+        name: As it stands on the command line.
+        default: Its type is the option's.
+        text: What it is.
+
+    Returns:
+        The option.
+    """
+    return click.option(name, default=default, show_default=True, help=text)
+
+
+def with_options(options: Sequence[Option]) -> Callable[[_Command], _Command]:
+    """Give a command options, in the order in which its help is to list them.
+
+    Args:
+        options: Of click.
+
+    Returns:
+        A decorator.
+    """
+
+    def decorate(command: _Command) -> _Command:
+        decorated: Any = command
+        for each in reversed(options):
+            decorated = each(decorated)
+        given: _Command = decorated
+        return given
+
+    return decorate
