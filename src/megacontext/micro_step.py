@@ -1,4 +1,4 @@
-"""What a micro-step compares, and what it produces."""
+"""What goes into a micro-step, its variants, and what comes out of it, as values."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""Preference learning: which gists should the better variant's LensNet have expanded?
+"""Preference learning: pairs of variants, what each says of a gist, and the Bradley-Terry loss.
 
 Pure functions on tensors, over all pairs of a sequence's variants at once. A pair labels a gist of
 the focus view +1 where only its better variant holds the span at LOD0, -1 where only the worse one

@@ -1,6 +1,6 @@
-"""The training allocator: random cuts of an exact length, without LensNet.
+"""The training allocator: random collapses until a cut has exactly the target length; no LensNet.
 
-From the full LOD0 cut it collapses random eligible spans until the target length is met. It works
+From the full LOD0 cut it collapses random eligible spans until that length is met. It works
 on integers alone and has no handle on LensNet: import-linter holds it to that.
 """
 

@@ -1,4 +1,4 @@
-"""What is trained on: a source gives batches. Real text is one, as bytes; `recall` is another."""
+"""A source gives batches of tokens to train on. Text is one, as bytes; `recall` is another."""
 
 import hashlib
 import sysconfig

@@ -1,4 +1,4 @@
-"""What a session tells of itself."""
+"""What a session tells of itself: each refocus as an event, and a report of the whole."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Where metrics go while a run lasts, beside ``metrics.jsonl``: TensorBoard, or a sink of yours.
+"""Where metrics go beside ``metrics.jsonl``: TensorBoard (curves, strips), or a sink of yours.
 
 The trainer calls a sink between two steps: no micro-step is open then, and no guarded call runs.
 """
