@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
-
-from megacontext import MCConfig, MCController, SessionConfig
 from megacontext.pretrained import load_model
 from megacontext.train_config import TrainConfig
 from megacontext.train_result import TrainingStopped
 from megacontext.trainer import train
+
+from megacontext import MCConfig, MCController, SessionConfig
 
 folder = Path(sys.argv[1])
 socket.gethostname = lambda: "host"
