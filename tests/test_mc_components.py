@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.megacontext.conftest import SMALL
 from torch import Tensor
 
 import megacontext
@@ -25,18 +26,7 @@ from megacontext.inference.session import Session
 
 AssertCalls = Callable[..., AbstractContextManager[Sequence[CallRecord]]]
 
-CONFIG = MCConfig(
-    vocab_size=64,
-    d_model=32,
-    num_heads=2,
-    lm_layers=1,
-    lens_layers=1,
-    block_size=4,
-    sequence_tokens=96,
-    train_wc_length=48,
-    recent_tokens=16,
-    horizon_tokens=8,
-)
+CONFIG = MCConfig(**SMALL)
 
 
 @pytest.fixture

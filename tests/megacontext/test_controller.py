@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from tests.megacontext.conftest import RefuseWaiting
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lensnet_guard import BudgetUnmet, CallPolicy, ContextSwitchRefused, guard_module
 from megacontext import LensNet, MCConfig, MCController, Recipe
@@ -262,28 +260,6 @@ class TestBadInput:
             mc.process_batch(tokens)
         mc.lensnet = guard_module(mc.lensnet, policy=CallPolicy()).module
         assert mc.process_batch(tokens).loss.isfinite()
-
-
-class RefuseWaiting(TorchDispatchMode):
-    """Raises at the operators for which the host would have to wait for a device."""
-
-    WAITING = (
-        "aten::_local_scalar_dense",
-        "aten::nonzero",
-        "aten::masked_select",
-        "aten::equal",
-    )
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = func.overloadpacket._qualified_op_name
-        by_mask = name.startswith("aten::index") and any(
-            isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1:2])
-        )
-        if name in self.WAITING or by_mask:
-            raise AssertionError(f"the host waits for the device at {func}")
-        return func(*args, **(kwargs or {}))
 
 
 class TestRecompute:

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-import torch
-from click.testing import CliRunner
+from tests.megacontext.conftest import TEXT, checkpoint, invoke
 
-import megacontext
-from megacontext.cli import endings, main
+from megacontext.cli import endings
 from megacontext.cli.endings import Termination
 from megacontext.training.run_folder import RunFolder
 
-TEXT = str(Path(megacontext.__file__).parent)
 SIZES = "--batch-size 1 --sequence-tokens 96 --train-wc-length 47 --d-model 16 --num-heads 2"
 SMALL = f"{SIZES} --lm-layers 1 --lens-layers 1 --recent-tokens 24 --horizon-tokens 8".split()
 LONG = [*SMALL, "--steps", "100000", "--log-interval", "1", "--checkpoint-interval", "100000"]
@@ -45,13 +42,7 @@ def run(*arguments: object, **more: object) -> tuple[int, str, str]:
 
 
 def train(run_dir: Path, *more: object, **how: object) -> tuple[int, str, str]:
-    return run("train", "--run-dir", run_dir, "--text", TEXT, *SMALL, "--steps", 1, *more, **how)
-
-
-def invoke(*arguments: object) -> tuple[int, str, str]:
-    """A command in this process, where that is enough."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    return result.exit_code, result.stdout, result.stderr
+    return run("train", "--run-dir", run_dir, "--text", TEXT[0], *SMALL, "--steps", 1, *more, **how)
 
 
 def continue_with(run_dir: Path) -> str:
@@ -67,13 +58,6 @@ def steps_are_made(run_dir: Path, process: "subprocess.Popen[str]", number: int 
         assert process.poll() is None, process.communicate()[1]
 
 
-def checkpoint_step(run_dir: Path) -> int:
-    state = RunFolder(run_dir).load_checkpoint(torch.device("cpu"))
-    assert state is not None
-    step: int = state["step"]
-    return step
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that was trained, for a step; do not change it."""
@@ -87,12 +71,12 @@ class TestTermination:
     def test_sigterm_lost_what_was_done_since_the_last_checkpoint(self, tmp_path: Path) -> None:
         """A checkpoint of the step that it came in, 143, how to go on; and the log has an end."""
         run_dir = tmp_path / "run"
-        process = start("train", "--run-dir", run_dir, "--text", TEXT, *LONG)
+        process = start("train", "--run-dir", run_dir, "--text", TEXT[0], *LONG)
         steps_are_made(run_dir, process)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 143
-        step = checkpoint_step(run_dir)
+        step = checkpoint(run_dir)["step"]
         assert [row["step"] for row in RunFolder(run_dir).read_metrics()] == [*range(1, step + 1)]
         assert err == (
             "SIGTERM: the run ends with this step; another one ends it at once.\n"
@@ -137,7 +121,7 @@ class TestTermination:
         """Saved there, too; and the run goes on to the weights of one that was not stopped."""
         run_dir = tmp_path / "run"
         options = [*SMALL, "--lm-steps", "100000", "--log-interval", "1", "--steps", "1"]
-        process = start("train", "--run-dir", run_dir, "--text", TEXT, *options)
+        process = start("train", "--run-dir", run_dir, "--text", TEXT[0], *options)
         assert process.stdout is not None
         # A line for each tenth: the first checkpoint says that the loop is near.
         while not (run_dir / "checkpoint.pt").exists():
@@ -145,7 +129,7 @@ class TestTermination:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
         assert process.returncode == 143
-        assert checkpoint_step(run_dir) == 0
+        assert checkpoint(run_dir)["step"] == 0
 
     def test_all_ranks_end_after_the_same_step(self, tmp_path: Path) -> None:
         """Two processes, of which the second is told; no rank waits for one that has gone."""
@@ -153,7 +137,7 @@ class TestTermination:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        arguments = ["train", "--run-dir", run_dir, "--text", TEXT, *LONG, "--accumulation", 2]
+        arguments = ["train", "--run-dir", run_dir, "--text", TEXT[0], *LONG, "--accumulation", 2]
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks = [
             start(*arguments, env=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -163,7 +147,7 @@ class TestTermination:
         ranks[1].send_signal(signal.SIGTERM)
         errors = [rank.communicate(timeout=90)[1] for rank in ranks]
         assert [rank.returncode for rank in ranks] == [143, 143], errors
-        step = checkpoint_step(run_dir)
+        step = checkpoint(run_dir)["step"]
         for number, error in enumerate(errors):
             assert f"Terminated: stopped after step {step}, and saved in {run_dir}.\n" in error
             log = (run_dir / f"lensnet.rank{number}.jsonl").read_text().splitlines()
@@ -238,7 +222,7 @@ class TestTrouble:
         """Is named as well, by all commands."""
         run_dir = tmp_path / "run"
         sizes = [*SMALL, "--d-model", 32]
-        invoke("train", "--run-dir", run_dir, "--text", TEXT, *sizes, "--steps", 1)
+        invoke("train", "--run-dir", run_dir, "--text", TEXT[0], *sizes, "--steps", 1)
         (run_dir / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes())
         for arguments in (
             ("train", "--run-dir", run_dir, "--resume"),
@@ -291,7 +275,7 @@ class TestStreams:
         if command == "generate":
             arguments = ["--run-dir", trained, "--text", "a", "--quiet", "--max-tokens", 500]
         else:
-            arguments = ["--run-dir", tmp_path / "run", "--text", TEXT, *SMALL, "--steps", 10]
+            arguments = ["--run-dir", tmp_path / "run", "--text", TEXT[0], *SMALL, "--steps", 10]
         code, _, err = run(command, *arguments, stdout=write)
         os.close(write)
         assert code == 141
@@ -303,7 +287,7 @@ class TestStreams:
         if command == "generate":
             arguments = ["--run-dir", trained, "--text", "a", "--quiet"]
         else:
-            arguments = ["--run-dir", tmp_path / "run", "--text", TEXT, *SMALL, "--steps", 10]
+            arguments = ["--run-dir", tmp_path / "run", "--text", TEXT[0], *SMALL, "--steps", 10]
         full: IO[str]
         with open("/dev/full", "w") as full:
             code, _, err = run(command, *arguments, stdout=full)

@@ -4,14 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-from megacontext.cli import main
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    return result.exit_code, result.stdout, result.stderr
+from tests.megacontext.conftest import invoke
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +12,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of recall."""
     folder = tmp_path_factory.mktemp("runs") / "recall"
     small = "--steps 1 --lm-steps 1 --batch-size 2 --d-model 16 --num-heads 2 --lm-layers 1"
-    code, out, _ = run("train", "--run-dir", folder, "--setting", "recall", *small.split())
+    code, out, _ = invoke("train", "--run-dir", folder, "--setting", "recall", *small.split())
     assert code == 0, out
     return folder
 
@@ -28,7 +21,7 @@ class TestEval:
     def test_table_json_and_picture(self, trained: Path) -> None:
         """A row for each way, the same figures in the file, and a picture."""
         arguments = ("--sequences", 6, "--oracle-draws", 2)
-        code, out, err = run("eval", "--run-dir", trained, *arguments, "--json")
+        code, out, err = invoke("eval", "--run-dir", trained, *arguments, "--json")
         assert code == 0, err
         result = json.loads(out)
         assert json.loads((trained / "eval.json").read_text()) == result
@@ -45,26 +38,26 @@ class TestEval:
     def test_the_same_command_twice(self, trained: Path) -> None:
         """The same figures."""
         arguments = ("--run-dir", trained, "--sequences", 3, "--oracle-draws", 1, "--json")
-        assert run("eval", *arguments)[1] == run("eval", *arguments)[1]
+        assert invoke("eval", *arguments)[1] == invoke("eval", *arguments)[1]
 
     def test_wrong_usage(self, trained: Path, tmp_path: Path) -> None:
         """No run, no sequences: a message, exit code 2, and nothing is written."""
-        code, _, err = run("eval", "--run-dir", tmp_path)
+        code, _, err = invoke("eval", "--run-dir", tmp_path)
         assert code == 2
         assert "holds no run" in err
         assert not list(tmp_path.iterdir())
-        code, _, err = run("eval", "--run-dir", trained, "--sequences", 0)
+        code, _, err = invoke("eval", "--run-dir", trained, "--sequences", 0)
         assert code == 2
         assert "Invalid value for '--sequences': 0 is not in the range x>=1." in err
-        code, _, err = run("eval", "--run-dir", trained, "--device", "abacus")
+        code, _, err = invoke("eval", "--run-dir", trained, "--device", "abacus")
         assert code == 2
         assert "device 'abacus' cannot be used here" in err
-        code, _, err = run("eval", "--run-dir", trained, "--steps", 5)
+        code, _, err = invoke("eval", "--run-dir", trained, "--steps", 5)
         assert code == 2
         assert "--steps is of the trainings of --ablate; leave it out, or add that" in err
 
     def test_help_has_an_example(self) -> None:
         """As every command's."""
-        code, out, _ = run("eval", "--help")
+        code, out, _ = invoke("eval", "--help")
         assert code == 0
         assert "megacontext eval --run-dir runs/recall" in out

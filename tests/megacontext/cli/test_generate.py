@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from tests.megacontext.conftest import TEXT, invoke
 
-import megacontext
-from megacontext.cli import main
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.training.run_folder import RunFolder
@@ -18,24 +16,16 @@ from megacontext.training.run_folder import RunFolder
 SMALL = "--steps 2 --batch-size 2 --d-model 16 --lm-layers 1 --lens-layers 1 --num-heads 2"
 
 
-def run(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that was trained, a little."""
     path = tmp_path_factory.mktemp("trained") / "run"
-    text = str(Path(megacontext.__file__).parent)
-    assert run("train", "--run-dir", path, "--text", text, *SMALL.split())[0] == 0
+    assert invoke("train", "--run-dir", path, "--text", *TEXT, *SMALL.split())[0] == 0
     return path
 
 
 def generate(run_dir: Path, *arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
-    return run("generate", "--run-dir", run_dir, *arguments, stdin=stdin)
+    return invoke("generate", "--run-dir", run_dir, *arguments, stdin=stdin)
 
 
 def report(out: str) -> dict[str, object]:
@@ -195,6 +185,6 @@ class TestWrongUsage:
 
     def test_help_has_an_example(self) -> None:
         """And the exit codes."""
-        out = run("generate", "--help")[1]
+        out = invoke("generate", "--help")[1]
         assert 'megacontext generate --run-dir runs/first --text "def main("' in out
         assert "130 interrupted" in out

@@ -6,24 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from tests.megacontext.conftest import TEXT, invoke
 
-import megacontext
 from megacontext import MCController
-from megacontext.cli import main
 
-TEXT = str(Path(megacontext.__file__).parent)
 VERDICT = "3 micro-steps, 3 LensNet calls, 0 violations; 1 inference call"
 SMALL = "--steps 3 --batch-size 2 --accumulation 1 --d-model 16 --lm-layers 1 --lens-layers 1"
 
 
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    return result.exit_code, result.stdout, result.stderr
-
-
 def train(run_dir: Path, *more: object) -> tuple[int, str, str]:
-    return run("train", "--run-dir", run_dir, "--text", TEXT, *SMALL.split(), *more)
+    return invoke("train", "--run-dir", run_dir, "--text", TEXT[0], *SMALL.split(), *more)
 
 
 class TestTrain:
@@ -46,7 +38,7 @@ class TestTrain:
     def test_resume_after_the_end(self, tmp_path: Path) -> None:
         """Needs nothing but the folder."""
         train(tmp_path / "run")
-        code, out, _ = run("train", "--run-dir", tmp_path / "run", "--resume")
+        code, out, _ = invoke("train", "--run-dir", tmp_path / "run", "--resume")
         assert code == 0
         assert out.splitlines()[-1] == VERDICT
 
@@ -55,7 +47,7 @@ class TestTrain:
         code, _, _ = train(tmp_path / "run", "--bf16")
         saved = json.loads((tmp_path / "run" / "config.json").read_text())["train"]
         assert (code, saved["bf16"], saved["compile"]) == (0, True, False)
-        code, _, err = run("train", "--run-dir", tmp_path / "run", "--resume", "--compile")
+        code, _, err = invoke("train", "--run-dir", tmp_path / "run", "--resume", "--compile")
         assert code == 2
         assert "leave out --compile" in err
 
@@ -66,12 +58,12 @@ class TestTrain:
         assert f"\nprofile in {path}: open it in https://ui.perfetto.dev\n3 micro-steps" in out
         assert path.exists()
         resume = "train", "--run-dir", tmp_path / "run", "--resume"
-        code, out, _ = run(*resume, "--profile")
+        code, out, _ = invoke(*resume, "--profile")
         assert code == 0
         assert (
             "\nno profile was written: all steps of the run had been made; profile a new run\n"
         ) in out
-        assert "no profile" not in run(*resume)[1]
+        assert "no profile" not in invoke(*resume)[1]
 
     def test_profile_as_json(self, tmp_path: Path) -> None:
         """Its path, and null where it was not asked for."""
@@ -112,7 +104,7 @@ class TestWrongUsage:
     ) -> None:
         """No traceback, no folder."""
         arguments = [*options, "--text", TEXT]
-        code, _, err = run("train", "--run-dir", tmp_path / "run", *arguments)
+        code, _, err = invoke("train", "--run-dir", tmp_path / "run", *arguments)
         assert code == 2
         assert message in " ".join(err.replace("│", " ").split())
         assert not (tmp_path / "run").exists()
@@ -128,8 +120,8 @@ class TestWrongUsage:
 class TestHelp:
     def test_every_command_has_an_example(self) -> None:
         """In its --help."""
-        assert "Example: megacontext train" in run("--help")[1]
-        assert "megacontext train --run-dir runs/mine --resume" in run("train", "--help")[1]
+        assert "Example: megacontext train" in invoke("--help")[1]
+        assert "megacontext train --run-dir runs/mine --resume" in invoke("train", "--help")[1]
 
     def test_python_m_megacontext(self) -> None:
         """The module is the command."""

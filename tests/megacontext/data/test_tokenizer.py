@@ -6,16 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from tests.megacontext.conftest import TEXT, invoke
 
-import megacontext
-from megacontext.cli import main
 from megacontext.data.source import load_corpus
 from megacontext.data.tokenizer import ByteTokenizer, PretrainedTokenizer, tokenizer_of
 
 transformers = pytest.importorskip("transformers")
 
-SOURCES = Path(megacontext.__file__).parent
+SOURCES = Path(*TEXT)
 SIZES = "--steps 2 --batch-size 2 --lens-layers 1 --block-size 4 --sequence-tokens 96"
 SMALL = f"{SIZES} --train-wc-length 48 --recent-tokens 16 --horizon-tokens 8".split()
 
@@ -49,13 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 class TestPretrainedTokenizer:
@@ -152,7 +143,7 @@ class TestIdsBeyondTheNumberOfTokens:
         """Is refused, whether the text has them or not, before a folder is made."""
         path = words(tmp_path / "model", size, {"alpha": 1, "beta": 2, "omega": 300})
         arguments = ["train", "--run-dir", tmp_path / "run", "--text", text]
-        code, _, err = run(*arguments, "--language-model", path, *SMALL)
+        code, _, err = invoke(*arguments, "--language-model", path, *SMALL)
         assert code == 3
         assert err == (
             f"Error: the language model in {path} embeds {size} tokens, and the tokenizer beside "
@@ -171,7 +162,7 @@ class TestCommands:
         run_dir, given = tmp_path / "run", tmp_path / "given"
         folder.rename(given)
         arguments = ["train", "--run-dir", run_dir, "--text", SOURCES, "--language-model", given]
-        code, out, _ = run(*arguments, *SMALL)
+        code, out, _ = invoke(*arguments, *SMALL)
         assert code == 0, out
         assert f"{given} reads text as its tokenizer's tokens\n" in out
         assert out.splitlines()[-1] == (
@@ -184,9 +175,11 @@ class TestCommands:
         assert saved["train"]["learning_rate"] == 3e-5
         assert "training_tokens" in saved["source"]
         given.rename(folder)
-        code, out, err = run("generate", "--run-dir", run_dir, "--text", "def ", "--max-tokens", 9)
+        code, out, err = invoke(
+            "generate", "--run-dir", run_dir, "--text", "def ", "--max-tokens", 9
+        )
         assert (code, "9 tokens generated" in err) == (0, True)
-        code, out, _ = run("eval", "--run-dir", run_dir, "--sequences", 2, "--oracle-draws", 1)
+        code, out, _ = invoke("eval", "--run-dir", run_dir, "--sequences", 2, "--oracle-draws", 1)
         assert (code, "recency window" in out) == (0, True)
 
     def test_a_model_without_a_tokenizer_reads_bytes(
@@ -197,12 +190,14 @@ class TestCommands:
         run_dir, config = tmp_path / "run", tmp_path / "config.json"
         config.write_bytes((folder / "config.json").read_bytes())
         arguments = ["train", "--run-dir", run_dir, "--text", SOURCES, "--language-model", config]
-        code, out, _ = run(*arguments, *SMALL, "--num-heads", 4)
+        code, out, _ = invoke(*arguments, *SMALL, "--num-heads", 4)
         assert code == 0, out
         assert f"{config} reads text as bytes, for it has no tokenizer\n" in out
         saved = json.loads((run_dir / "config.json").read_text())
         assert (saved["model"]["num_heads"], saved["train"]["learning_rate"]) == (4, 3e-3)
-        code, out, err = run("generate", "--run-dir", run_dir, "--text", "def ", "--max-tokens", 9)
+        code, out, err = invoke(
+            "generate", "--run-dir", run_dir, "--text", "def ", "--max-tokens", 9
+        )
         assert (code, "9 bytes generated" in err) == (0, True)
 
     def test_what_does_not_fit_is_wrong_usage(
@@ -211,7 +206,7 @@ class TestCommands:
         """Before the text becomes tokens, and the folder is made."""
         monkeypatch.setattr("megacontext.training.run.load_source", None)
         arguments = ["train", "--run-dir", tmp_path / "run", "--language-model", folder]
-        code, _, err = run(*arguments, "--sequence-tokens", 256)
+        code, _, err = invoke(*arguments, "--sequence-tokens", 256)
         assert code == 2
         assert "reaches beyond the 128 positions of the language model" in " ".join(err.split())
         assert not (tmp_path / "run").exists()

@@ -10,26 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from tests.megacontext.conftest import SMALL
+from tests.megacontext.conftest import SMALL, small_settings, weights
 from tests.megacontext.test_controller import RefuseWaiting
 from torch import Tensor
 
-import megacontext
 from megacontext import (
     MCConfig,
     MCController,
     SessionConfig,
-    TrainConfig,
     load_model,
     train,
 )
 from megacontext.model import hf_language_model
 from megacontext.model.hf_loading import language_model_sizes
-from megacontext.training.run_folder import RunFolder
 
 transformers = pytest.importorskip("transformers")
 
-TEXT = (str(Path(megacontext.__file__).parent),)
 SIZES = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0}
 LLAMA = SIZES | {
     "hidden_size": 32,
@@ -47,14 +43,11 @@ KINDS = {
         SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     ),
 }
-SETTINGS = TrainConfig(
-    text=TEXT,
+SETTINGS = small_settings(
     lm_steps=1,
     lm_batch_size=2,
     steps=4,
-    batch_size=2,
     accumulation=2,
-    log_interval=2,
     checkpoint_interval=2,
     warmup_steps=1,
     learning_rate=3e-5,
@@ -299,13 +292,6 @@ class TestSessions:
             "LOD0 with what must stand before them take up to 31; refocus more often "
             "(refocus_interval)"
         )
-
-
-def weights(run_dir: Path) -> dict[str, Tensor]:
-    checkpoint = RunFolder(run_dir).load_checkpoint(torch.device("cpu"))
-    assert checkpoint is not None
-    state: dict[str, Tensor] = checkpoint["model"]
-    return state
 
 
 class TestTraining:

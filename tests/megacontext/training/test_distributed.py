@@ -6,29 +6,28 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.megacontext.conftest import SMALL, TEXT, arguments, small_settings, weights
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import megacontext
-from megacontext import MCController, TrainConfig
+from megacontext import MCConfig, MCController, TrainConfig
 from megacontext.training.distributed import DataParallel, World, device_name
 from megacontext.training.run_folder import RunFolder
 from megacontext.training.sources import load_source
 from megacontext.training.trainer import Trainer
 
-RUN = f"""
---text {Path(megacontext.__file__).parent} --lm-steps 4 --steps 6 --log-interval 2
---checkpoint-interval 3 --batch-size 3 --accumulation 4 --d-model 32 --lm-layers 2 --num-heads 2
---sequence-tokens 96 --train-wc-length 54 --recent-tokens 16 --horizon-tokens 8 --block-size 4
-""".split()
+RUN = arguments(
+    **{name: size for name, size in SMALL.items() if name != "vocab_size"}
+    | {"lm_layers": 2, "train_wc_length": 54, "text": TEXT[0], "lm_steps": 4, "steps": 6}
+    | {"log_interval": 2, "checkpoint_interval": 3, "batch_size": 3, "accumulation": 4}
+)
 
 
 def megacontext_train(
@@ -47,13 +46,6 @@ def megacontext_train(
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    state = RunFolder(run_dir).load_checkpoint(torch.device("cpu"))
-    assert state is not None
-    loaded: dict[str, torch.Tensor] = state["model"]
-    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +139,10 @@ class TestAddingUp:
         assert synced == [False, True]
 
     def test_a_validation_let_the_next_gradients_travel(
-        self, tmp_path: Path, mc: MCController
+        self, tmp_path: Path, model: MCConfig
     ) -> None:
         """DDP prepares for the backward of every forward with gradients, and none came."""
-        settings = TrainConfig(text=(str(Path(megacontext.__file__).parent),))
-        model = replace(mc.config, vocab_size=256)
+        settings = small_settings()
         source = load_source(settings, model)
         folder = RunFolder(tmp_path / "run")
         trainer = Trainer(model, settings, source, folder, torch.device("cpu"), World(0, 2))

@@ -12,11 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
-from tests.megacontext.conftest import SMALL
+from tests.megacontext.conftest import TEXT, TEXT_MODEL, checkpoint, small_settings, weights
 
-import megacontext
 from lensnet_guard import UnsanctionedCall
-from megacontext import MCConfig, MCController, TrainConfig, train
+from megacontext import MCController, train
 from megacontext.allocators.cut import lod0_tail
 from megacontext.cli import main
 from megacontext.evaluation.lod_image import LOD_COLOURS, lod_image
@@ -26,11 +25,7 @@ from megacontext.training.run_folder import RunFolder
 # tensorboard's own protobuf files and torch's writer warn of old ways.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(tensorboard|google)")
 
-TEXT = (str(Path(megacontext.__file__).parent),)
-MODEL = MCConfig(**SMALL | {"vocab_size": 256})
-SETTINGS = TrainConfig(
-    text=TEXT, steps=6, batch_size=2, log_interval=2, checkpoint_interval=3, warmup_steps=2
-)
+SETTINGS = small_settings()
 
 
 @pytest.fixture(autouse=True)
@@ -68,18 +63,11 @@ def controllers(monkeypatch: pytest.MonkeyPatch) -> list[MCController]:
     return made
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    checkpoint = RunFolder(run_dir).load_checkpoint(torch.device("cpu"))
-    assert checkpoint is not None
-    state: dict[str, torch.Tensor] = checkpoint["model"]
-    return state
-
-
 class TestSinks:
     def test_they_are_told_what_metrics_jsonl_is(self, tmp_path: Path) -> None:
         """The lines of the file, without what is undefined, and the LODs as a picture."""
         first, second = Kept(), Kept()
-        train(tmp_path / "run", MODEL, SETTINGS, sinks=[first, second])
+        train(tmp_path / "run", TEXT_MODEL, SETTINGS, sinks=[first, second])
         rows = RunFolder(tmp_path / "run").read_metrics()
         for sink in (first, second):
             told = [{"step": step, **metrics} for step, metrics, _ in sink.rows]
@@ -90,8 +78,8 @@ class TestSinks:
 
     def test_they_change_nothing(self, tmp_path: Path) -> None:
         """Not the weights."""
-        train(tmp_path / "with", MODEL, SETTINGS, sinks=[Kept()])
-        train(tmp_path / "without", MODEL, SETTINGS)
+        train(tmp_path / "with", TEXT_MODEL, SETTINGS, sinks=[Kept()])
+        train(tmp_path / "without", TEXT_MODEL, SETTINGS)
         first, second = weights(tmp_path / "with"), weights(tmp_path / "without")
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -113,7 +101,7 @@ class TestSinks:
 
         log = tmp_path / "run" / "lensnet.rank0.jsonl"
         sink = Kept(look)
-        train(tmp_path / "run", MODEL, SETTINGS, sinks=[sink])
+        train(tmp_path / "run", TEXT_MODEL, SETTINGS, sinks=[sink])
         assert sink.steps == [2, 4, 6]
 
     def test_one_that_calls_lensnet_is_refused(
@@ -124,7 +112,7 @@ class TestSinks:
         entry = torch.zeros(1, 1, dtype=torch.int64)
         call = Kept(lambda _: made[0].lensnet(torch.zeros(1, 1, 32), entry, entry + 1, entry))
         with pytest.raises(UnsanctionedCall):
-            train(tmp_path / "run", MODEL, SETTINGS, sinks=[call])
+            train(tmp_path / "run", TEXT_MODEL, SETTINGS, sinks=[call])
 
     def test_one_that_fails_loses_no_step(self, tmp_path: Path) -> None:
         """The run is saved at that step, and goes on bit by bit."""
@@ -134,19 +122,18 @@ class TestSinks:
                 raise ConnectionError("no route to host")
 
         with pytest.raises(MetricSinkError) as raised:
-            train(tmp_path / "cut", MODEL, SETTINGS, sinks=[Kept(fails)])
+            train(tmp_path / "cut", TEXT_MODEL, SETTINGS, sinks=[Kept(fails)])
         assert str(raised.value) == (
             "the metric sink Kept failed at step 4 (ConnectionError: no route to host); the run is "
             f"saved at that step in {tmp_path / 'cut'}: continue it with --resume"
         )
         assert isinstance(raised.value.__cause__, ConnectionError)
-        checkpoint = RunFolder(tmp_path / "cut").load_checkpoint(torch.device("cpu"))
-        assert checkpoint is not None
-        assert checkpoint["step"] == 4
+        saved = checkpoint(tmp_path / "cut")
+        assert saved["step"] == 4
         again = Kept()
         train(tmp_path / "cut", resume=True, sinks=[again])
         assert again.steps == [6]
-        train(tmp_path / "whole", MODEL, SETTINGS)
+        train(tmp_path / "whole", TEXT_MODEL, SETTINGS)
         first, second = weights(tmp_path / "cut"), weights(tmp_path / "whole")
         assert all(torch.equal(first[name], second[name]) for name in first)
         metrics = [(tmp_path / d / "metrics.jsonl").read_text() for d in ("cut", "whole")]
@@ -194,7 +181,7 @@ class TestTensorBoard:
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(MCController, "process_batch", dies)
-            train(tmp_path / "run", MODEL, settings)
+            train(tmp_path / "run", TEXT_MODEL, settings)
         assert [event.step for event in events(tmp_path / "run").Scalars("loss")] == [2, 4]
         train(tmp_path / "run", resume=True)
         shown = events(tmp_path / "run")
@@ -221,7 +208,7 @@ class TestTensorBoard:
 
         with pytest.raises(KeyboardInterrupt):
             settings = dataclasses.replace(SETTINGS, tensorboard=True)
-            train(tmp_path / "run", MODEL, settings, sinks=[Kept(fails)])
+            train(tmp_path / "run", TEXT_MODEL, settings, sinks=[Kept(fails)])
         assert closed == [str(tmp_path / "run" / "tensorboard")]
 
     def test_without_the_library(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +216,7 @@ class TestTensorBoard:
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
         settings = dataclasses.replace(SETTINGS, tensorboard=True)
         with pytest.raises(ImportError) as raised:
-            train(tmp_path / "run", MODEL, settings)
+            train(tmp_path / "run", TEXT_MODEL, settings)
         assert str(raised.value) == (
             "TensorBoard's event files need the library tensorboard, which cannot be imported "
             "(import of torch.utils.tensorboard halted; None in sys.modules): "

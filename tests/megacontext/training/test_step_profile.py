@@ -8,24 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.megacontext.conftest import small_settings, weights
 from torch.profiler import record_function
 
-import megacontext
 from megacontext import MCConfig, MCController, TrainConfig, train
-from megacontext.training.run_folder import RunFolder
 from megacontext.training.step_profile import step_profile
-
-TEXT = (str(Path(megacontext.__file__).parent),)
-
-
-@pytest.fixture
-def model(config: MCConfig) -> MCConfig:
-    return MCConfig(**{**vars(config), "vocab_size": 256})
 
 
 @pytest.fixture
 def settings() -> TrainConfig:
-    return TrainConfig(text=TEXT, steps=9, batch_size=2, accumulation=2)
+    return small_settings(steps=9, accumulation=2, log_interval=10, checkpoint_interval=50)
 
 
 def ranges(path: Path) -> list[dict[str, Any]]:
@@ -85,8 +77,7 @@ class TestTraining:
         }
         for name in ("config.json", "metrics.jsonl"):
             assert (profiled / name).read_text() == (plain / name).read_text()
-        states = [RunFolder(run).load_checkpoint(torch.device("cpu")) for run in (plain, profiled)]
-        first, second = (state["model"] for state in states if state is not None)
+        first, second = weights(plain), weights(profiled)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_the_rest_of_a_run(
@@ -133,7 +124,7 @@ class TestTraining:
         """What runs on the device is in the trace too."""
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
-        settings = TrainConfig(text=TEXT, steps=9, batch_size=2, device="cuda")
+        settings = small_settings(steps=9, device="cuda")
         result = train(tmp_path / "run", model, settings, profile=True)
         assert result.profile is not None
         with gzip.open(result.profile) as file:

@@ -12,41 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.megacontext.conftest import TEXT, checkpoint, weights
 
-import megacontext
 from lensnet_guard import UnsanctionedCall
 from lensnet_guard.postmortem import read_verdict
 from megacontext import MCConfig, MCController, TrainConfig, train
 from megacontext.training.optimization import update
 from megacontext.training.run_folder import RunFolder
 from megacontext.training.train_result import StepReport, TrainingStopped
-
-TEXT = (str(Path(megacontext.__file__).parent),)
-
-
-@pytest.fixture
-def settings() -> TrainConfig:
-    return TrainConfig(
-        text=TEXT,
-        steps=6,
-        batch_size=2,
-        accumulation=2,
-        log_interval=2,
-        checkpoint_interval=3,
-        warmup_steps=2,
-    )
-
-
-@pytest.fixture
-def model(config: MCConfig) -> MCConfig:
-    return MCConfig(**{**vars(config), "vocab_size": 256})
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    checkpoint = RunFolder(run_dir).load_checkpoint(torch.device("cpu"))
-    assert checkpoint is not None
-    state: dict[str, torch.Tensor] = checkpoint["model"]
-    return state
 
 
 class TestRun:
@@ -219,8 +192,7 @@ class TestStop:
         with pytest.raises(TrainingStopped) as raised:
             train(tmp_path / "cut", model, settings, stop=lambda: next(answers) >= asked)
         assert str(raised.value) == f"stopped after step {step}, and saved in {tmp_path / 'cut'}"
-        state = RunFolder(tmp_path / "cut").load_checkpoint(torch.device("cpu"))
-        assert state is not None
+        state = checkpoint(tmp_path / "cut")
         assert state["step"] == step
         assert read_verdict(tmp_path / "cut").ended
         train(tmp_path / "cut", resume=True)
@@ -247,8 +219,7 @@ class TestStop:
         answers = iter(range(1, 100))
         with pytest.raises(TrainingStopped, match="stopped after step 2, and saved in"):
             train(tmp_path / "cut", model, settings, stop=lambda: next(answers) == 3)
-        state = RunFolder(tmp_path / "cut").load_checkpoint(torch.device("cpu"))
-        assert state is not None
+        state = checkpoint(tmp_path / "cut")
         assert (state["lm_step"], state["step"]) == (2, 0)
 
 
@@ -283,10 +254,9 @@ class TestLanguageModelAlone:
 
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "cut", model, settings, report=stop)
-        checkpoint = RunFolder(tmp_path / "cut").load_checkpoint(torch.device("cpu"))
-        assert checkpoint is not None
-        assert (checkpoint["lm_step"], checkpoint["step"]) == (3, 0)
-        lens = {k: v for k, v in checkpoint["model"].items() if k.startswith("lensnet")}
+        saved = checkpoint(tmp_path / "cut")
+        assert (saved["lm_step"], saved["step"]) == (3, 0)
+        lens = {k: v for k, v in saved["model"].items() if k.startswith("lensnet")}
         untrained = MCController(model).state_dict()
         assert all(v.equal(untrained[k]) for k, v in lens.items())
         train(tmp_path / "cut", resume=True)
@@ -363,8 +333,7 @@ class TestDivergence:
         with pytest.raises(FloatingPointError, match="no longer finite at step 4; the last check"):
             train(tmp_path / "run", model, settings)
         assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
-        state = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"))
-        assert state is not None
+        state = checkpoint(tmp_path / "run")
         assert state["lm_step" if alone else "step"] == 2
 
 
@@ -418,6 +387,5 @@ class TestRefusals:
             train(tmp_path / "run", model, settings)
         verdict = read_verdict(tmp_path / "run")
         assert str(verdict) == ("9 micro-steps, 9 LensNet calls, 1 violation; 2 inference calls")
-        checkpoint = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"))
-        assert checkpoint is not None
-        assert checkpoint["step"] == 3
+        saved = checkpoint(tmp_path / "run")
+        assert saved["step"] == 3
