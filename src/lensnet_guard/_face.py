@@ -6,6 +6,7 @@ time, whatever its names need.
 """
 
 import ast
+import sys
 from collections.abc import Callable
 from importlib import import_module
 
@@ -27,8 +28,9 @@ def attach(
     Returns:
         The package's ``__getattr__``, ``__dir__`` and ``__all__``.
     """
-    with open(f"{file.rpartition('.')[0]}.pyi", encoding="utf-8") as stub:
-        body = ast.parse(stub.read()).body
+    loader = sys.modules[package].__loader__  # which reads from an archive too
+    stub = loader.get_data(f"{file.rpartition('.')[0]}.pyi")  # type: ignore[union-attr]
+    body = ast.parse(stub).body
     homes = {
         alias.name: str(line.module)
         for line in body

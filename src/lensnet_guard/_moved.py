@@ -1,4 +1,4 @@
-"""Where the modules of earlier versions are now: pickles and saved checkpoints name them.
+"""Where modules are now that pickles and saved checkpoints of earlier versions name.
 
 What is pickled by today's names is found as ever; a name of before is looked up in a short table,
 and only where the import would fail without it.
@@ -41,5 +41,5 @@ class _Finder:
 
 
 def find_moved_modules() -> None:
-    """From now on, modules of this package are found by the names that they had before."""
+    """From now on, what pickles of before name is found by the names that it had."""
     sys.meta_path.append(_Finder)

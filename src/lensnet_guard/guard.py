@@ -18,6 +18,7 @@ from lensnet_guard.boundary.settlement import held_open
 from lensnet_guard.boundary.tripwire import Inside, Tripwire, guard_behind
 from lensnet_guard.calls.budget import MicroStep
 from lensnet_guard.calls.context import Block, P, R
+from lensnet_guard.calls.errors import VIOLATIONS
 from lensnet_guard.calls.policy import CallPolicy, Mode
 from lensnet_guard.calls.record import CallRecord, Context
 from lensnet_guard.logs.evidence import write_evidence
@@ -38,12 +39,11 @@ else:
 class Guard(Generic[M]):
     """The call contract of one module, enforced. Made by `guard_module` or `lensnet_guard`.
 
+    Longer than others, because it is the whole face of a contract: what its methods do is done by
+    the admission, the history and the tripwire behind it.
+
     Attributes:
         module: What to call: the guarded proxy (the raw module itself when ``mode`` is ``"off"``).
-        name: The module's name in records, logs and messages.
-        policy: Who may call in training and how often per micro-step.
-        mode: ``"enforce"`` raises on violations, ``"observe"`` only records and logs them, with
-            ``"off"`` nothing is installed.
     """
 
     def __init__(
@@ -56,10 +56,6 @@ class Guard(Generic[M]):
         history: History | None = None,
         inside: Inside | None = None,
     ) -> None:
-        self.name = name
-        self.policy = policy
-        self.mode = mode
-        self._budgets = policy.budgets
         self._history = history or History(name)
         self._admission = Admission(module, policy, mode, self._history, inside or Inside())
         self._tripwire: Tripwire | None = None
@@ -111,7 +107,7 @@ class Guard(Generic[M]):
                 "ContextSwitchRefused", here, ": another micro-step was asked for"
             )
         numbers = operator.index(step), operator.index(micro_step)  # a record holds no tensor
-        due = self._budgets if here.context == "training" else {}
+        due = self.policy.budgets if here.context == "training" else {}
         ledger = MicroStep(*numbers, due, here.context)
         with held_open(self._admission, Block(micro_step=ledger), ledger, settles=True):
             yield ledger
@@ -163,6 +159,25 @@ class Guard(Generic[M]):
         return self._admission.open.carry(fn)
 
     # What the user reads -----------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The module's name in records, logs and messages."""
+        return self._history.module
+
+    @property
+    def policy(self) -> CallPolicy:
+        """Who may call in training and how often per micro-step."""
+        return self._admission.policy
+
+    @property
+    def mode(self) -> Mode:
+        """What becomes of a violation, for as long as the guard lives.
+
+        ``"enforce"`` raises it, ``"observe"`` only records and logs it, with ``"off"`` nothing is
+        installed.
+        """
+        return self._admission.mode
 
     @property
     def calls(self) -> tuple[CallRecord, ...]:
@@ -221,7 +236,10 @@ class Guard(Generic[M]):
 
         Raises:
             LensNetViolation: Of that class, in the mode ``"enforce"``.
+            ValueError: There is no such class; nothing is recorded.
         """
+        if reason not in VIOLATIONS:
+            raise ValueError(f"{reason!r} is no violation; there are {', '.join(VIOLATIONS)}")
         self._admission.violate(reason, self._admission.open.position(), detail)
 
     # Logs, copies, the end ---------------------------------------------------------------------

@@ -86,7 +86,7 @@ def compare_ranks(guard: Guard, *, every: int = 1) -> Iterator[None]:
             that differs; a comparison takes as long as a small all-reduce between the hosts.
 
     Raises:
-        RuntimeError: Torch.distributed is not initialised.
+        RuntimeError: ``torch.distributed`` is not initialised.
         TypeError: ``every`` is no whole number.
         ValueError: ``every`` is less than 1.
         RankDivergence: The ranks differ; names every rank's counts and callers.
@@ -265,7 +265,7 @@ class Ranks(Sink):
 
 
 def _gather(state: RankState, world: int, group: dist.ProcessGroup | None) -> list[RankState]:
-    """The states of all ranks, in their order. Torch's own way to gather objects needs numpy."""
+    """Return the states of all ranks, in order. Torch's own way to gather objects needs numpy."""
     data = pickle.dumps(state)
     longest = torch.tensor(len(data))
     dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,27 @@ class TestPublicFace:
         namespace = {}
         exec("from lensnet_guard import *", namespace)
         assert inspect.isfunction(namespace["lensnet_guard"])
+
+    def test_an_archive_has_it_too(self, run_python, tmp_path):
+        """A package that lies in a zip file has no stub in the file system."""
+        package = Path(lensnet_guard.__file__).parent
+        archive = tmp_path / "packed.zip"
+        with zipfile.ZipFile(archive, "w") as packed:
+            for path in package.rglob("*.py*"):
+                if path.suffix != ".pyc":
+                    packed.write(path, path.relative_to(package.parent))
+        code = (
+            f"import sys; sys.path.insert(0, {str(archive)!r})\n"
+            "import lensnet_guard\n"
+            "print(lensnet_guard.__file__, lensnet_guard.NoContext.__name__)"
+        )
+        assert run_python(code).stdout == f"{archive}/lensnet_guard/__init__.py NoContext\n"
+
+    @pytest.mark.parametrize("name", ["mode", "name", "policy"])
+    def test_a_contract_is_not_changed_while_it_holds(self, guard, name):
+        """An assignment that changed what a guard says, and not what it does, is refused."""
+        with pytest.raises(AttributeError):
+            setattr(guard, name, "observe")
 
     def test_signatures(self):
         """The two ways to put a guard on take exactly the promised keyword arguments."""

@@ -33,25 +33,25 @@ class Admission:
         inside: It says whether a thread is inside an admitted run.
 
     Attributes:
+        policy: The same.
+        mode: The same.
         history: The same.
         inside: The same.
         open: The blocks that are open in each thread and task.
         compiled: The calls of the module as long as it is compiled.
-        enforces: Whether violations are raised.
     """
 
     def __init__(
         self, module: nn.Module, policy: CallPolicy, mode: Mode, history: History, inside: Inside
     ) -> None:
+        self.policy = policy
+        self.mode = mode
         self.history = history
         self.inside = inside
         self.open = OpenBlocks()
         self.compiled = CompiledCalls(module)
-        self.enforces = mode == "enforce"
         self._module = module
-        self._policy = policy
         self._budgets = policy.budgets
-        self._mode = mode
         self._recomputes = Recomputes()
 
     # A call ------------------------------------------------------------------------------------
@@ -85,8 +85,8 @@ class Admission:
         """Decide on a call, book it and record it; raise when it is refused."""
         here = self.open.position()
         ledger, scope = here.micro_step, here.scope
-        if scope is None and here.context == "training" and self._policy.sanctioned_callers:
-            scope = find_caller(frame, self._policy.sanctioned_callers)
+        if scope is None and here.context == "training" and self.policy.sanctioned_callers:
+            scope = find_caller(frame, self.policy.sanctioned_callers)
         inputs = describe_inputs(args, kwargs)
         with self.history.lock:  # from reading the budget to spending it
             again = self._recomputes.find(frame)
@@ -107,7 +107,7 @@ class Admission:
                 self._recomputes.remember(record, frame)
                 return record
         detail = ""
-        if reason == "UnsanctionedCall" and scope in self._policy.sanctioned_callers:
+        if reason == "UnsanctionedCall" and scope in self.policy.sanctioned_callers:
             detail = ": its sanctioned caller runs outside any micro-step, where no budget counts"
         record = self.refuse(Refusal("call", reason, here, frame, scope, inputs, detail))
         self._remember(record, frame)
@@ -208,13 +208,13 @@ class Admission:
             made = ledger.calls if ledger else {}
             earlier = tuple(ledger.spent(scope)) if ledger and scope else ()
         violation = build_violation(
-            record, self._policy, made=made, earlier=earlier, detail=refusal.detail
+            record, self.policy, made=made, earlier=earlier, detail=refusal.detail
         )
         if ledger is not None:
             ledger.violations.append(violation)
         for sink in self.history.sinks:
             sink.violation(violation)
-        if self._mode == "observe":
+        if self.mode == "observe":
             return record
         self.history.name_log(violation)
         try:
@@ -240,7 +240,7 @@ class Admission:
         Raises:
             LensNetViolation: Of that class, where violations are raised.
         """
-        if self._mode != "off":
+        if self.mode != "off":
             switches = ("NoContext", "ContextSwitchRefused")
             kind: Kind = "context" if reason in switches else "micro_step"
             self.refuse(Refusal(kind, reason, here, frame_up(1), here.scope, detail=detail))

@@ -21,7 +21,7 @@ def held_open(
         ledger: The micro-step that the block works in.
         settles: Whether that micro-step ends with the block.
     """
-    enforced = ledger if admission.enforces else None
+    enforced = ledger if admission.mode == "enforce" else None
     ending = ledger if settles else None
     here = admission.open.position()
     try:

@@ -84,7 +84,7 @@ class History(Source):
         self._sequence = itertools.count(1)
 
     def count(self, context: Context | None, scope: str | None) -> int:
-        """Allowed calls so far, of one context or scope if given; recomputes are not counted."""
+        """Count allowed calls, of one context or scope if given; recomputes are none."""
         with self.lock:
             counts = list(self._counts.items())
         return sum(n for (c, s), n in counts if context in (None, c) and scope in (None, s))

@@ -50,7 +50,10 @@ class Sink:
         """
 
     def settled(self, ledger: "MicroStep") -> None:
-        """Take a training micro-step that has made the calls that were due.
+        """Take a training micro-step whose body has not raised, before it ends.
+
+        When violations are raised, it has made the calls that were due. In the modes ``"observe"``
+        and ``"off"`` some may be missing, as ``ledger.unmet()`` says.
 
         What this raises leaves the block of the micro-step, which is broken off by it.
 

@@ -70,6 +70,20 @@ class TestSink:
             "micro-step of Scorer in inference, None",
         ]
 
+    @pytest.mark.parametrize("mode", ["observe", "off"])
+    def test_where_nothing_is_raised_calls_may_be_missing(self, scorer, mode):
+        """A settled micro-step says which."""
+        guard, unmet = guard_module(scorer, mode=mode), []
+
+        class Asks(Sink):
+            def settled(self, ledger):
+                unmet.append(ledger.unmet())
+
+        guard.add_sink(Asks())
+        with guard.context("training"), guard.micro_step():
+            pass
+        assert unmet == [{"preference_scorer": (0, 1)}]
+
     def test_what_it_raises_as_it_is_told_of_a_settled_micro_step(self, guard, x):
         """It leaves the block, and the micro-step was broken off by it."""
         told = Told()
@@ -98,3 +112,12 @@ class TestViolate:
             guard.violate("RankDivergence", " seven")
         assert told.lines == ["RankDivergence"] * (mode != "off")
         assert [record.reason for record in guard.violations] == told.lines
+
+    @pytest.mark.parametrize("mode", ["enforce", "observe", "off"])
+    def test_no_such_violation(self, scorer, mode):
+        """Is refused before anything is recorded."""
+        guard, told = guard_module(scorer, mode=mode), Told()
+        guard.add_sink(told)
+        with pytest.raises(ValueError, match=r"^'Oops' is no violation; there are Uns"):
+            guard.violate("Oops", ": seven")
+        assert (guard.violations, told.lines) == ((), [])
