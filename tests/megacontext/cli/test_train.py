@@ -103,7 +103,7 @@ class TestWrongUsage:
         self, tmp_path: Path, options: list[str], message: str
     ) -> None:
         """No traceback, no folder."""
-        arguments = [*options, "--text", TEXT]
+        arguments = [*options, "--text", *TEXT]
         code, _, err = invoke("train", "--run-dir", tmp_path / "run", *arguments)
         assert code == 2
         assert message in " ".join(err.replace("│", " ").split())
