@@ -1,6 +1,7 @@
 """The accelerate helper in real loops: what prepare makes of a module, and steps as it counts."""
 
 import contextlib
+import re
 import subprocess
 import sys
 
@@ -366,7 +367,8 @@ class TestProcesses:
         )
         assert done.returncode == 0, done.stderr
         sums = "critic: 2 micro-steps, 2 training calls (value 2), 0 inference calls, 0 violations"
-        told = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+        # In between, torch 2.9's gloo says something, with both ranks at once.
+        told = re.findall(r"\d: \w+: .* violations", done.stdout)
         assert sorted(told) == [f"0: {sums}", f"1: {sums}"]
         logs = sorted(path.name for path in (tmp_path / "log").iterdir())
         assert logs == ["lensnet.rank0.jsonl", "lensnet.rank1.jsonl"]

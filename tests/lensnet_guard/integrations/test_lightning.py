@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 
 import pytest
 import torch
@@ -577,5 +578,6 @@ class TestProcesses:
         )
         assert done.returncode == 0, done.stderr
         sums = "reference: 2 micro-steps, 2 training calls (kl 2), 0 inference calls, 0 violations"
-        told = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+        # In between, torch 2.9's gloo says something, with both ranks at once.
+        told = re.findall(r"rank \d: \w+: .* violations", done.stdout)
         assert sorted(told) == [f"rank 0: {sums}", f"rank 1: {sums}"]
