@@ -107,7 +107,7 @@ class Guard(Generic[M]):
                 "ContextSwitchRefused", here, ": another micro-step was asked for"
             )
         numbers = operator.index(step), operator.index(micro_step)  # a record holds no tensor
-        due = self.policy.budgets if here.context == "training" else {}
+        due = self._admission.budgets if here.context == "training" else {}
         ledger = MicroStep(*numbers, due, here.context)
         with held_open(self._admission, Block(micro_step=ledger), ledger, settles=True):
             yield ledger

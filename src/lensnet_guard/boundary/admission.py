@@ -34,6 +34,7 @@ class Admission:
 
     Attributes:
         policy: The same.
+        budgets: Those of the policy, put together once.
         mode: The same.
         history: The same.
         inside: The same.
@@ -45,13 +46,13 @@ class Admission:
         self, module: nn.Module, policy: CallPolicy, mode: Mode, history: History, inside: Inside
     ) -> None:
         self.policy = policy
+        self.budgets = policy.budgets
         self.mode = mode
         self.history = history
         self.inside = inside
         self.open = OpenBlocks()
         self.compiled = CompiledCalls(module)
         self._module = module
-        self._budgets = policy.budgets
         self._recomputes = Recomputes()
 
     # A call ------------------------------------------------------------------------------------
@@ -63,20 +64,7 @@ class Admission:
         kwargs: dict[str, Any],
         frame: FrameType | None,
     ) -> Any:
-        """Admit and run one call.
-
-        Args:
-            run: What to run: the raw module, or its forward.
-            args: The call's arguments by position.
-            kwargs: The call's arguments by name.
-            frame: The frame of the proxy's caller, if it has one.
-
-        Returns:
-            What the module returns.
-
-        Raises:
-            LensNetViolation: The call is refused.
-        """
+        """Admit and run one call, as `Keeper.run` says."""
         return self._execute(self._admit(args, kwargs, frame), run, args, kwargs)
 
     def _admit(
@@ -94,7 +82,7 @@ class Admission:
             reason = decide(
                 here.context,
                 ledger is not None and scope is not None,
-                self._budgets[scope] - spent if scope else 0,
+                self.budgets[scope] - spent if scope else 0,
                 self.inside.here,
                 again is not None,
             )

@@ -96,21 +96,7 @@ class HFLanguageModel(nn.Module):
         pad_mask: Tensor | None = None,
         seen: "HFSeen | None" = None,
     ) -> Tensor:
-        """Predict what follows each entry.
-
-        Args:
-            inputs_embeds: Embeddings of the entries, ``[B, W, D]``.
-            starts: First token of each entry, int64 ``[B, W]``.
-            spans: Tokens of each entry, int64 ``[B, W]``.
-            pad_mask: Where pads are, bool ``[B, W]``; None where there are none.
-            seen: The entries before these, without pads; it takes up these.
-
-        Returns:
-            Next-token logits ``[B, W, vocab_size]``.
-
-        Raises:
-            ValueError: Pads together with ``seen``.
-        """
+        """Predict what follows each entry, as `LanguageModel.forward` does, with any room."""
         if seen is not None and pad_mask is not None:
             raise ValueError("entries that are read one after another must not be padded")
         if self._recompute and torch.is_grad_enabled():
