@@ -246,8 +246,9 @@ class TestSwallowedViolations:
         with guard.context("training"):
             with contextlib.suppress(UnsanctionedCall), guard.micro_step():
                 self.swallow(guard, x)
-            with guard.micro_step(), guard.sanctioned(SCOPE):
+            with guard.micro_step() as ledger, guard.sanctioned(SCOPE):
                 guard.module(x)
+        assert (guard.violation_count, ledger.violations) == (1, [])
 
     def test_outside_any_micro_step(self, guard, x):
         """Without a micro-step there is no end to come out at; the record stays."""

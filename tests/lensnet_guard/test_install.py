@@ -397,6 +397,7 @@ class TestFinalVerdict:
         self.swallow(guard)
         with lensnet_guard(guard.module):
             pass
+        assert guard.violation_count == 1  # which a warning, an error here, would have told
 
     def test_violation_in_a_forgotten_thread(self):
         """A thread that died of a violation, unseen, is not forgotten."""
@@ -429,13 +430,14 @@ class TestOff:
         """An owner with a read-only attribute needs no setter when nothing is installed."""
         owner = type("Owner", (), {"lensnet": property(lambda self: nn.Identity())})()
         with lensnet_guard(owner, mode="off") as guard:
-            guard.module(X)
+            assert guard.module(X) is X
 
     def test_replaced_attribute_was_warned_of(self):
         """Where nothing is guarded, a replaced attribute loses no guard."""
         owner, _ = make_owner("plain")
         with lensnet_guard(owner, mode="off"):
-            owner.lensnet = nn.Linear(3, 2)
+            owner.lensnet = replacement = nn.Linear(3, 2)
+        assert owner.lensnet is replacement
 
 
 class TestWrongArguments:

@@ -121,6 +121,21 @@ class TestAlike:
         ):
             assert ended.code == 0, ended.err
 
+    def test_one_block_inside_another(self, tmp_path: Path) -> None:
+        """An epoch inside a run: both compare, and the outer one goes on afterwards."""
+        for ended in run_ranks(
+            tmp_path,
+            """
+            def batches(rank):
+                yield 0
+                with compare_ranks(guard):
+                    yield from (1, 2)
+                yield 3
+            def within(rank, step): pass
+            """,
+        ):
+            assert (ended.code, ended.out) == (0, "finished 4 0\n"), ended.err
+
     def test_a_single_rank_has_nothing_to_compare(self, tmp_path: Path) -> None:
         """The same script on one process."""
         (ended,) = run_ranks(tmp_path, ALIKE, world=1)

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from lensnet_guard import CallRecord, _schema, guard_module
+from lensnet_guard import CallRecord, MicroStep, NoContext, _schema, guard_module
 from lensnet_guard.calls.compiled import CompileState
+from lensnet_guard.logs import log_file
+from lensnet_guard.logs.run_log import RunLog
 
 BEFORE = Path(__file__).parent / "before" / "run"
 NAMES = {value for name, value in vars(_schema).items() if name.isupper()}
@@ -50,6 +53,33 @@ def test_every_name_in_a_log_is_in_the_list(graphed_guard, tmp_path, x):
     assert len(files) == 4
     for file in files:
         assert {*names_of(file.read_text().splitlines())} <= NAMES
+
+
+def test_every_event_has_its_names_in_the_list(tmp_path, x, monkeypatch):
+    """Those too that only a rare run writes: hazards, a full file, records from memory."""
+    guard = guard_module(nn.Linear(3, 2))
+    with guard.context("inference"):
+        guard.module(x)
+    with pytest.raises(NoContext):
+        guard.module(x)
+    guard.evidence(tmp_path / "memory")
+    first, second = guard.calls
+    log = RunLog(tmp_path / "run", {_schema.MODULE: "critic"})
+    log.hazard(second, first)
+    log.overwritten(second, first, RuntimeError("overwritten"))
+    log.micro_step("critic", "training", MicroStep(0, 0, {"critic": 1}, "training"))
+    monkeypatch.setattr(log_file, "SEGMENT_BYTES", 1)
+    log.write(_schema.TEST_BEGIN, **{_schema.TEST: "test_it"})
+    log.write(_schema.TEST_END, **{_schema.TEST: "test_it"})
+    log.close()
+    lines = [line for file in tmp_path.rglob("*.jsonl") for line in file.read_text().splitlines()]
+    assert {*names_of(lines)} <= NAMES
+    written = {json.loads(line)[_schema.EVENT] for line in lines}
+    assert written == {
+        *(_schema.RUN_BEGIN, _schema.SEGMENT_BEGIN, _schema.CALL_BEGIN, _schema.CALL_END),
+        *(_schema.VIOLATION, _schema.HAZARD, _schema.OVERWRITTEN, _schema.MICRO_STEP_END),
+        *(_schema.TEST_BEGIN, _schema.TEST_END, _schema.RUN_END),
+    }
 
 
 def test_it_needs_nothing(run_python):

@@ -129,6 +129,7 @@ class TestHazard:
                 torch.compiler.cudagraph_mark_step_begin()
                 with graphed_guard.micro_step(step):
                     kept = [graphed_guard.module(X), kept]
+        assert len(graphed_guard.calls) == 3  # and a warning would have been an error
 
     def test_calls_after_one_mark(self, graphed_guard):
         """Until the next mark torch keeps their outputs apart."""
