@@ -3,9 +3,12 @@
 from lensnet_guard._version import __version__ as __version__
 from lensnet_guard.boundary.hazards import LensNetHazard as LensNetHazard
 from lensnet_guard.calls.budget import MicroStep as MicroStep
+from lensnet_guard.calls.budget import Window as Window
+from lensnet_guard.calls.call import Call as Call
 from lensnet_guard.calls.errors import BudgetExceeded as BudgetExceeded
 from lensnet_guard.calls.errors import BudgetUnmet as BudgetUnmet
 from lensnet_guard.calls.errors import BypassedGuard as BypassedGuard
+from lensnet_guard.calls.errors import ConditionUnmet as ConditionUnmet
 from lensnet_guard.calls.errors import ContextSwitchRefused as ContextSwitchRefused
 from lensnet_guard.calls.errors import LensNetViolation as LensNetViolation
 from lensnet_guard.calls.errors import NoContext as NoContext
@@ -16,6 +19,8 @@ from lensnet_guard.calls.errors import UnsanctionedCall as UnsanctionedCall
 from lensnet_guard.calls.policy import CallPolicy as CallPolicy
 from lensnet_guard.calls.policy import Mode as Mode
 from lensnet_guard.calls.record import CallRecord as CallRecord
+from lensnet_guard.calls.scope import Condition as Condition
+from lensnet_guard.calls.scope import Scope as Scope
 from lensnet_guard.guard import Guard as Guard
 from lensnet_guard.guard import guard_of as guard_of
 from lensnet_guard.install import guard_module as guard_module

@@ -2,9 +2,9 @@
 
 A log is one JSON object a line. The first line is ``run.begin`` (host, process, rank, versions,
 policy); then come ``call.begin`` before and ``call.end`` after each run of the module,
-``violation``, ``micro_step.end``, and last ``run.end``. A file that follows a full one begins with
-``segment.begin``: the header again, and the sums of what came before. Field names follow
-OpenTelemetry where it has one.
+``violation``, ``micro_step.end``, ``window.end``, and last ``run.end``. A file that follows a full
+one begins with ``segment.begin``: the header again, and the sums of what came before. Field names
+follow OpenTelemetry where it has one.
 """
 
 VERSION = 1
@@ -19,6 +19,7 @@ VIOLATION = "violation"
 HAZARD = "hazard"
 OVERWRITTEN = "overwritten"
 MICRO_STEP_END = "micro_step.end"
+WINDOW_END = "window.end"
 RUN_END = "run.end"
 TEST_BEGIN = "test.begin"
 TEST_END = "test.end"
@@ -72,9 +73,10 @@ DURATION_MS = "duration_ms"
 OUTCOME = "outcome"
 RECOMPUTE_OF = "recompute_of"
 COMPILED = "compiled"
+METHOD = "method"
 RECORD = (  # the fields of `CallRecord` that are written as they are, in this order
     *(SEQ, GUARD, MODULE, KIND, VERDICT, REASON, CONTEXT, SCOPE, STEP, MICRO_STEP, THREAD),
-    *(GRAD_ENABLED, DURATION_MS, OUTCOME, RECOMPUTE_OF, COMPILED),
+    *(GRAD_ENABLED, DURATION_MS, OUTCOME, RECOMPUTE_OF, COMPILED, METHOD),
 )
 INPUTS = "inputs"
 CALLER = "caller"  # the index of the caller's frame in the stack
@@ -109,7 +111,8 @@ EARLIER_AT = "earlier_at"
 EXCEPTION_TYPE = "exception.type"
 EXCEPTION_MESSAGE = "exception.message"
 
-# micro_step.end -----------------------------------------------------------------------------------
+# micro_step.end, and window.end -------------------------------------------------------------------
 
 DUE = "due"
 RAISED = "raised"  # the type of what broke it off
+WINDOW = "window"  # its name, of window.end

@@ -16,11 +16,12 @@ from lensnet_guard.boundary.admission import Admission
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
 from lensnet_guard.boundary.settlement import held_open
 from lensnet_guard.boundary.tripwire import Inside, Tripwire, guard_behind
-from lensnet_guard.calls.budget import MicroStep
+from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.context import Block, P, R
 from lensnet_guard.calls.errors import VIOLATIONS
 from lensnet_guard.calls.policy import CallPolicy, Mode
 from lensnet_guard.calls.record import CallRecord, Context
+from lensnet_guard.calls.scope import MICRO_STEP, STEP
 from lensnet_guard.logs.evidence import write_evidence
 from lensnet_guard.logs.history import History
 from lensnet_guard.logs.sinks import Sink
@@ -107,42 +108,88 @@ class Guard(Generic[M]):
                 "ContextSwitchRefused", here, ": another micro-step was asked for"
             )
         numbers = operator.index(step), operator.index(micro_step)  # a record holds no tensor
-        due = self._admission.budgets if here.context == "training" else {}
+        due = self._admission.due_in_micro_step if here.context == "training" else {}
         ledger = MicroStep(*numbers, due, here.context)
-        with held_open(self._admission, Block(micro_step=ledger), ledger, settles=True):
+        with held_open(self._admission, Block(window=ledger), ledger):
             yield ledger
 
     @contextmanager
-    def sanctioned(self, scope: str) -> Iterator[MicroStep]:
-        """Open a sanctioned scope, the only place where a training call is legal.
+    def window(self, name: str) -> Iterator[Window]:
+        """Open a window, in which budgets count that are given ``per`` it.
 
-        Outside any micro-step it is a micro-step of its own, with this scope's budget due.
+        It may hold micro-steps, or be held by one; and hold stretches of inference, whose calls are
+        not counted. Opened in inference, it asks for nothing.
+
+        Args:
+            name: ``"step"``, for an optimizer step; or a name that a scope of the policy counts
+                ``per``.
+
+        Raises:
+            ValueError: No scope of the policy counts in such a window.
+            ContextSwitchRefused: A window of that name is open already.
+            BudgetUnmet: At the end, when the body did not raise and made too few calls.
+            LensNetViolation: At the end, any violation that the body swallowed.
+        """
+        if name not in {STEP, *self.policy.windows}:
+            raise ValueError(
+                f"{name!r} is not a window of {self.name}'s policy, whose scopes count per "
+                f"{sorted({MICRO_STEP, *self.policy.windows})}"
+            )
+        here = self._admission.open.position()
+        if here.window(name) is not None:
+            detail = f": another window {name!r} was asked for"
+            self._admission.violate("ContextSwitchRefused", here, detail)
+        due = self.policy.due(name) if here.context != "inference" else {}
+        ledger = Window(name, due, here.context)
+        with held_open(self._admission, Block(window=ledger), ledger):
+            yield ledger
+
+    @contextmanager
+    def sanctioned(self, scope: str) -> Iterator[Window]:
+        """Open a sanctioned scope, where a training call is legal.
+
+        Outside any micro-step, a scope that counts per micro-step is one of its own, with its
+        budget due.
 
         Args:
             scope: The name of a scope of the policy.
 
+        Yields:
+            The window that its calls are booked in.
+
         Raises:
-            ValueError: The policy has no such scope.
+            ValueError: The policy has no such scope, or one whose calls are known by their caller
+                or state.
             NoContext: As for `micro_step`.
+            UnsanctionedCall: The window that the scope counts in is not open.
             BudgetUnmet: As for `micro_step`, when the scope stands alone.
             LensNetViolation: As for `micro_step`.
         """
-        if scope not in self.policy.scopes:
+        full = self.policy.in_full.get(scope) if scope in self.policy.scopes else None
+        if full is None:
             raise ValueError(
                 f"{scope!r} is not a scope of {self.name}'s policy, "
                 f"which has {sorted(self.policy.scopes)}"
             )
+        if not full.is_opened:
+            raise ValueError(
+                f"the scope {scope!r} of {self.name}'s policy is not opened in code: its calls "
+                "are known by their caller or their state"
+            )
         here = self._admission.require_context(f"the scope {scope!r} was opened")
-        ledger = here.micro_step
-        if ledger is not None:
-            with held_open(self._admission, Block(scope=scope), ledger):
-                yield ledger
-            return
-        due = {scope: self.policy.scopes[scope]} if here.context == "training" else {}
-        ledger = MicroStep(None, None, due, here.context)
-        block = Block(micro_step=ledger, scope=scope)
-        with held_open(self._admission, block, ledger, settles=True):
-            yield ledger
+        window = here.window(full.per)
+        block = Block(scope=scope, within=here.context, ledger=here.micro_step)
+        if window is None and full.per == MICRO_STEP:
+            due = {scope: full.calls} if here.context == "training" else {}
+            window = block.window = block.ledger = MicroStep(None, None, due, here.context)
+        elif window is None:
+            if here.context == "training":
+                detail = f": the scope {scope!r} was opened, and no window {full.per!r} is open"
+                self._admission.violate("UnsanctionedCall", here, detail)
+            window = Window(full.per, {}, here.context)
+        window.opened[scope] = window.opened.get(scope, 0) + 1
+        with held_open(self._admission, block, block.window or here.ledger):
+            yield window
 
     def carry(self, fn: Callable[P, R]) -> Callable[P, R]:
         """Bind a function to what is open here and now, for a thread or an executor to call.
@@ -167,7 +214,7 @@ class Guard(Generic[M]):
 
     @property
     def policy(self) -> CallPolicy:
-        """Who may call in training and how often per micro-step."""
+        """Who may call in training, how often, and in what state."""
         return self._admission.policy
 
     @property
@@ -207,10 +254,15 @@ class Guard(Generic[M]):
             scope: Count the calls of this scope only.
 
         Raises:
-            ValueError: A context that there is not.
+            ValueError: A context or a scope that there is not.
         """
         if context is not None:
             _check_context(context)
+        if scope is not None and scope not in self.policy.in_full:
+            raise ValueError(
+                f"{scope!r} is not a scope of {self.name}'s policy, "
+                f"which has {sorted(self.policy.in_full)}"
+            )
         return self._history.count(context, scope)
 
     def __repr__(self) -> str:
@@ -240,7 +292,8 @@ class Guard(Generic[M]):
         """
         if reason not in VIOLATIONS:
             raise ValueError(f"{reason!r} is no violation; there are {', '.join(VIOLATIONS)}")
-        self._admission.violate(reason, self._admission.open.position(), detail)
+        here = self._admission.open.position()
+        self._admission.violate(reason, here, detail, kind="micro_step")
 
     # Logs, copies, the end ---------------------------------------------------------------------
 

@@ -3,22 +3,28 @@
 The proxy and the tripwire lead every run of the module to this place, by whatever door it comes.
 """
 
+import copy
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 from torch import nn
 
 from lensnet_guard._torch_checkpoints import is_composable, stops_recomputing
+from lensnet_guard.boundary.claims import Claims, first_breach
 from lensnet_guard.boundary.hazards import CompiledCalls
 from lensnet_guard.boundary.profiling import in_range
 from lensnet_guard.boundary.recompute import Recomputes
 from lensnet_guard.boundary.tripwire import Inside, describe_part
+from lensnet_guard.calls.budget import Window
+from lensnet_guard.calls.call import Call
 from lensnet_guard.calls.context import OpenBlocks, Position
-from lensnet_guard.calls.errors import build_violation
+from lensnet_guard.calls.errors import LensNetViolation, build_violation
 from lensnet_guard.calls.policy import CallPolicy, Mode, decide
-from lensnet_guard.calls.record import CallRecord, Kind, describe_inputs, find_caller, frame_up
+from lensnet_guard.calls.record import CallRecord, Kind, describe_inputs, frame_up
+from lensnet_guard.calls.scope import MICRO_STEP
 from lensnet_guard.logs.history import History, Refusal
 
 
@@ -27,14 +33,14 @@ class Admission:
 
     Args:
         module: The raw module.
-        policy: Who may call it in training, and how often per micro-step.
+        policy: Who may call it in training, how often, and in what state.
         mode: ``"enforce"`` raises violations; with the others they are only recorded and logged.
         history: It takes the records, and knows who else is told.
         inside: It says whether a thread is inside an admitted run.
 
     Attributes:
         policy: The same.
-        budgets: Those of the policy, put together once.
+        due_in_micro_step: The budgets of a micro-step, put together once.
         mode: The same.
         history: The same.
         inside: The same.
@@ -46,7 +52,7 @@ class Admission:
         self, module: nn.Module, policy: CallPolicy, mode: Mode, history: History, inside: Inside
     ) -> None:
         self.policy = policy
-        self.budgets = policy.budgets
+        self.due_in_micro_step = policy.due(MICRO_STEP)
         self.mode = mode
         self.history = history
         self.inside = inside
@@ -54,6 +60,10 @@ class Admission:
         self.compiled = CompiledCalls(module)
         self._module = module
         self._recomputes = Recomputes()
+        self._claims = Claims(policy)
+        self._scopes = policy.in_full
+        self._last: CallRecord | None = None
+        self._unseen: list[LensNetViolation] = []
 
     # A call ------------------------------------------------------------------------------------
 
@@ -63,43 +73,104 @@ class Admission:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         frame: FrameType | None,
+        method: str | None = None,
     ) -> Any:
         """Admit and run one call, as `Keeper.run` says."""
-        return self._execute(self._admit(args, kwargs, frame), run, args, kwargs)
+        record = self._admit(run, args, kwargs, frame, method)
+        result = self._execute(record, run, args, kwargs)
+        if self._claims.look_at_results and record.kind == "call" and record.verdict == "allow":
+            self._check_result(self._call(run, args, kwargs, method), record, result, frame)
+        return result
 
     def _admit(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType | None,
+        method: str | None,
     ) -> CallRecord:
         """Decide on a call, book it and record it; raise when it is refused."""
         here = self.open.position()
-        ledger, scope = here.micro_step, here.scope
-        if scope is None and here.context == "training" and self.policy.sanctioned_callers:
-            scope = find_caller(frame, self.policy.sanctioned_callers)
+        claims, call = self._claims, None
+        if claims.look_at_calls:
+            call = self._call(run, args, kwargs, method)
+        scope, detail = here.scope, ""
+        if scope is None and here.context == "training":
+            scope, detail = claims.scope_of(here, frame, call)
         inputs = describe_inputs(args, kwargs)
         with self.history.lock:  # from reading the budget to spending it
             again = self._recomputes.find(frame)
-            spent = len(ledger.spent(scope)) if ledger and scope else 0
-            reason = decide(
-                here.context,
-                ledger is not None and scope is not None,
-                self.budgets[scope] - spent if scope else 0,
-                self.inside.here,
-                again is not None,
-            )
+            window, left = self._left(here, scope)
+            facts = here.context, window is not None, left, self.inside.here, again is not None
+            reason = decide(*facts)
             if again is not None:
                 return self.history.add_recompute(again.original, here, frame, inputs)
+            if reason is None and call is not None:  # under the lock, for conditions may remember
+                call.context, call.scope, call.earlier = here.context, scope, self._last
+                breach = first_breach(claims.requires(here.context, scope), call)
+                reason = decide(*facts, breached=breach is not None)
+                detail = f": {breach}"
             if reason is None:
-                record = self.history.add_call(here, scope, frame, inputs)
-                if ledger and scope:
-                    ledger.spend(scope, record)
+                record = self.history.add_call(here, scope, frame, inputs, method)
+                if window is not None and scope is not None:
+                    window.spend(scope, record)
                 self._recomputes.remember(record, frame)
+                self._last = record
                 return record
-        detail = ""
-        if reason == "UnsanctionedCall" and scope in self.policy.sanctioned_callers:
-            detail = ": its sanctioned caller runs outside any micro-step, where no budget counts"
-        record = self.refuse(Refusal("call", reason, here, frame, scope, inputs, detail))
+        if reason == "UnsanctionedCall" and scope is not None:
+            detail = self._outside(scope)
+        refusal = Refusal("call", reason, here, frame, scope, inputs, detail, method)
+        record = self.refuse(refusal)
         self._remember(record, frame)
         return record
+
+    def _call(
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        method: str | None,
+    ) -> Call:
+        """Return what conditions are asked about."""
+        function = self._module.forward if run is self._module else run
+        context = self.open.position().context
+        return Call(self._module, method or "forward", function, args, kwargs, context)
+
+    def _left(self, here: Position, scope: str | None) -> tuple[Window | None, int | None]:
+        """Return the open window that a scope counts in, and the calls that are left in it."""
+        if scope is None:
+            return None, 0
+        full = self._scopes[scope]
+        if full.per == MICRO_STEP:
+            window: Window | None = here.micro_step
+        else:  # in inference calls are free, and nothing is booked
+            window = here.window(full.per) if here.context == "training" else None
+        most = full.most
+        if most is None or window is None:
+            return window, most
+        return window, most - len(window.spent(scope))
+
+    def _outside(self, scope: str) -> str:
+        """Return what to say of a call whose scope is known, and whose window is not open."""
+        full = self._scopes[scope]
+        if full.per != MICRO_STEP:
+            return f': its scope {scope!r} counts per "{full.per}", and no such window is open'
+        who = "its sanctioned caller runs" if full.caller is not None else f"its scope {scope!r} is"
+        return f": {who} outside any micro-step, where no budget counts"
+
+    def _check_result(
+        self, call: Call, record: CallRecord, result: Any, frame: FrameType | None
+    ) -> None:
+        """Refuse what an admitted call has returned, when it ought not to."""
+        call.context, call.scope, call.result = record.context, record.scope, result
+        breach = first_breach(self._claims.ensures(record.context, record.scope), call)
+        if breach is not None:
+            reason, here = "ConditionUnmet", self.open.position()
+            detail = f" (call {record.seq}): {breach}"
+            self.refuse(
+                Refusal("result", reason, here, frame, record.scope, (), detail, record.method)
+            )
 
     def _remember(self, record: CallRecord, frame: FrameType | None) -> None:
         """Note an observed violation too: when it is recomputed, that is no second one."""
@@ -188,18 +259,32 @@ class Admission:
 
     # Violations --------------------------------------------------------------------------------
 
-    def refuse(self, refusal: Refusal) -> CallRecord:
-        """Record and log a violation, then raise it; in observe mode return its record."""
-        ledger, scope = refusal.here.micro_step, refusal.scope
+    def refuse(self, refusal: Refusal, due_from: Sequence[str] = ()) -> CallRecord:
+        """Record and log a violation, then raise it; in observe mode return its record.
+
+        Args:
+            refusal: What is refused.
+            due_from: Who should have made calls that are missing.
+        """
+        here, scope = refusal.here, refusal.scope
+        ledger = here.ledger
         with self.history.lock:
             record = self.history.add_violation(refusal)
-            made = ledger.calls if ledger else {}
-            earlier = tuple(ledger.spent(scope)) if ledger and scope else ()
+            made = self._made(here)
+            window = here.window(self._scopes[scope].per) if scope is not None else None
+            earlier = tuple(window.spent(scope)) if window and scope else ()
         violation = build_violation(
-            record, self.policy, made=made, earlier=earlier, detail=refusal.detail
+            record,
+            self.policy,
+            made=made,
+            earlier=earlier,
+            detail=refusal.detail,
+            due_from=due_from,
         )
         if ledger is not None:
             ledger.violations.append(violation)
+        elif threading.current_thread() is not threading.main_thread():
+            self._unseen.append(copy.copy(violation))  # without frames, for it may be long
         for sink in self.history.sinks:
             sink.violation(violation)
         if self.mode == "observe":
@@ -210,6 +295,23 @@ class Admission:
         finally:
             del violation  # or this frame, which its traceback holds, would hold it
 
+    def raise_unseen(self) -> None:
+        """Raise a violation that a background thread raised outside of every window.
+
+        Nobody waits for what such a thread raises, so it could pass in silence.
+        """
+        unseen, self._unseen = self._unseen, []
+        if unseen and self.mode == "enforce":
+            raise unseen[0]
+
+    def _made(self, here: Position) -> dict[str, int]:
+        """Return the calls so far of each scope whose window is open."""
+        made = {}
+        for name, full in self._scopes.items():
+            if (window := here.window(full.per)) is not None:
+                made[name] = len(window.spent(name))
+        return made
+
     def require_context(self, what: str) -> Position:
         """Return what is open; refuse ``what`` where no context is declared."""
         here = self.open.position()
@@ -217,18 +319,27 @@ class Admission:
             self.violate("NoContext", here, f": {what}")
         return here
 
-    def violate(self, reason: str, here: Position, detail: str) -> None:
+    def violate(
+        self,
+        reason: str,
+        here: Position,
+        detail: str,
+        *,
+        kind: Kind = "context",
+        due_from: Sequence[str] = (),
+    ) -> None:
         """Refuse something that is not a call.
 
         Args:
             reason: The name of the violation's class.
             here: What is open.
             detail: What the headline of its message ends in.
+            kind: Of its record.
+            due_from: Who should have made calls that are missing.
 
         Raises:
             LensNetViolation: Of that class, where violations are raised.
         """
         if self.mode != "off":
-            switches = ("NoContext", "ContextSwitchRefused")
-            kind: Kind = "context" if reason in switches else "micro_step"
-            self.refuse(Refusal(kind, reason, here, frame_up(1), here.scope, detail=detail))
+            refusal = Refusal(kind, reason, here, frame_up(1), here.scope, detail=detail)
+            self.refuse(refusal, due_from)

@@ -1,28 +1,28 @@
-"""Blocks are held open here; as one ends, its micro-step is settled and nothing stays swallowed."""
+"""Blocks are held open here; as one ends, its window is settled and nothing stays swallowed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lensnet_guard._text import count
 from lensnet_guard.boundary.admission import Admission
-from lensnet_guard.calls.budget import MicroStep
+from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.context import Block, Position
 from lensnet_guard.calls.errors import LensNetViolation
+from lensnet_guard.calls.policy import CallPolicy
+from lensnet_guard.calls.scope import budget_text, name_of
 
 
 @contextmanager
-def held_open(
-    admission: Admission, block: Block, ledger: MicroStep | None = None, *, settles: bool = False
-) -> Iterator[None]:
+def held_open(admission: Admission, block: Block, ledger: Window | None = None) -> Iterator[None]:
     """Hold a block open; violations that its body swallowed come out again when it ends.
 
     Args:
         admission: Of the module whose block it is.
-        block: What is open meanwhile.
-        ledger: The micro-step that the block works in.
-        settles: Whether that micro-step ends with the block.
+        block: What is open meanwhile. A window that it opens is settled as it ends.
+        ledger: The window that takes note of violations in the block.
     """
     enforced = ledger if admission.mode == "enforce" else None
-    ending = ledger if settles else None
+    ending = block.window
     here = admission.open.position()
     try:
         here = admission.open.push(block)  # kept, for the block may end in another thread
@@ -44,15 +44,38 @@ def held_open(
         admission.open.remove(block)
         if ending is not None:
             for sink in admission.history.sinks:
-                sink.micro_step(admission.history.module, here.context, ending)
+                if isinstance(ending, MicroStep):
+                    sink.micro_step(admission.history.module, here.context, ending)
+                else:
+                    sink.window(admission.history.module, ending)
             ending.forget_tracebacks()
 
 
-def _settle(admission: Admission, here: Position, ledger: MicroStep) -> None:
-    """Refuse a micro-step that has left a budget unspent; tell of one that has ended well."""
-    if unmet := ledger.unmet():
-        made = ", ".join(f"{s} made {n} of {due} calls" for s, (n, due) in unmet.items())
-        admission.violate("BudgetUnmet", here, f": {made}")
-    if ledger.context == "training":
+def _settle(admission: Admission, here: Position, ending: Window) -> None:
+    """Refuse a window that has left a budget unspent; tell of a micro-step that ended well."""
+    is_micro_step = isinstance(ending, MicroStep)
+    if is_micro_step:
+        admission.raise_unseen()
+    if unmet := ending.unmet():
+        made = [f"{s} made {n} of {budget_text(due)} calls" for s, (n, due) in unmet.items()]
+        admission.violate(
+            "BudgetUnmet",
+            here,
+            f": {'' if is_micro_step else f'in {ending.name!r} '}{', '.join(made)}",
+            kind="micro_step" if is_micro_step else "window",
+            due_from=[_due_from(admission.policy, name, ending) for name in unmet],
+        )
+    if isinstance(ending, MicroStep) and ending.context == "training":
         for sink in admission.history.sinks:
-            sink.settled(ledger)
+            sink.settled(ending)
+
+
+def _due_from(policy: CallPolicy, name: str, window: Window) -> str:
+    """Return who should have made the calls of a scope, and whether it ran."""
+    scope = policy.in_full[name]
+    if scope.is_opened:
+        times = window.opened.get(name, 0)
+        opened = f"was opened {count(times, 'time')}" if times else "was not opened"
+        return f'`with guard.sanctioned("{name}"):`, which {opened}'
+    state = f"with {name_of(scope.when)}" if scope.when is not None else ""
+    return " ".join(part for part in (scope.caller, state) if part)

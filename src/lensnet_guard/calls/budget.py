@@ -1,4 +1,4 @@
-"""The ledger of one micro-step: which calls spent which budget, and what went wrong meanwhile."""
+"""The ledger of one window: which calls spent which budget in it, and what went wrong meanwhile."""
 
 import copy
 from collections.abc import Mapping
@@ -6,40 +6,35 @@ from collections.abc import Mapping
 from lensnet_guard._text import add_note
 from lensnet_guard.calls.errors import LensNetViolation
 from lensnet_guard.calls.record import CallRecord, Context
+from lensnet_guard.calls.scope import MICRO_STEP, Calls, least_of
 
 
-class MicroStep:
-    """One forward/backward of one micro-batch, as the guard keeps book of it.
+class Window:
+    """A stretch of a training in which budgets count, as the guard keeps book of it.
 
-    A micro-step may be shared by several threads (``guard.carry``); the guard holds its lock from
+    A window may be shared by several threads (``guard.carry``); the guard holds its lock from
     reading a budget to spending it, so that no two calls can spend the same unit.
 
     Args:
-        step: Optimizer step, or None for a sanctioned scope that stands alone.
-        micro_step: Number of the micro-batch inside the step, or None likewise.
-        due: Calls per scope or caller that must have been made when the micro-step ends.
-        context: That it was opened in, and the only one in which it counts.
+        name: ``"micro_step"``, ``"step"``, or that which the trainer opens it by.
+        due: Calls per scope or caller: so many, or from least to most, must have been made when the
+            window ends.
+        context: That it was opened in; None when none was declared.
 
     Attributes:
-        context: The same.
-        step: The same.
-        micro_step: The same.
+        name: The same.
         due: The same.
+        context: The same.
+        opened: How often each scope was opened in it.
         violations: What went wrong in it.
         raised: The type of what broke it off; None as long as nothing has.
     """
 
-    def __init__(
-        self,
-        step: int | None,
-        micro_step: int | None,
-        due: Mapping[str, int],
-        context: Context | None = "training",
-    ) -> None:
-        self.context = context
-        self.step = step
-        self.micro_step = micro_step
+    def __init__(self, name: str, due: Mapping[str, Calls], context: Context | None) -> None:
+        self.name = name
         self.due = due
+        self.context = context
+        self.opened: dict[str, int] = {}
         self.violations: list[LensNetViolation] = []
         self.raised: str | None = None
         self._spent: dict[str, list[CallRecord]] = {}
@@ -58,20 +53,20 @@ class MicroStep:
         spent = self._spent.copy()  # in one go: another thread may be spending
         return {**dict.fromkeys(self.due, 0), **{s: len(calls) for s, calls in spent.items()}}
 
-    def unmet(self) -> dict[str, tuple[int, int]]:
-        """Return ``{scope: (made, due)}`` of every budget that was not spent in full."""
+    def unmet(self) -> dict[str, tuple[int, Calls]]:
+        """Return ``{scope: (made, due)}`` of every scope that has made too few calls."""
         made = self.calls
-        return {s: (made[s], due) for s, due in self.due.items() if made[s] < due}
+        return {s: (made[s], due) for s, due in self.due.items() if made[s] < least_of(due)}
 
     def raise_swallowed(self) -> None:
-        """Raise the first violation of this micro-step again: the body must have swallowed it."""
+        """Raise the first violation of this window again: the body must have swallowed it."""
         if self.violations:
             raise self.violations[0]
 
     def forget_tracebacks(self) -> None:
-        """Keep copies of the violations that hold no frame: the micro-step is at its end.
+        """Keep copies of the violations that hold no frame: the window is at its end.
 
-        Those frames hold the micro-step in turn. The circle would keep what they hold, and torch's
+        Those frames hold the window in turn. The circle would keep what they hold, and torch's
         checkpoints take the saved-tensor hooks of the thread down only when they are freed.
         """
         self.violations = [copy.copy(violation) for violation in self.violations]
@@ -84,6 +79,32 @@ class MicroStep:
         note = f"Before this, a LensNetViolation was swallowed: {headline}"
         if not any(shown in self.violations for shown in _traceback_of(error)):
             add_note(error, note)  # once: a block inside this one may have told
+
+
+class MicroStep(Window):
+    """One forward/backward of one micro-batch.
+
+    Args:
+        step: Optimizer step, or None for a sanctioned scope that stands alone.
+        micro_step: Number of the micro-batch inside the step, or None likewise.
+        due: Calls per scope or caller that must have been made when the micro-step ends.
+        context: That it was opened in, and the only one in which it counts.
+
+    Attributes:
+        step: The same.
+        micro_step: The same.
+    """
+
+    def __init__(
+        self,
+        step: int | None,
+        micro_step: int | None,
+        due: Mapping[str, Calls],
+        context: Context | None = "training",
+    ) -> None:
+        super().__init__(MICRO_STEP, due, context)
+        self.step = step
+        self.micro_step = micro_step
 
 
 def _traceback_of(error: BaseException) -> list[BaseException]:

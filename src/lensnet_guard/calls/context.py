@@ -1,4 +1,4 @@
-"""What is open in this thread or task: context, micro-step, sanctioned scope.
+"""What is open in this thread or task: context, windows (a micro-step is one), sanctioned scope.
 
 Every ``with`` block of a guard is one `Block`; the open ones form a stack in a context variable,
 so threads start with nothing open and asyncio tasks inherit what was open when they started. A
@@ -14,8 +14,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
-from lensnet_guard.calls.budget import MicroStep
+from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.record import Context
+from lensnet_guard.calls.scope import MICRO_STEP
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,18 +24,22 @@ R = TypeVar("R")
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """One open ``with`` block: a context, or a micro-step, or a scope, or the last two at once.
+    """One open ``with`` block: a context, or a window, or a scope, or a micro-step and a scope.
 
     Attributes:
         context: The context that it declares, if it does.
-        micro_step: The micro-step that it opens, if it does.
+        window: The window that it opens, if it does.
         scope: The scope that it opens, if it does.
+        within: The context that the scope was opened in, and the only one in which it counts.
+        ledger: The micro-step that the scope was opened in, likewise; None outside of one.
         closed: Whether it has ended; then it counts for nothing.
     """
 
     context: Context | None = None
-    micro_step: MicroStep | None = None
+    window: Window | None = None
     scope: str | None = None
+    within: Context | None = None
+    ledger: Window | None = None
     closed: bool = False
 
 
@@ -45,7 +50,7 @@ class Position:
     Attributes:
         context: The context that the innermost block declares.
         micro_step: The innermost micro-step, where it was opened in that context.
-        scope: The innermost scope of that micro-step.
+        scope: The innermost scope, where it was opened in that context.
         blocks: The open blocks, outermost first.
     """
 
@@ -57,8 +62,25 @@ class Position:
     @property
     def inside_training_step(self) -> bool:
         """Whether a training micro-step is open, also one whose context has been closed."""
-        steps = (block.micro_step for block in self.blocks)
-        return any(step is not None and step.context == "training" for step in steps)
+        steps = (block.window for block in self.blocks if isinstance(block.window, MicroStep))
+        return any(step.context == "training" for step in steps)
+
+    @property
+    def ledger(self) -> Window | None:
+        """The window that takes note of what goes wrong here: the micro-step, or the innermost."""
+        return self.micro_step or next(self._named(), None)
+
+    def window(self, name: str) -> Window | None:
+        """Return the innermost open window of a name; None when there is none."""
+        if name == MICRO_STEP:
+            return self.micro_step
+        return next((window for window in self._named() if window.name == name), None)
+
+    def _named(self) -> Iterator[Window]:
+        """The open windows that are no micro-steps, innermost first."""
+        for block in reversed(self.blocks):
+            if block.window is not None and block.window.name != MICRO_STEP:
+                yield block.window
 
 
 _NOWHERE = Position()
@@ -136,17 +158,19 @@ class OpenBlocks:
 
 
 def _fold(blocks: tuple[Block, ...]) -> Position:
-    """Add up open blocks; a micro-step and its scopes count in its own context only."""
+    """Add up open blocks; a micro-step and a scope count in their own context only."""
     context: Context | None = None
     micro_step: MicroStep | None = None
-    scope: str | None = None
+    scope: Block | None = None
     for block in blocks:
         if block.context is not None:
             context = block.context
-        if block.micro_step is not None:
-            micro_step, scope = block.micro_step, None
+        if isinstance(block.window, MicroStep):
+            micro_step, scope = block.window, None
         if block.scope is not None:
-            scope = block.scope
-    if micro_step is None or micro_step.context != context:
-        micro_step, scope = None, None
-    return Position(context, micro_step, scope, blocks)
+            scope = block
+    if micro_step is not None and micro_step.context != context:
+        micro_step = None
+    if scope is not None and (scope.within != context or scope.ledger is not micro_step):
+        scope = None
+    return Position(context, micro_step, scope.scope if scope is not None else None, blocks)

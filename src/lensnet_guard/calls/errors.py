@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from lensnet_guard.calls.scope import MICRO_STEP, name_of
+
 if TYPE_CHECKING:
     from lensnet_guard.calls.policy import CallPolicy
     from lensnet_guard.calls.record import CallRecord
+    from lensnet_guard.calls.scope import Scope
 
 
 class LensNetViolation(Exception):
@@ -60,12 +63,22 @@ class BudgetExceeded(LensNetViolation):
 
 
 class BudgetUnmet(LensNetViolation):
-    """A micro-step that ended with fewer calls than its budget."""
+    """A micro-step, or another window, that ended with fewer calls than its budget."""
 
-    headline = "A micro-step ended before the call budget of {module} was met"
+    headline = "A {window} ended before the call budget of {module} was met"
     remedy = (
         "Find why the call was skipped (an early return, a cached result, an empty batch), "
         "or lower the budget in CallPolicy."
+    )
+
+
+class ConditionUnmet(LensNetViolation):
+    """A call in a state in which it is not legal, or what a call returned and ought not to."""
+
+    headline = "{module} was called in a state that its contract does not allow"
+    remedy = (
+        "Bring about that state where the call is made; or, if calls are right without it, leave "
+        "the condition out of CallPolicy."
     )
 
 
@@ -123,6 +136,7 @@ VIOLATIONS: Mapping[str, type[LensNetViolation]] = MappingProxyType(
             UnsanctionedCall,
             BudgetExceeded,
             BudgetUnmet,
+            ConditionUnmet,
             NoContext,
             ReentrantCall,
             BypassedGuard,
@@ -149,18 +163,24 @@ def build_violation(
     made: Mapping[str, int] = MappingProxyType({}),
     earlier: Sequence["CallRecord"] = (),
     detail: str = "",
+    due_from: Sequence[str] = (),
 ) -> LensNetViolation:
     """Return the exception for a refused record; tests pin its message line by line.
 
     Args:
         record: What is refused; its ``reason`` names the class.
         policy: The contract that it breaks.
-        made: Calls of the micro-step so far, by scope.
+        made: Calls so far of each scope whose window is open.
         earlier: The calls that spent the budget.
         detail: What else the headline should say.
+        due_from: Who should have made the calls that are missing, and whether it ran.
     """
     violation = VIOLATIONS[str(record.reason)]
-    lines = [f"{violation.headline.format(module=record.module)}{detail}."]
+    headline = violation.headline if record.kind != "result" else _WRONG_RESULT
+    window = "window" if record.kind == "window" else "micro-step"
+    called = record.module if record.method is None else f"{record.module}.{record.method}"
+    lines = [f"{headline.format(module=called, window=window)}{detail}."]
+    lines.extend(_row("due from" if n == 0 else "", who) for n, who in enumerate(due_from))
     stack = record.stack()
     caller = stack.index(record.caller) if stack else 0
     for number, frame in enumerate(stack[caller : caller + 3]):
@@ -170,18 +190,44 @@ def build_violation(
         where += f", step {record.step}, micro-step {record.micro_step}"
     lines.append(_row("context", f"{where} (thread {record.thread})"))
     lines.append(_row("scope", record.scope or "none open"))
-    for scope, budget in policy.budgets.items():
-        lines.append(_row("budget", f"{scope}: {made.get(scope, 0)} of {budget} spent"))
+    for name, scope in policy.in_full.items():
+        lines.append(_row("budget", f"{name}: {_spent(made.get(name), scope)}"))
     lines.extend(_row("spent by", f"call {c.seq} at {c.caller}{_end_of(c)}") for c in earlier)
-    lines.append(_row("what to do", violation.remedy.format(sanction=_sanction(policy))))
+    remedy = violation.remedy.format(sanction=_sanction(policy))
+    if not policy.in_full and violation is UnsanctionedCall:
+        remedy = _INFERENCE_ONLY
+    lines.append(_row("what to do", remedy))
     return violation("\n".join(lines), record, earlier)
+
+
+_WRONG_RESULT = "{module} returned what its contract does not allow"
+_INFERENCE_ONLY = (
+    "Remove the call, or run it in inference context outside the micro-step: the contract, "
+    "CallPolicy(scopes={}), allows no call in training."
+)
+
+
+def _spent(made: int | None, scope: "Scope") -> str:
+    """Return what became of a budget so far."""
+    if scope.per == MICRO_STEP:
+        return f"{made or 0} of {scope.budget} spent"
+    if made is None:
+        return f'{scope.budget} in each window "{scope.per}", and none is open'
+    return f'{made} of {scope.budget} spent in this window "{scope.per}"'
 
 
 def _sanction(policy: "CallPolicy") -> str:
     """Return the code that makes a training call legal."""
-    if policy.scopes:
-        return " or ".join(f'`with guard.sanctioned("{scope}"):`' for scope in policy.scopes)
-    return f"`with guard.micro_step(step):` around {' or '.join(policy.sanctioned_callers)}"
+    opened = [name for name, scope in policy.in_full.items() if scope.is_opened]
+    if opened:
+        return " or ".join(f'`with guard.sanctioned("{name}"):`' for name in opened)
+    around: dict[str, list[str]] = {}
+    for scope in policy.in_full.values():
+        step = scope.per == MICRO_STEP
+        block = "guard.micro_step(step)" if step else f'guard.window("{scope.per}")'
+        state = f"calls with {name_of(scope.when)}" if scope.when is not None else ""
+        around.setdefault(block, []).append(scope.caller or state)
+    return ", ".join(f"`with {block}:` around {' or '.join(who)}" for block, who in around.items())
 
 
 def _end_of(call: "CallRecord") -> str:

@@ -6,7 +6,6 @@ No record ever holds a tensor, a tensor's values, or a frame: nothing is kept al
 """
 
 import contextlib
-import inspect
 import operator
 import os
 import sys
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from lensnet_guard.calls.compiled import CompileState
 
 Context = Literal["training", "inference"]
-Kind = Literal["call", "recompute", "bypass", "micro_step", "context"]
+Kind = Literal["call", "recompute", "bypass", "result", "micro_step", "window", "context"]
 Verdict = Literal["allow", "refuse"]
 
 _RawFrame = tuple[CodeType, int]
@@ -60,12 +59,13 @@ class CallRecord:
         guard: Number of the guard within its process; guards may share a name and a log.
         module: The guard's name for the module.
         kind: ``"call"``; ``"recompute"`` of a call by activation checkpointing; ``"bypass"``, a
-            run that did not come through the proxy; ``"micro_step"``, an unmet budget;
-            ``"context"``, a refused switch of context or micro-step.
+            run that did not come through the proxy; ``"result"``, what a call returned and ought
+            not to; ``"micro_step"`` or ``"window"``, an unmet budget; ``"context"``, a refused
+            switch of context or micro-step.
         verdict: ``"allow"`` or ``"refuse"``.
         reason: For a refusal, the name of the violation's class, else None.
         context: ``"training"``, ``"inference"`` or None (unset).
-        scope: The sanctioned scope or sanctioned caller that applies, else None.
+        scope: The scope or sanctioned caller that applies, else None.
         step: The number of the optimizer step, as given to ``guard.micro_step``; None outside one.
         micro_step: The number of the micro-batch in it, likewise.
         thread: Name of the calling thread.
@@ -77,6 +77,7 @@ class CallRecord:
         recompute_of: ``seq`` of the call that a recompute runs again, else None.
         compiled: What torch tells of compilation and CUDA graphs around the call; None for a module
             that is not compiled (``module.compile()``), and for what never ran.
+        method: The method or part that was called, where the policy names it; None for the module.
     """
 
     seq: int
@@ -95,6 +96,7 @@ class CallRecord:
     outcome: str | None = None
     recompute_of: int | None = None
     compiled: "CompileState | None" = None
+    method: str | None = None
     _stack: tuple[_RawFrame | Frame, ...] = field(default=(), repr=False)
     _inputs: tuple[object, ...] = field(default=(), repr=False)
 
@@ -134,6 +136,7 @@ class CallRecord:
         return state | {"_stack": tuple(self.stack()), "_inputs": self.inputs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.method = None  # records of before have none
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -176,39 +179,6 @@ def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[o
     if kwargs:
         described += tuple(_Named(name, _describe(value)) for name, value in kwargs.items())
     return described
-
-
-def find_caller(frame: FrameType | None, names: Mapping[str, Any]) -> str | None:
-    """Return the first of ``names``, as ``"module:qualname"``, that runs at ``frame`` or above."""
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        name = f"{module}:{qualname(frame)}"
-        if name in names:
-            return name
-        frame = frame.f_back
-    return None
-
-
-def qualname(frame: FrameType) -> str:
-    """Return the qualified name of the function that a frame runs."""
-    if sys.version_info >= (3, 11):
-        return frame.f_code.co_qualname
-    return derived_qualname(frame)
-
-
-def derived_qualname(frame: FrameType) -> str:
-    """Return what ``co_qualname`` says, worked out for Python 3.10 from the frame's first argument.
-
-    Names of functions defined inside functions come out without their ``<locals>`` prefix.
-    """
-    code = frame.f_code
-    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-    for cls in (first if isinstance(first, type) else type(first)).__mro__:
-        member = cls.__dict__.get(code.co_name)
-        function: Any = getattr(member, "__func__", member)
-        if callable(function) and getattr(inspect.unwrap(function), "__code__", None) is code:
-            return f"{cls.__qualname__}.{code.co_name}"
-    return code.co_name
 
 
 class _Symbol(NamedTuple):

@@ -14,6 +14,7 @@ from lensnet_guard.calls.budget import MicroStep
 from lensnet_guard.calls.errors import build_violation
 from lensnet_guard.calls.policy import CallPolicy
 from lensnet_guard.calls.record import CallRecord
+from lensnet_guard.calls.scope import MICRO_STEP
 from lensnet_guard.logs.run_log import RunLog
 
 
@@ -44,7 +45,7 @@ def write_evidence(
             log.micro_step(record.module, ledger.context, ledger)
             ledger = None
         if ledger is None and record.step is not None:
-            due = policy.budgets if record.context == "training" else {}
+            due = policy.due(MICRO_STEP) if record.context == "training" else {}
             ledger = MicroStep(*_step_of(record), due, record.context)
         _write(log, record, ledger, policy)
     if ledger is not None:

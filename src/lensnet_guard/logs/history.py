@@ -33,13 +33,14 @@ class Refusal:
     """What is refused, before there is a record of it.
 
     Attributes:
-        kind: ``"call"``, ``"bypass"``, ``"micro_step"`` or ``"context"``.
+        kind: As of a `CallRecord`.
         reason: The name of the violation's class.
         here: The blocks that are open.
         frame: The innermost frame of the code that is refused, if it has one.
         scope: The scope or sanctioned caller that applies.
         inputs: What `describe_inputs` says of a call's arguments.
         detail: What else the headline of the message says.
+        method: The method or part that was called; None for the module.
     """
 
     kind: Kind
@@ -49,6 +50,7 @@ class Refusal:
     scope: str | None
     inputs: tuple[object, ...] = ()
     detail: str = ""
+    method: str | None = None
 
 
 def _where(here: Position, scope: str | None) -> _Where:
@@ -101,10 +103,12 @@ class History(Source):
         scope: str | None,
         frame: FrameType | None,
         inputs: tuple[object, ...],
+        method: str | None = None,
     ) -> CallRecord:
         """Record and count an allowed call that is made at ``here`` from ``frame``."""
         where = _where(here, scope)
-        record = self._record("call", None, where, capture_stack(frame, CALL_FRAMES), inputs)
+        stack = capture_stack(frame, CALL_FRAMES)
+        record = self._record("call", None, where, stack, inputs, method)
         self.calls.append(record)
         self._counts[where[:2]] += 1
         return record
@@ -133,7 +137,9 @@ class History(Source):
         """Record a violation, and among the calls too when it was one."""
         stack = capture_stack(refusal.frame, VIOLATION_FRAMES)
         where = _where(refusal.here, refusal.scope)
-        record = self._record(refusal.kind, refusal.reason, where, stack, refusal.inputs)
+        record = self._record(
+            refusal.kind, refusal.reason, where, stack, refusal.inputs, refusal.method
+        )
         self.violation_count += 1
         self.violations.append(record)
         if refusal.kind in ("call", "bypass"):
@@ -147,6 +153,7 @@ class History(Source):
         where: _Where,
         stack: Stack,
         inputs: tuple[object, ...],
+        method: str | None = None,
     ) -> CallRecord:
         return CallRecord(  # by position: names would cost a third more
             next(self._sequence),
@@ -162,6 +169,7 @@ class History(Source):
             None if reason is None else "refused",
             None,
             None,
+            method,
             stack,
             inputs,
         )

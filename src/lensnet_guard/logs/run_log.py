@@ -32,7 +32,7 @@ from lensnet_guard.logs.log_file import LogFile, warn
 from lensnet_guard.logs.sinks import Sink
 
 if TYPE_CHECKING:
-    from lensnet_guard.calls.budget import MicroStep
+    from lensnet_guard.calls.budget import MicroStep, Window
     from lensnet_guard.calls.errors import LensNetViolation
     from lensnet_guard.calls.record import CallRecord, Context
 
@@ -142,13 +142,20 @@ class RunLog(Sink):
             _schema.CONTEXT: context,
             _schema.STEP: ledger.step,
             _schema.MICRO_STEP: ledger.micro_step,
-            _schema.CALLS: ledger.calls,
-            _schema.DUE: dict(ledger.due),
-            _schema.VIOLATIONS: len(ledger.violations),
-            _schema.RAISED: ledger.raised,
+            **_sums_of(ledger),
         }
         whole = context == "training" and ledger.raised is None
         self._append(_schema.MICRO_STEP_END, fields, _schema.MICRO_STEPS if whole else None)
+
+    def window(self, module: str, ledger: "Window") -> None:
+        """Write down what another window came to."""
+        fields = {
+            _schema.MODULE: module,
+            _schema.CONTEXT: ledger.context,
+            _schema.WINDOW: ledger.name,
+            **_sums_of(ledger),
+        }
+        self._append(_schema.WINDOW_END, fields)
 
     # Lines -------------------------------------------------------------------------------------
 
@@ -295,6 +302,16 @@ def _pair(record: "CallRecord", earlier: "CallRecord") -> dict[str, Any]:
         _schema.AT: str(record.caller),
         _schema.EARLIER_SEQ: earlier.seq,
         _schema.EARLIER_AT: str(earlier.caller),
+    }
+
+
+def _sums_of(ledger: "Window") -> dict[str, Any]:
+    """Return what every window came to."""
+    return {
+        _schema.CALLS: ledger.calls,
+        _schema.DUE: dict(ledger.due),
+        _schema.VIOLATIONS: len(ledger.violations),
+        _schema.RAISED: ledger.raised,
     }
 
 

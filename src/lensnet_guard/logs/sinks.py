@@ -10,7 +10,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lensnet_guard.calls.budget import MicroStep
+    from lensnet_guard.calls.budget import MicroStep, Window
     from lensnet_guard.calls.errors import LensNetViolation
     from lensnet_guard.calls.record import CallRecord, Context
 
@@ -68,6 +68,14 @@ class Sink:
             module: The guard's name for the module.
             context: The context in which it ended.
             ledger: The micro-step.
+        """
+
+    def window(self, module: str, ledger: "Window") -> None:
+        """Take another window that has ended, however it did.
+
+        Args:
+            module: The guard's name for the module.
+            ledger: The window.
         """
 
 

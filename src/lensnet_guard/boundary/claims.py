@@ -1,0 +1,109 @@
+"""Whose call it is, and what must hold of it: the policy's scopes and conditions, applied."""
+
+from collections.abc import Iterable
+from types import FrameType
+
+from lensnet_guard.calls.call import Call
+from lensnet_guard.calls.callers import callers_on
+from lensnet_guard.calls.context import Position
+from lensnet_guard.calls.policy import CallPolicy
+from lensnet_guard.calls.record import Context
+from lensnet_guard.calls.scope import Condition, name_of
+
+
+class Claims:
+    """What a policy says of single calls, put together once.
+
+    Args:
+        policy: The contract.
+
+    Attributes:
+        look_at_calls: Whether scopes or conditions ask for more of a call than who makes it.
+        look_at_results: Whether conditions ask for what calls return.
+    """
+
+    def __init__(self, policy: CallPolicy) -> None:
+        scopes = policy.in_full
+        self._policy = policy
+        self._by_caller: dict[str, list[str]] = {}
+        self._by_state: list[str] = []
+        for name, scope in scopes.items():
+            if scope.caller is not None:
+                self._by_caller.setdefault(scope.caller, []).append(name)
+            elif scope.when is not None:
+                self._by_state.append(name)
+        conditions = [s.requires for s in scopes.values()]
+        whens = any(scope.when is not None for scope in scopes.values())
+        self.look_at_calls = bool(whens or policy.requires or any(conditions))
+        self.look_at_results = bool(policy.ensures or any(s.ensures for s in scopes.values()))
+
+    def scope_of(
+        self, here: Position, frame: FrameType | None, call: Call | None
+    ) -> tuple[str | None, str]:
+        """Return the scope that a call belongs to, if any; and what is wrong where it is unclear.
+
+        Args:
+            here: The blocks that are open.
+            frame: The innermost frame of who calls.
+            call: The call; needed where `look_at_calls`.
+        """
+        if here.scope is not None or here.context != "training":
+            return here.scope, ""
+        if self._by_caller:
+            for caller in callers_on(frame, self._by_caller):
+                if found := self._holding(self._by_caller[caller], call):
+                    return _only(found)
+        return _only(self._holding(self._by_state, call)) if self._by_state else (None, "")
+
+    def requires(self, context: Context | None, scope: str | None) -> Iterable[Condition]:
+        """Return what must hold of a call as it begins."""
+        own = self._policy.in_full[scope].requires if scope is not None else ()
+        return _of(context, self._policy.requires, own)
+
+    def ensures(self, context: Context | None, scope: str | None) -> Iterable[Condition]:
+        """Return what must hold of that which a call returns."""
+        own = self._policy.in_full[scope].ensures if scope is not None else ()
+        return _of(context, self._policy.ensures, own)
+
+    def _holding(self, names: Iterable[str], call: Call | None) -> list[str]:
+        """Return the scopes of which the state holds, of those whose caller is right."""
+        found = []
+        for name in names:
+            when = self._policy.in_full[name].when
+            if when is None or (call is not None and finding(when, call) is None):
+                found.append(name)
+        return found
+
+
+def first_breach(conditions: Iterable[Condition], call: Call) -> str | None:
+    """Return the first condition that does not hold of a call, and why; None when all do."""
+    for condition in conditions:
+        if (found := finding(condition, call)) is not None:
+            return f"{name_of(condition)}: {found}"
+    return None
+
+
+def finding(condition: Condition, call: Call) -> str | None:
+    """Ask a condition; one that cannot answer does not hold, and says so."""
+    try:
+        found: object = condition(call)
+    except Exception as error:  # it is the user's, and observing never raises
+        return f"the condition raised {type(error).__name__}: {error}"
+    if found is None or isinstance(found, str):
+        return found
+    return f"the condition returned {found!r}, and must return None or a text"
+
+
+def _of(
+    context: Context | None, common: tuple[Condition, ...], own: tuple[Condition, ...]
+) -> Iterable[Condition]:
+    if context == "training":
+        return (*common, *own) if own else common
+    return [condition for condition in common if getattr(condition, "in_inference", False)]
+
+
+def _only(found: list[str]) -> tuple[str | None, str]:
+    """Return the one scope that applies; none where several do, which would be anybody's guess."""
+    if len(found) < 2:
+        return next(iter(found), None), ""
+    return None, f": the scopes {' and '.join(map(repr, found))} both apply to it"

@@ -1,0 +1,155 @@
+"""Callers by name: who is on the stack, and what a name in a policy means."""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import operator
+import os
+import sys
+from collections.abc import Container, Iterator
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+
+def callers_on(frame: FrameType | None, names: Container[str]) -> Iterator[str]:
+    """Yield those of ``names``, as ``"module:qualname"``, that run at ``frame`` or above."""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        name = f"{module}:{qualname(frame)}"
+        if name in names:
+            yield name
+        frame = frame.f_back
+
+
+def qualname(frame: FrameType) -> str:
+    """Return the qualified name of the function that a frame runs."""
+    if sys.version_info >= (3, 11):
+        return frame.f_code.co_qualname
+    return derived_qualname(frame)
+
+
+def derived_qualname(frame: FrameType) -> str:
+    """Return what ``co_qualname`` says, worked out for Python 3.10 from the frame's first argument.
+
+    Names of functions defined inside functions come out without their ``<locals>`` prefix.
+    """
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    for cls in (first if isinstance(first, type) else type(first)).__mro__:
+        member = cls.__dict__.get(code.co_name)
+        function: Any = getattr(member, "__func__", member)
+        if callable(function) and getattr(inspect.unwrap(function), "__code__", None) is code:
+            return f"{cls.__qualname__}.{code.co_name}"
+    return code.co_name
+
+
+# What a name in a policy means --------------------------------------------------------------------
+
+
+def check_caller_exists(name: str) -> CodeType | None:
+    """Make sure that a function by this name can be on a stack.
+
+    Args:
+        name: ``"module:qualname"``, as `callers_on` writes it.
+
+    Returns:
+        Its code, where that can be told.
+
+    Raises:
+        ValueError: There is no such module or function, or it runs by another name, which is told.
+    """
+    module_name, _, path = name.partition(":")
+    if (main := _as_main(module_name)) is not None:
+        raise ValueError(
+            f"the caller {name!r} never runs by this name: {module_name} is the script that runs, "
+            f"and on the stack it is '{main}:{path}'. Name that, or start the training from "
+            "another file that imports it"
+        )
+    module = _module(name, module_name)
+    outer, _, _ = path.partition(".<locals>")
+    try:
+        found = operator.attrgetter(outer)(module)
+    except AttributeError as error:
+        if getattr(module.__spec__, "_initializing", False):
+            return None  # its definition may be to come
+        raise ValueError(
+            f"the caller {name!r} does not exist: {error}. Name a function as its module defines "
+            "it, 'module:Class.method', and define it before the module is guarded"
+        ) from None
+    if outer != path:
+        return None  # made anew each time that the outer function runs
+    codes = list(_codes_of(found))
+    for function in codes:
+        if _name_of(function) == name:
+            return function.__code__
+    real = inspect.unwrap(_function(found))
+    if isinstance(real, FunctionType) and "<locals>" not in _name_of(real):
+        raise ValueError(
+            f"the caller {name!r} never runs by this name: it is defined as {_name_of(real)!r}. "
+            "Name that"
+        )
+    if isinstance(found, type):
+        raise ValueError(
+            f"the caller {name!r} is a class, and no function: name one of its methods, such as "
+            f"'{found.__module__}:{found.__qualname__}.__init__'"
+        )
+    return None  # something else that can be called: what runs then cannot be told from here
+
+
+def _as_main(module: str) -> str | None:
+    """Return the name of the script that runs, where a module is that script."""
+    main: Any = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    if main is None or module == main.__name__:
+        return None
+    if spec is not None and spec.name == module:  # python -m module
+        return str(main.__name__)
+    file = getattr(main, "__file__", None)
+    if file is None or module in sys.modules:
+        return None
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    origin = found.origin if found is not None else None
+    same = origin is not None and os.path.exists(origin) and os.path.samefile(origin, file)
+    return str(main.__name__) if same else None
+
+
+def _module(name: str, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"the caller {name!r} cannot be found: importing {module} raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _function(found: Any) -> Any:
+    return getattr(found, "__func__", found)
+
+
+def _codes_of(found: Any) -> Iterator[FunctionType]:
+    """Yield the functions that run when something is called: it, and what it wraps."""
+    todo, seen = [found], set()
+    while todo:
+        one = _function(todo.pop())
+        one = one.fget if isinstance(one, property) else one
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, FunctionType):
+            yield one
+            for cell in one.__closure__ or ():
+                with contextlib.suppress(ValueError):  # a cell that is empty
+                    todo.append(cell.cell_contents)
+        if (inner := getattr(one, "__wrapped__", None)) is not None:
+            todo.append(inner)
+
+
+def _name_of(function: FunctionType) -> str:
+    """Return the name by which a function's frames go."""
+    path = getattr(function.__code__, "co_qualname", function.__qualname__)
+    return f"{function.__globals__.get('__name__', '')}:{path}"
