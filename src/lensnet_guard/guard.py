@@ -13,15 +13,20 @@ from torch import nn
 
 from lensnet_guard import _schema, _torch_checkpoints, _torch_internals
 from lensnet_guard.boundary.admission import Admission
+from lensnet_guard.boundary.blocks import (
+    context_block,
+    micro_step_block,
+    scope_block,
+    window_block,
+)
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
-from lensnet_guard.boundary.settlement import held_open
+from lensnet_guard.boundary.settlement import opened
 from lensnet_guard.boundary.tripwire import Inside, Tripwire, guard_behind
 from lensnet_guard.calls.budget import MicroStep, Window
-from lensnet_guard.calls.context import Block, P, R
+from lensnet_guard.calls.context import P, R
 from lensnet_guard.calls.errors import VIOLATIONS
 from lensnet_guard.calls.policy import CallPolicy, Mode
 from lensnet_guard.calls.record import CallRecord, Context
-from lensnet_guard.calls.scope import MICRO_STEP, STEP
 from lensnet_guard.logs.evidence import write_evidence
 from lensnet_guard.logs.history import History
 from lensnet_guard.logs.sinks import Sink
@@ -82,10 +87,7 @@ class Guard(Generic[M]):
             ContextSwitchRefused: To inference inside an open training micro-step.
         """
         _check_context(context)
-        here = self._admission.open.position()
-        if context == "inference" and here.inside_training_step:
-            self._admission.violate("ContextSwitchRefused", here, ": inference was asked for")
-        with held_open(self._admission, Block(context=context)):
+        with opened(self._admission, context_block(self._admission, context)):
             yield
 
     @contextmanager
@@ -102,16 +104,10 @@ class Guard(Generic[M]):
             BudgetUnmet: At the end, when the body did not raise and made too few calls.
             LensNetViolation: At the end, any violation that the body swallowed.
         """
-        here = self._admission.require_context("a micro-step was opened")
-        if here.micro_step is not None:
-            self._admission.violate(
-                "ContextSwitchRefused", here, ": another micro-step was asked for"
-            )
         numbers = operator.index(step), operator.index(micro_step)  # a record holds no tensor
-        due = self._admission.due_in_micro_step if here.context == "training" else {}
-        ledger = MicroStep(*numbers, due, here.context)
-        with held_open(self._admission, Block(window=ledger), ledger):
-            yield ledger
+        block = micro_step_block(self._admission, *numbers)
+        with opened(self._admission, block):
+            yield cast("MicroStep", block.window)
 
     @contextmanager
     def window(self, name: str) -> Iterator[Window]:
@@ -130,19 +126,9 @@ class Guard(Generic[M]):
             BudgetUnmet: At the end, when the body did not raise and made too few calls.
             LensNetViolation: At the end, any violation that the body swallowed.
         """
-        if name not in {STEP, *self.policy.windows}:
-            raise ValueError(
-                f"{name!r} is not a window of {self.name}'s policy, whose scopes count per "
-                f"{sorted({MICRO_STEP, *self.policy.windows})}"
-            )
-        here = self._admission.open.position()
-        if here.window(name) is not None:
-            detail = f": another window {name!r} was asked for"
-            self._admission.violate("ContextSwitchRefused", here, detail)
-        due = self.policy.due(name) if here.context != "inference" else {}
-        ledger = Window(name, due, here.context)
-        with held_open(self._admission, Block(window=ledger), ledger):
-            yield ledger
+        block = window_block(self._admission, name)
+        with opened(self._admission, block):
+            yield cast("Window", block.window)
 
     @contextmanager
     def sanctioned(self, scope: str) -> Iterator[Window]:
@@ -165,30 +151,8 @@ class Guard(Generic[M]):
             BudgetUnmet: As for `micro_step`, when the scope stands alone.
             LensNetViolation: As for `micro_step`.
         """
-        full = self.policy.in_full.get(scope) if scope in self.policy.scopes else None
-        if full is None:
-            raise ValueError(
-                f"{scope!r} is not a scope of {self.name}'s policy, "
-                f"which has {sorted(self.policy.scopes)}"
-            )
-        if not full.is_opened:
-            raise ValueError(
-                f"the scope {scope!r} of {self.name}'s policy is not opened in code: its calls "
-                "are known by their caller or their state"
-            )
-        here = self._admission.require_context(f"the scope {scope!r} was opened")
-        window = here.window(full.per)
-        block = Block(scope=scope, within=here.context, ledger=here.micro_step)
-        if window is None and full.per == MICRO_STEP:
-            due = {scope: full.calls} if here.context == "training" else {}
-            window = block.window = block.ledger = MicroStep(None, None, due, here.context)
-        elif window is None:
-            if here.context == "training":
-                detail = f": the scope {scope!r} was opened, and no window {full.per!r} is open"
-                self._admission.violate("UnsanctionedCall", here, detail)
-            window = Window(full.per, {}, here.context)
-        window.opened[scope] = window.opened.get(scope, 0) + 1
-        with held_open(self._admission, block, block.window or here.ledger):
+        block, window = scope_block(self._admission, scope)
+        with opened(self._admission, block):
             yield window
 
     def carry(self, fn: Callable[P, R]) -> Callable[P, R]:
@@ -293,7 +257,7 @@ class Guard(Generic[M]):
         if reason not in VIOLATIONS:
             raise ValueError(f"{reason!r} is no violation; there are {', '.join(VIOLATIONS)}")
         here = self._admission.open.position()
-        self._admission.violate(reason, here, detail, kind="micro_step")
+        self._admission.violations.violate(reason, here, detail, kind="micro_step")
 
     # Logs, copies, the end ---------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lensnet_guard.boundary.proxy import is_proxy
 from lensnet_guard.boundary.tripwire import armed_by, runs
+from lensnet_guard.calls.callers import check_caller_exists
 from lensnet_guard.calls.policy import CallPolicy, Mode
 from lensnet_guard.guard import Guard, M, guard_of
 
@@ -41,7 +42,8 @@ def guard_module(
     Raises:
         TypeError: Not a module, or one that has no forward (a ModuleList); a policy, name or log
             of another type.
-        ValueError: An unknown mode, or a module that is guarded already.
+        ValueError: An unknown mode, a module that is guarded already, or a policy with a caller,
+            method or submodule that there is not.
     """
     _check_module(module)
     if policy is not None and not isinstance(policy, CallPolicy):
@@ -49,6 +51,10 @@ def guard_module(
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be a string, not {name!r}")
     chosen = _resolve_mode(mode)
+    if policy is not None and chosen != "off":
+        for scope in policy.in_full.values():
+            if scope.caller is not None:
+                check_caller_exists(scope.caller)
     guard = Guard(module, policy or CallPolicy(), chosen, name or type(module).__name__)
     if log is not None and guard.mode != "off":
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from lensnet_guard import CallRecord, MicroStep, NoContext, _schema, guard_module
+from lensnet_guard import CallRecord, MicroStep, NoContext, Window, _schema, guard_module
 from lensnet_guard.calls.compiled import CompileState
 from lensnet_guard.logs import log_file
 from lensnet_guard.logs.run_log import RunLog
@@ -68,6 +68,7 @@ def test_every_event_has_its_names_in_the_list(tmp_path, x, monkeypatch):
     log.hazard(second, first)
     log.overwritten(second, first, RuntimeError("overwritten"))
     log.micro_step("critic", "training", MicroStep(0, 0, {"critic": 1}, "training"))
+    log.window("critic", Window("rollout", {"critic": (0, None)}, "training"))
     monkeypatch.setattr(log_file, "SEGMENT_BYTES", 1)
     log.write(_schema.TEST_BEGIN, **{_schema.TEST: "test_it"})
     log.write(_schema.TEST_END, **{_schema.TEST: "test_it"})
@@ -78,7 +79,7 @@ def test_every_event_has_its_names_in_the_list(tmp_path, x, monkeypatch):
     assert written == {
         *(_schema.RUN_BEGIN, _schema.SEGMENT_BEGIN, _schema.CALL_BEGIN, _schema.CALL_END),
         *(_schema.VIOLATION, _schema.HAZARD, _schema.OVERWRITTEN, _schema.MICRO_STEP_END),
-        *(_schema.TEST_BEGIN, _schema.TEST_END, _schema.RUN_END),
+        *(_schema.WINDOW_END, _schema.TEST_BEGIN, _schema.TEST_END, _schema.RUN_END),
     }
 
 

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hypothesis.stateful import run_state_machine_as_test as run
 from torch import nn
 
-from lensnet_guard import CallPolicy, LensNetViolation, guard_module
+from lensnet_guard import CallPolicy, LensNetViolation, Scope, guard_module
 
 X = torch.ones(1, 3)
 
@@ -37,26 +37,46 @@ class Refusal:
     error: Exception | None = None
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How many calls of a scope are due, and in which window."""
+
+    least: int
+    most: int | None
+    per: str = "micro_step"
+
+    def scope(self):
+        """As a policy is told."""
+        return Scope((self.least, self.most), per=self.per)
+
+
 @dataclass(eq=False)
 class Step:
-    """A micro-step: what is due when it ends, what was spent and what was refused in it."""
+    """A micro-step or another window: what is due at its end, what was spent and refused in it."""
 
-    due: dict[str, int]
-    context: str
+    due: dict[str, Budget]
+    context: str | None
+    name: str = "micro_step"
     spent: Counter[str] = field(default_factory=Counter)
     refusals: list[Refusal] = field(default_factory=list)
+    noted_by: "Step | None" = None  # where it is noted that too few calls were made
     ledger: Any = None  # the guard's own
 
 
 @dataclass(eq=False)
 class Block:
-    """An open block. ``step`` is the micro-step that it works in, and ends when it ``owns`` it."""
+    """An open block.
+
+    ``step`` takes note of what is refused in it, and ``owns`` is the window that ends with it.
+    """
 
     stands_in: str | None
     context: str | None = None
     step: Step | None = None
     scope: str | None = None
-    owns: bool = False
+    within: Step | None = None  # the micro-step that the scope was opened in
+    owns: Step | None = None
+    gives: Step | None = None  # what the block is ``as``
 
 
 class Model:
@@ -68,94 +88,141 @@ class Model:
         self.open_blocks = []
         self.counts = Counter()
         self.refusals = []
+        self.unseen = []
         self.runs = 0
 
     def where(self):
         """Context, micro-step and scope: the sum of the open blocks, outermost first.
 
         Inner blocks win; a new micro-step has no scope yet. A micro-step counts in the context that
-        it was opened in and in no other, and a scope only with its micro-step.
+        it was opened in and in no other, and so does a scope, and only with its micro-step.
         """
         context = step = scope = None
         for block in self.open_blocks:
             if block.context is not None:
                 context = block.context
-            if block.owns:
-                step, scope = block.step, None
+            if block.owns and block.owns.name == "micro_step":
+                step, scope = block.owns, None
             if block.scope is not None:
-                scope = block.scope
-        if step is None or step.context != context:
-            return context, None, None
-        return context, step, scope
+                scope = block
+        if step is not None and step.context != context:
+            step = None
+        if scope is None or scope.stands_in != context or scope.within is not step:
+            return context, step, None
+        return context, step, scope.scope
 
-    def refuse(self, reason, context, step):
+    def window(self, name=None):
+        """The innermost open window of that name, or of any; micro-steps are looked up by where."""
+        for block in reversed(self.open_blocks):
+            if block.owns and block.owns.name != "micro_step" and name in (None, block.owns.name):
+                return block.owns
+        return None
+
+    def noting(self):
+        """What takes note of a refusal."""
+        return self.where()[1] or self.window()
+
+    def due(self, name, context):
+        """The budgets of a window that is opened in a context."""
+        if context == "inference" or (context is None and name == "micro_step"):
+            return {}
+        return {scope: due for scope, due in self.budgets.items() if due.per == name}
+
+    def refuse(self, reason, context, step, background=False):
         """Book a violation; only in enforce mode it is raised."""
         refusal = Refusal(reason, context)
         self.refusals.append(refusal)
         if step is not None:
             step.refusals.append(refusal)
+        elif background and self.enforce:
+            self.unseen.append(refusal)
         return refusal if self.enforce else None
 
     def open(self, kind, word):
         """The new block, or None and what its opening must raise."""
         context, step, _ = self.where()
-        due = self.budgets if context == "training" else {}
+        noting = self.noting()
         reasons = []
         if kind == "context":
             block = Block(context, context=word)
-            steps = [b.step for b in self.open_blocks if b.step and b.owns]
+            steps = [b.owns for b in self.open_blocks if b.owns and b.owns.name == "micro_step"]
             if word == "inference" and any(s.context == "training" for s in steps):
                 reasons.append("ContextSwitchRefused")
-        elif context is None:
+        elif context is None and kind != "window":
             reasons.append("NoContext")
-        if kind == "micro_step":
-            block = Block(context, step=Step(due, context), owns=True)
-            if step:
+        if kind in ("micro_step", "window"):
+            name = word if kind == "window" else kind
+            own = Step(self.due(name, context), context, name)
+            block = Block(context, step=own, owns=own, gives=own)
+            if (step if kind == "micro_step" else self.window(name)) is not None:
                 reasons.append("ContextSwitchRefused")
-        elif kind == "sanctioned" and step:
-            block = Block(context, step=step, scope=word)
-        elif kind == "sanctioned":  # outside any micro-step it is one of its own
-            due = {word: due[word]} if due else {}
-            block = Block(context, step=Step(due, context), scope=word, owns=True)
+        elif kind == "sanctioned":
+            per = self.budgets[word].per
+            window = step if per == "micro_step" else self.window(per)
+            block = Block(context, step=noting, scope=word, within=step, gives=window)
+            if window is None and per == "micro_step":  # it is one of its own
+                due = {s: d for s, d in self.due(per, context).items() if s == word}
+                own = block.step = block.within = block.owns = block.gives = Step(due, context)
+            elif window is None:
+                block.gives = Step({}, context, per)
+                if context == "training":
+                    reasons.append("UnsanctionedCall")
         for reason in reasons:
-            if refusal := self.refuse(reason, context, step):
+            if refusal := self.refuse(reason, context, noting):
                 return None, refusal
         self.open_blocks.append(block)
+        if block.owns:
+            block.owns.noted_by = self.noting()
         return block, None
 
     def close(self, block, error):
         """What the end of a block must raise; ``error`` is what its body raised, if anything."""
         self.open_blocks.remove(block)
-        step = block.step
-        if error is not None or step is None:
+        step, own = block.step, block.owns
+        if error is not None:
             return error
-        if self.enforce and step.refusals:  # the body has swallowed them
+        if self.enforce and step and step.refusals:  # the body has swallowed them
             return step.refusals[0]
-        if block.owns and any(step.spent[scope] < due for scope, due in step.due.items()):
-            return self.refuse("BudgetUnmet", block.stands_in, step)
+        if own and own.name == "micro_step" and self.unseen:
+            first = self.unseen[0]
+            self.unseen.clear()
+            return first
+        if own and any(own.spent[scope] < due.least for scope, due in own.due.items()):
+            return self.refuse("BudgetUnmet", block.stands_in, own.noted_by)
         return None
 
-    def call(self, reason=None, forward=lambda: None):
+    def call(self, reason=None, forward=lambda: None, *, background=False, breach=False):
         """What a call must raise.
 
         Args:
             reason: why it is refused wherever it is made.
             forward: what the module does; it gives back what it raises.
+            background: whether it is made in another thread.
+            breach: whether it is made in a state that the contract does not allow.
         """
         context, step, scope = self.where()
+        budget = self.budgets[scope] if scope else None
+        window = None
+        if budget is not None:
+            other = self.window(budget.per) if context == "training" else None
+            window = step if budget.per == "micro_step" else other
         if reason is None and context is None:
             reason = "NoContext"
         elif reason is None and context == "training":
-            if step is None or scope is None:
+            if window is None:
                 reason = "UnsanctionedCall"
-            elif step.spent[scope] >= self.budgets[scope]:
+            elif budget.most is not None and window.spent[scope] >= budget.most:
                 reason = "BudgetExceeded"
+            elif breach:
+                reason = "ConditionUnmet"
         if reason is None:
             self.counts[context, scope] += 1
-            if step and scope:
-                step.spent[scope] += 1
-        elif refusal := self.refuse(reason, context, step):
+            if window is not None:
+                window.spent[scope] += 1
+        elif refusal := self.refuse(reason, context, self.noting(), background):
             return refusal
+        elif reason == "ConditionUnmet":  # it runs, and is one of those that were due
+            window.spent[scope] += 1
         self.runs += 1
         return forward()
 
@@ -171,6 +238,7 @@ class Lens(nn.Module):
         self.linear = nn.Linear(3, 2)
         self.runs = 0
         self.within = None
+        self.wrong = None  # what a condition finds
 
     def forward(self, x):
         self.runs += 1
@@ -230,9 +298,15 @@ def in_thread(act):
         return pool.submit(act).result(timeout=30)
 
 
-SCOPES = [("sanctioned", 0), ("sanctioned", 1)]
+def in_order(call):
+    """The condition of the contract."""
+    return call.module.wrong
+
+
+SCOPES = [("sanctioned", 0), ("sanctioned", 1), ("sanctioned", 2)]
 CONTEXTS = [("context", "training"), ("context", "inference")]
-BLOCK = st.sampled_from([*SCOPES, ("micro_step", 7), *CONTEXTS])
+WINDOWS = [("window", 0), ("window", 1)]
+BLOCK = st.sampled_from([*SCOPES, ("micro_step", 7), *CONTEXTS, *WINDOWS])
 BLOCKS = st.one_of(st.lists(BLOCK, min_size=1, max_size=n) for n in (1, 4))
 ABNORMALLY = ["throw", "throw a violation", "close", "drop"]
 ERROR = st.sampled_from([RuntimeError, KeyboardInterrupt])
@@ -248,7 +322,9 @@ class GuardMachine(RuleBasedStateMachine):
     def __init__(self, mode, budgets, seen):
         super().__init__()
         self.lens = Lens()
-        self.guard = guard_module(self.lens, policy=CallPolicy(budgets), mode=mode)
+        scopes = {name: budget.scope() for name, budget in budgets.items()}
+        policy = CallPolicy(scopes, requires=(in_order,))
+        self.guard = guard_module(self.lens, policy=policy, mode=mode)
         self.model = Model(budgets, enforce=mode == "enforce")
         self.scopes = list(budgets)
         self.holders = []
@@ -276,7 +352,7 @@ class GuardMachine(RuleBasedStateMachine):
         assert self.guard.violation_count == len(self.model.refusals)
         refusals = [(refusal.reason, refusal.context) for refusal in self.model.refusals]
         assert [(r.reason, r.context) for r in self.guard.violations] == refusals
-        for step in (block.step for block in self.model.open_blocks if block.owns):
+        for step in (block.owns for block in self.model.open_blocks if block.owns):
             assert step.ledger.calls == {**dict.fromkeys(step.due, 0), **step.spent}
             assert len(step.ledger.violations) == len(step.refusals)
 
@@ -314,9 +390,9 @@ class GuardMachine(RuleBasedStateMachine):
         self.expect(outcome, lambda: ledgers.append(next(holder.body)))
         if block is not None:
             holder.blocks.append(block)
-            if block.owns:
-                (block.step.ledger,) = ledgers
-            assert ledgers == [block.step and block.step.ledger]
+            if block.gives and block.gives.ledger is None:
+                (block.gives.ledger,) = ledgers
+            assert ledgers == [block.gives and block.gives.ledger]
 
     def ended(self, holder, error=None):
         """What comes out of a holder that ends, where ``error`` is raised inside it."""
@@ -327,8 +403,10 @@ class GuardMachine(RuleBasedStateMachine):
 
     def start(self, blocks, make):
         """Make a holder and let it open its first block."""
-        scopes = [*self.scopes, *self.scopes]  # policies have one or two
-        blocks = [(kind, scopes[w] if kind == "sanctioned" else w) for kind, w in blocks]
+        scopes = [*self.scopes, *self.scopes, *self.scopes]  # policies have one to three
+        windows = ["step", *sorted(self.guard.policy.windows - {"step"})]
+        words = {"sanctioned": scopes, "window": [*windows, *windows]}
+        blocks = [(kind, words[kind][w] if kind in words else w) for kind, w in blocks]
         holder = Holder(make(self.guard, blocks), list(blocks))
         self.holders.append(holder)
         self.advance(holder)
@@ -383,17 +461,29 @@ class GuardMachine(RuleBasedStateMachine):
     def call(self, through):
         """What is refused here is swallowed."""
         before, module = self.lens.runs, self.guard.module
-        act = self.guard.carry(module) if through == "carry" else getattr(module, through)
-        self.expect(self.model.call(), lambda: act(X), elsewhere=through == "carry")
+        carried = through == "carry"
+        act = self.guard.carry(module) if carried else getattr(module, through)
+        self.expect(self.model.call(background=carried), lambda: act(X), elsewhere=carried)
         self.seen.add("ran" if self.lens.runs > before else "kept out")
+
+    @precondition(lambda self: self.model.where()[2])
+    @rule()
+    def call_in_the_wrong_state(self):
+        """It spends nothing."""
+        self.lens.wrong = "out of order"
+        self.expect(self.model.call(breach=True), lambda: self.guard.module(X))
+        self.lens.wrong = None
 
     @precondition(lambda self: self.model.where()[0] == "training")
     @rule(missing=RARELY)
     def spend_the_budgets(self, missing):
         """What a good trainer does, or nearly."""
         for number, scope in enumerate(self.scopes):
-            _, step, _ = self.model.where()
-            left = self.model.budgets[scope] - (step.spent[scope] if step else 0)
+            budget, (_, step, _) = self.model.budgets[scope], self.model.where()
+            window = step if budget.per == "micro_step" else self.model.window(budget.per)
+            if window is None and budget.per != "micro_step":
+                continue
+            left = budget.least - (window.spent[scope] if window else 0)
             holder = self.start([("sanctioned", number)], ByHand)
             for _ in range(left - missing):
                 self.expect(self.model.call(), lambda: self.guard.module(X))
@@ -408,8 +498,10 @@ class GuardMachine(RuleBasedStateMachine):
 
         def modelled():
             fresh = Model(self.model.budgets, self.model.enforce)
-            outcomes.append(fresh.call("BypassedGuard" if behind else None))
+            reason = "BypassedGuard" if behind else None
+            outcomes.append(fresh.call(reason, background=True))
             self.model.refusals += fresh.refusals
+            self.model.unseen += fresh.unseen
             self.model.runs += fresh.runs
 
         def within():
@@ -480,11 +572,18 @@ class GuardMachine(RuleBasedStateMachine):
 
 SETTINGS = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
 REASONS = ["NoContext", "UnsanctionedCall", "BudgetExceeded", "BudgetUnmet"]
-REASONS += ["ContextSwitchRefused", "ReentrantCall", "BypassedGuard"]
+REASONS += ["ContextSwitchRefused", "ReentrantCall", "BypassedGuard", "ConditionUnmet"]
 EVERYTHING = {*REASONS, "ran", "forward raised RuntimeError", "forward raised KeyboardInterrupt"}
 
 
-@pytest.mark.parametrize("budgets", [{"preference_scorer": 1}, {"score": 2, "rank": 1}], ids=str)
+CONTRACTS = [
+    {"preference_scorer": Budget(1, 1)},
+    {"score": Budget(2, 2), "rank": Budget(1, 1)},
+    {"kl": Budget(1, 2), "reference": Budget(1, 3, "rollout"), "ema": Budget(1, None, "step")},
+]
+
+
+@pytest.mark.parametrize("budgets", CONTRACTS, ids=["one", "two", "windows"])
 @pytest.mark.parametrize("mode", ["enforce", "observe"])
 def test_any_sequence(mode, budgets):
     """After any sequence the guard is where the model says, and nothing is left of it."""

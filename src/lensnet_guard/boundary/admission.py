@@ -3,10 +3,8 @@
 The proxy and the tripwire lead every run of the module to this place, by whatever door it comes.
 """
 
-import copy
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -18,12 +16,13 @@ from lensnet_guard.boundary.hazards import CompiledCalls
 from lensnet_guard.boundary.profiling import in_range
 from lensnet_guard.boundary.recompute import Recomputes
 from lensnet_guard.boundary.tripwire import Inside, describe_part
+from lensnet_guard.boundary.violations import Violations
 from lensnet_guard.calls.budget import Window
 from lensnet_guard.calls.call import Call
+from lensnet_guard.calls.callers import Runs
 from lensnet_guard.calls.context import OpenBlocks, Position
-from lensnet_guard.calls.errors import LensNetViolation, build_violation
 from lensnet_guard.calls.policy import CallPolicy, Mode, decide
-from lensnet_guard.calls.record import CallRecord, Kind, describe_inputs, frame_up
+from lensnet_guard.calls.record import CallRecord, describe_inputs, frame_up
 from lensnet_guard.calls.scope import MICRO_STEP
 from lensnet_guard.logs.history import History, Refusal
 
@@ -45,7 +44,9 @@ class Admission:
         history: The same.
         inside: The same.
         open: The blocks that are open in each thread and task.
+        violations: What becomes of them.
         compiled: The calls of the module as long as it is compiled.
+        runs: How often the callers of the policy have run.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class Admission:
         self.history = history
         self.inside = inside
         self.open = OpenBlocks()
+        self.violations = Violations(policy, mode, history, self.open)
         self.compiled = CompiledCalls(module)
+        self.runs = Runs(s.caller for s in policy.in_full.values() if s.caller is not None)
         self._module = module
         self._recomputes = Recomputes()
         self._claims = Claims(policy)
         self._scopes = policy.in_full
         self._last: CallRecord | None = None
-        self._unseen: list[LensNetViolation] = []
 
     # A call ------------------------------------------------------------------------------------
 
@@ -121,8 +123,11 @@ class Admission:
         if reason == "UnsanctionedCall" and scope is not None:
             detail = self._outside(scope)
         refusal = Refusal("call", reason, here, frame, scope, inputs, detail, method)
-        record = self.refuse(refusal)
-        self._remember(record, frame)
+        record = self.violations.refuse(refusal)
+        with self.history.lock:
+            if reason == "ConditionUnmet" and window is not None and scope is not None:
+                window.spend(scope, record)  # observed: it runs, and is one of those that were due
+            self._recomputes.remember(record, frame)
         return record
 
     def _call(
@@ -168,7 +173,7 @@ class Admission:
         if breach is not None:
             reason, here = "ConditionUnmet", self.open.position()
             detail = f" (call {record.seq}): {breach}"
-            self.refuse(
+            self.violations.refuse(
                 Refusal("result", reason, here, frame, record.scope, (), detail, record.method)
             )
 
@@ -205,7 +210,9 @@ class Admission:
         if record is None:
             reason = decide(here.context, sanctioned=False, budget_left=0, bypass=True)
             detail = describe_part(self._module, part)
-            record = self.refuse(Refusal("bypass", reason, here, frame, here.scope, inputs, detail))
+            record = self.violations.refuse(
+                Refusal("bypass", reason, here, frame, here.scope, inputs, detail)
+            )
             if part is self._module:
                 self._remember(record, frame)
         return self._execute(record, run, args, kwargs)
@@ -256,90 +263,3 @@ class Admission:
             for sink in sinks:
                 sink.end(record)
         return result
-
-    # Violations --------------------------------------------------------------------------------
-
-    def refuse(self, refusal: Refusal, due_from: Sequence[str] = ()) -> CallRecord:
-        """Record and log a violation, then raise it; in observe mode return its record.
-
-        Args:
-            refusal: What is refused.
-            due_from: Who should have made calls that are missing.
-        """
-        here, scope = refusal.here, refusal.scope
-        ledger = here.ledger
-        with self.history.lock:
-            record = self.history.add_violation(refusal)
-            made = self._made(here)
-            window = here.window(self._scopes[scope].per) if scope is not None else None
-            earlier = tuple(window.spent(scope)) if window and scope else ()
-        violation = build_violation(
-            record,
-            self.policy,
-            made=made,
-            earlier=earlier,
-            detail=refusal.detail,
-            due_from=due_from,
-        )
-        if ledger is not None:
-            ledger.violations.append(violation)
-        elif threading.current_thread() is not threading.main_thread():
-            self._unseen.append(copy.copy(violation))  # without frames, for it may be long
-        for sink in self.history.sinks:
-            sink.violation(violation)
-        if self.mode == "observe":
-            return record
-        self.history.name_log(violation)
-        try:
-            raise violation
-        finally:
-            del violation  # or this frame, which its traceback holds, would hold it
-
-    def raise_unseen(self) -> None:
-        """Raise a violation that a background thread raised outside of every window.
-
-        Nobody waits for what such a thread raises, so it could pass in silence.
-        """
-        unseen, self._unseen = self._unseen, []
-        if unseen and self.mode == "enforce":
-            raise unseen[0]
-
-    def _made(self, here: Position) -> dict[str, int]:
-        """Return the calls so far of each scope whose window is open."""
-        made = {}
-        for name, full in self._scopes.items():
-            if (window := here.window(full.per)) is not None:
-                made[name] = len(window.spent(name))
-        return made
-
-    def require_context(self, what: str) -> Position:
-        """Return what is open; refuse ``what`` where no context is declared."""
-        here = self.open.position()
-        if here.context is None:
-            self.violate("NoContext", here, f": {what}")
-        return here
-
-    def violate(
-        self,
-        reason: str,
-        here: Position,
-        detail: str,
-        *,
-        kind: Kind = "context",
-        due_from: Sequence[str] = (),
-    ) -> None:
-        """Refuse something that is not a call.
-
-        Args:
-            reason: The name of the violation's class.
-            here: What is open.
-            detail: What the headline of its message ends in.
-            kind: Of its record.
-            due_from: Who should have made calls that are missing.
-
-        Raises:
-            LensNetViolation: Of that class, where violations are raised.
-        """
-        if self.mode != "off":
-            refusal = Refusal(kind, reason, here, frame_up(1), here.scope, detail=detail)
-            self.refuse(refusal, due_from)

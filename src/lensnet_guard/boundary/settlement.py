@@ -8,22 +8,23 @@ from lensnet_guard.boundary.admission import Admission
 from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.context import Block, Position
 from lensnet_guard.calls.errors import LensNetViolation
-from lensnet_guard.calls.policy import CallPolicy
 from lensnet_guard.calls.scope import budget_text, name_of
 
 
 @contextmanager
-def held_open(admission: Admission, block: Block, ledger: Window | None = None) -> Iterator[None]:
+def opened(admission: Admission, block: Block) -> Iterator[None]:
     """Hold a block open; violations that its body swallowed come out again when it ends.
 
     Args:
         admission: Of the module whose block it is.
         block: What is open meanwhile. A window that it opens is settled as it ends.
-        ledger: The window that takes note of violations in the block.
     """
+    here = admission.open.position()
+    ledger = None if block.context is not None else block.window or here.ledger
     enforced = ledger if admission.mode == "enforce" else None
     ending = block.window
-    here = admission.open.position()
+    if ending is not None:
+        ending.ran_before = admission.runs.counts()
     try:
         here = admission.open.push(block)  # kept, for the block may end in another thread
         yield
@@ -55,27 +56,35 @@ def _settle(admission: Admission, here: Position, ending: Window) -> None:
     """Refuse a window that has left a budget unspent; tell of a micro-step that ended well."""
     is_micro_step = isinstance(ending, MicroStep)
     if is_micro_step:
-        admission.raise_unseen()
+        admission.violations.raise_unseen()
     if unmet := ending.unmet():
         made = [f"{s} made {n} of {budget_text(due)} calls" for s, (n, due) in unmet.items()]
-        admission.violate(
+        admission.violations.violate(
             "BudgetUnmet",
             here,
             f": {'' if is_micro_step else f'in {ending.name!r} '}{', '.join(made)}",
             kind="micro_step" if is_micro_step else "window",
-            due_from=[_due_from(admission.policy, name, ending) for name in unmet],
+            due_from=[_due_from(admission, name, ending) for name in unmet],
         )
     if isinstance(ending, MicroStep) and ending.context == "training":
         for sink in admission.history.sinks:
             sink.settled(ending)
 
 
-def _due_from(policy: CallPolicy, name: str, window: Window) -> str:
+def _due_from(admission: Admission, name: str, window: Window) -> str:
     """Return who should have made the calls of a scope, and whether it ran."""
-    scope = policy.in_full[name]
+    scope, runs = admission.policy.in_full[name], admission.runs
     if scope.is_opened:
         times = window.opened.get(name, 0)
         opened = f"was opened {count(times, 'time')}" if times else "was not opened"
         return f'`with guard.sanctioned("{name}"):`, which {opened}'
-    state = f"with {name_of(scope.when)}" if scope.when is not None else ""
-    return " ".join(part for part in (scope.caller, state) if part)
+    state = f"calls with {name_of(scope.when)}" if scope.when is not None else ""
+    if scope.caller is None:
+        return state
+    who = f"{scope.caller}{runs.place(scope.caller)}{state and ', ' + state}"
+    before = window.ran_before.get(scope.caller)
+    if before is None:
+        return who
+    times = runs.counts()[scope.caller] - before
+    ran = f"ran {count(times, 'time')}" if times else "did not run"
+    return f"{who}, which {ran}"

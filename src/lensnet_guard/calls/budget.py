@@ -26,6 +26,7 @@ class Window:
         due: The same.
         context: The same.
         opened: How often each scope was opened in it.
+        ran_before: How often each caller had run before it, where that is known.
         violations: What went wrong in it.
         raised: The type of what broke it off; None as long as nothing has.
     """
@@ -35,6 +36,7 @@ class Window:
         self.due = due
         self.context = context
         self.opened: dict[str, int] = {}
+        self.ran_before: Mapping[str, int] = {}
         self.violations: list[LensNetViolation] = []
         self.raised: str | None = None
         self._spent: dict[str, list[CallRecord]] = {}

@@ -1,4 +1,4 @@
-"""Callers by name: who is on the stack, and what a name in a policy means."""
+"""Callers by name: who is on the stack, what a name in a policy means, and whether it has run."""
 
 import contextlib
 import importlib
@@ -7,9 +7,12 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
+
+from lensnet_guard._text import short_path
 
 
 def callers_on(frame: FrameType | None, names: Container[str]) -> Iterator[str]:
@@ -153,3 +156,60 @@ def _name_of(function: FunctionType) -> str:
     """Return the name by which a function's frames go."""
     path = getattr(function.__code__, "co_qualname", function.__qualname__)
     return f"{function.__globals__.get('__name__', '')}:{path}"
+
+
+# Whether they run ---------------------------------------------------------------------------------
+
+
+class Runs:
+    """Counts the runs of callers, where Python tells of them: from 3.12 on.
+
+    Python calls back as the function itself begins, and as no other does.
+
+    Args:
+        names: Callers of a policy. Those whose code is not known are left out.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._codes: dict[str, CodeType] = {}
+        for name in names:
+            with contextlib.suppress(ValueError):
+                loaded = name.partition(":")[0] in sys.modules
+                if loaded and (code := check_caller_exists(name)) is not None:
+                    self._codes[name] = code
+        self._told = bool(self._codes) and _tell_of(self._codes.values())
+
+    def counts(self) -> Mapping[str, int]:
+        """Return how often each caller has begun to run so far; empty where nobody tells."""
+        return {name: _begun[code] for name, code in self._codes.items()} if self._told else {}
+
+    def place(self, name: str) -> str:
+        """Return where a caller is written, such as ``" (train.py:12)"``; empty when unknown."""
+        code = self._codes.get(name)
+        return f" ({short_path(code.co_filename)}:{code.co_firstlineno})" if code else ""
+
+
+_begun: Counter[CodeType] = Counter()
+_TOOLS = (3, 4)  # of sys.monitoring: the numbers that no kind of tool has a claim to
+_tool: list[int] = []
+
+
+def _tell_of(codes: Iterable[CodeType]) -> bool:
+    """Have Python tell of runs; return whether it does."""
+    monitoring: Any = getattr(sys, "monitoring", None)
+    if monitoring is None:
+        return False
+    if not _tool:
+        free = [number for number in _TOOLS if monitoring.get_tool(number) is None]
+        if not free:
+            return False
+        monitoring.use_tool_id(free[0], "lensnet_guard")
+        monitoring.register_callback(free[0], monitoring.events.PY_START, _count)
+        _tool.append(free[0])
+    for code in codes:
+        monitoring.set_local_events(_tool[0], code, monitoring.events.PY_START)
+    return True
+
+
+def _count(code: CodeType, _: int) -> None:
+    _begun[code] += 1

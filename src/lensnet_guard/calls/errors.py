@@ -5,6 +5,7 @@ the budget, and a message that says what happened, where, and what to do. It sur
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -182,9 +183,13 @@ def build_violation(
     lines = [f"{headline.format(module=called, window=window)}{detail}."]
     lines.extend(_row("due from" if n == 0 else "", who) for n, who in enumerate(due_from))
     stack = record.stack()
-    caller = stack.index(record.caller) if stack else 0
-    for number, frame in enumerate(stack[caller : caller + 3]):
-        lines.append(_row("called from" if number == 0 else "", frame))
+    first = stack.index(record.caller) if stack else 0
+    if unmet := violation is BudgetUnmet:  # where it was noticed says little, least in a framework
+        own = (n for n, frame in enumerate(stack) if n >= first and not _is_installed(frame.file))
+        first = next(own, first)
+    for number, frame in enumerate(stack[first : first + (1 if unmet else 3)]):
+        title = "ended at" if unmet else "called from"
+        lines.append(_row(title if number == 0 else "", frame))
     where = str(record.context or "unset")
     if record.step is not None:
         where += f", step {record.step}, micro-step {record.micro_step}"
@@ -198,6 +203,10 @@ def build_violation(
         remedy = _INFERENCE_ONLY
     lines.append(_row("what to do", remedy))
     return violation("\n".join(lines), record, earlier)
+
+
+def _is_installed(file: str) -> bool:
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 _WRONG_RESULT = "{module} returned what its contract does not allow"

@@ -193,7 +193,9 @@ class TestMessages:
         assert str(caught.value).splitlines() == [
             "A micro-step ended before the call budget of Scorer was met: "
             "critic made 1 of 2 calls, actor made 0 of 1 calls.",
-            *called_from(line, caught.value.record),
+            '  due from     `with guard.sanctioned("critic"):`, which was opened 1 time',
+            '               `with guard.sanctioned("actor"):`, which was not opened',
+            f"  ended at     {line}",
             "  context      training, step 5, micro-step 0 (thread MainThread)",
             "  scope        none open",
             "  budget       critic: 1 of 2 spent",
@@ -212,7 +214,8 @@ class TestMessages:
         assert str(caught.value).splitlines() == [
             "A micro-step ended before the call budget of Scorer was met: "
             "preference_scorer made 0 of 1 calls.",
-            *called_from(line, caught.value.record),
+            '  due from     `with guard.sanctioned("preference_scorer"):`, which was opened 1 time',
+            f"  ended at     {line}",
             "  context      training (thread MainThread)",
             "  scope        preference_scorer",
             "  budget       preference_scorer: 0 of 1 spent",

@@ -24,15 +24,17 @@ class Situation(NamedTuple):
     reentrant: bool
     recompute: bool
     bypass: bool
+    breached: bool
 
 
-BUDGETS_LEFT = (-1, 0, 1, 2, 10**30)
+BUDGETS_LEFT = (None, -1, 0, 1, 2, 10**30)
 SITUATIONS = [
     Situation(*fields)
     for fields in itertools.product(
         (None, "training", "inference"),
         (False, True),
         BUDGETS_LEFT,
+        (False, True),
         (False, True),
         (False, True),
         (False, True),
@@ -46,10 +48,12 @@ TABLE = [
     (lambda s: s.bypass, "BypassedGuard"),
     (lambda s: s.reentrant, "ReentrantCall"),
     (lambda s: s.context is None, "NoContext"),
-    (lambda s: s.context == "inference", None),
-    (lambda s: s.sanctioned and s.budget_left > 0, None),
-    (lambda s: s.sanctioned and s.budget_left <= 0, "BudgetExceeded"),
+    (lambda s: s.context == "inference" and not s.breached, None),
+    (lambda s: s.context == "inference", "ConditionUnmet"),
     (lambda s: not s.sanctioned, "UnsanctionedCall"),
+    (lambda s: s.budget_left is not None and s.budget_left <= 0, "BudgetExceeded"),
+    (lambda s: s.breached, "ConditionUnmet"),
+    (lambda s: True, None),
 ]
 
 
@@ -68,7 +72,7 @@ class TestDecide:
         """No row of the table is dead."""
         assert {decide(*situation) for situation in SITUATIONS} == {
             *(None, "BypassedGuard", "ReentrantCall", "NoContext"),
-            *("BudgetExceeded", "UnsanctionedCall"),
+            *("BudgetExceeded", "UnsanctionedCall", "ConditionUnmet"),
         }
 
     def test_inference_asks_for_nothing(self):
@@ -157,21 +161,37 @@ class TestCallPolicy:
             ({1: 1}, TypeError, "{}: 1 must be a non-empty string"),
             ({"": 1}, TypeError, "{}: '' must be a non-empty string"),
             ({None: 1}, TypeError, "{}: None must be a non-empty string"),
-            ({"m:f": True}, TypeError, "{}: the budget of 'm:f' must be an int, not True"),
-            ({"m:f": 1.0}, TypeError, "{}: the budget of 'm:f' must be an int, not 1.0"),
-            ({"m:f": "1"}, TypeError, "{}: the budget of 'm:f' must be an int, not '1'"),
-            ({"m:f": None}, TypeError, "{}: the budget of 'm:f' must be an int, not None"),
+            (
+                {"m:f": True},
+                TypeError,
+                "{}: the budget of 'm:f' must be an int, or a pair (least, most), not True",
+            ),
+            (
+                {"m:f": 1.0},
+                TypeError,
+                "{}: the budget of 'm:f' must be an int, or a pair (least, most), not 1.0",
+            ),
+            (
+                {"m:f": "1"},
+                TypeError,
+                "{}: the budget of 'm:f' must be an int, or a pair (least, most), not '1'",
+            ),
+            (
+                {"m:f": None},
+                TypeError,
+                "{}: the budget of 'm:f' must be an int, or a pair (least, most), not None",
+            ),
             (
                 {"m:f": 0},
                 ValueError,
-                "{}: the budget of 'm:f' must be at least 1 call per micro-step, not 0; "
-                "leave the name out to allow no call",
+                "{}: the budget of 'm:f' must be at least 1 call, not 0; "
+                "leave the scope out to allow none, or let it be (0, n)",
             ),
             (
                 {"m:f": -3},
                 ValueError,
-                "{}: the budget of 'm:f' must be at least 1 call per micro-step, not -3; "
-                "leave the name out to allow no call",
+                "{}: the budget of 'm:f' must be at least 1 call, not -3; "
+                "leave the scope out to allow none, or let it be (0, n)",
             ),
         ],
     )
@@ -197,11 +217,13 @@ class TestCallPolicy:
             "such as 'my_project.scoring:Scorer.score'"
         )
 
-    def test_refuses_an_empty_contract(self):
-        """Without any scope or caller no training call could ever be legal."""
-        with pytest.raises(ValueError) as caught:
-            CallPolicy(scopes={})
-        assert str(caught.value) == (
-            "CallPolicy names neither a scope nor a caller, so no training call could ever "
-            "be legal; give scopes={...} or sanctioned_callers={...}"
-        )
+    def test_an_empty_contract(self):
+        """Without scopes no call in training is legal: the inference-only contract."""
+        policy = CallPolicy(scopes={})
+        assert policy.budgets == {}
+        assert dict(policy.in_full) == {}
+        assert policy.to_json() == {
+            "scopes": {},
+            "sanctioned_callers": {},
+            "shared_submodules": [],
+        }

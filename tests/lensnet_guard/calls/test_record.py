@@ -4,7 +4,6 @@
 
 import contextlib
 import copy
-import functools
 import gc
 import json
 import os
@@ -23,10 +22,7 @@ from lensnet_guard.calls.record import (
     CallRecord,
     Frame,
     capture_stack,
-    derived_qualname,
     describe_inputs,
-    find_caller,
-    qualname,
 )
 from lensnet_guard.logs.history import CALL_FRAMES, RING_RECORDS, VIOLATION_FRAMES
 
@@ -431,7 +427,7 @@ class TestToLog:
         assert list(fields) == [
             *("seq", "guard", "module", "kind", "verdict", "reason", "context", "scope", "step"),
             *("micro_step", "thread", "grad_enabled", "duration_ms", "outcome", "recompute_of"),
-            *("compiled", "inputs", "caller", "stack"),
+            *("compiled", "method", "inputs", "caller", "stack"),
         ]
         assert fields["stack"][0] == {
             "code.file.path": HERE,
@@ -439,144 +435,3 @@ class TestToLog:
             "code.function.name": record.caller.function,
         }
         assert len(fields["stack"]) == len(record.stack())
-
-
-def this_frame():
-    return sys._getframe(1)
-
-
-def plain():
-    return this_frame()
-
-
-def with_arguments(first, *rest, key=None, **more):
-    return this_frame()
-
-
-def decorated_by(wraps):
-    def decorate(fn):
-        @wraps(fn)
-        def wrapper(*args, **kwargs):
-            return fn(*args, **kwargs)
-
-        return wrapper
-
-    return decorate
-
-
-class Owner:
-    def method(self):
-        return this_frame()
-
-    @classmethod
-    def of_class(cls):
-        return this_frame()
-
-    @decorated_by(functools.wraps)
-    def decorated(self):
-        return this_frame()
-
-    @decorated_by(functools.wraps)
-    @decorated_by(functools.wraps)
-    def twice_decorated(self):
-        return this_frame()
-
-    @torch.no_grad()
-    def no_grad(self):
-        return this_frame()
-
-    @classmethod
-    @decorated_by(functools.wraps)
-    def decorated_class_method(cls):
-        return this_frame()
-
-    def with_captured_self(self):
-        return this_frame(), lambda: self
-
-    def overridden(self):
-        return this_frame()
-
-    class Inner:
-        def method(self):
-            return this_frame()
-
-
-class Heir(Owner):
-    def overridden(self):
-        return super().overridden()
-
-
-@needs_co_qualname
-class TestDerivedQualname:
-    @pytest.mark.parametrize(
-        "frame",
-        [
-            plain(),
-            with_arguments(1),
-            with_arguments(Owner()),
-            with_arguments(Owner),
-            Owner().method(),
-            Owner.of_class(),
-            Owner().of_class(),
-            Owner().decorated(),
-            Owner().twice_decorated(),
-            Owner().no_grad(),
-            Owner.decorated_class_method(),
-            Owner().with_captured_self()[0],
-            Owner.Inner().method(),
-            Heir().method(),
-            Heir.of_class(),
-            Heir().overridden(),
-        ],
-        ids=lambda frame: frame.f_code.co_name,
-    )
-    def test_equals_co_qualname(self, frame):
-        """For functions and methods of every sort Python 3.10 gets the name that 3.11 gives."""
-        assert derived_qualname(frame) == frame.f_code.co_qualname == qualname(frame)
-
-    def test_static_method_and_deleted_self(self):
-        """Where the first argument says nothing, the plain name is given, and nothing fails."""
-
-        class Local:
-            @staticmethod
-            def static(first=None):
-                return this_frame()
-
-            def forgetful(self):
-                del self
-                return this_frame()
-
-        assert derived_qualname(Local.static()) == "static"
-        assert derived_qualname(Local().forgetful()) == "forgetful"
-
-
-class TestFindCaller:
-    def test_first_match_from_the_inside(self):
-        """Of two functions on the stack that are named, the inner one counts."""
-        name = f"{__name__}:{qualname(sys._getframe())}"
-        if sys.version_info < (3, 11):
-            name = f"{__name__}:TestFindCaller.test_first_match_from_the_inside"
-
-        def inside(*names):
-            return find_caller(sys._getframe(), dict.fromkeys(names, 1))
-
-        assert inside(name) == name
-        assert inside("other:name") is None
-        own = f"{__name__}:{inside.__qualname__}"
-        if sys.version_info >= (3, 11):
-            assert inside(name, own) == own
-
-    def test_needs_the_module_too(self):
-        """A function of the same name in another module does not match."""
-        assert find_caller(plain(), {"elsewhere:plain": 1}) is None
-        assert find_caller(plain(), {f"{__name__}:plain": 1}) == f"{__name__}:plain"
-
-    def test_no_frame(self):
-        """Without a frame there is no caller."""
-        assert find_caller(None, {"m:f": 1}) is None
-
-    def test_frame_without_a_module_name(self):
-        """Code run by exec in bare globals belongs to no module, and matches nothing."""
-        namespace = {"get": this_frame}
-        exec("def f(): return get()\nframe = f()", namespace)
-        assert find_caller(namespace["frame"], {"m:f": 1, "builtins:f": 1}) is None

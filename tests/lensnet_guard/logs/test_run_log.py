@@ -28,7 +28,7 @@ from lensnet_guard.logs.run_log import RunLog
 RECORD_FIELDS = [
     *("seq", "guard", "module", "kind", "verdict", "reason", "context", "scope", "step"),
     *("micro_step", "thread", "grad_enabled", "duration_ms", "outcome", "recompute_of"),
-    *("compiled", "inputs", "caller", "stack"),
+    *("compiled", "method", "inputs", "caller", "stack"),
 ]
 
 
