@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of, lensnet_guard
 from lensnet_guard._text import absolute, add_note, short_path
-from lensnet_guard.integrations._place import GuardLost, Place, find, getattr_path, locate
+from lensnet_guard.integrations._place import GuardLost, Items, Place, find, getattr_path, locate
 from lensnet_guard.tally import Tally, Verdict
 
 Log = str | os.PathLike[str]
@@ -248,11 +248,13 @@ class Watch:
     def _install(self, place: Place) -> Guard:
         """Guard what hangs at ``place`` until `close`."""
         contract, module = self._contract, place.module
-        name = place.attribute
+        attribute = place.attribute
+        # A number alone would say little: "reward_funcs.0".
+        name = str(contract.target) if isinstance(place.owner, Items) else attribute
         if guard_of(module) is not None:
             block = lensnet_guard(
                 place.owner,
-                attribute=name,
+                attribute=attribute,
                 policy=contract.policy,
                 mode=contract.mode,
                 log=contract.log,
@@ -268,7 +270,7 @@ class Watch:
         )
         self._installed.callback(guard.uninstall)
         if guard.mode != "off":  # the proxy in its place, and the raw module again afterwards
-            self._installed.enter_context(lensnet_guard(place.owner, attribute=name))
+            self._installed.enter_context(lensnet_guard(place.owner, attribute=attribute))
         return guard
 
 

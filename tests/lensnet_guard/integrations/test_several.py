@@ -60,7 +60,7 @@ class TestSeveral:
         assert isinstance(verdict, Verdicts)
         assert str(verdict) == (
             "reference: 2 micro-steps, 2 training calls (kl 2), 0 inference calls, 0 violations\n"
-            "1: 2 micro-steps, 4 training calls (score 4), 0 inference calls, 0 violations"
+            "rewards.1: 2 micro-steps, 4 training calls (score 4), 0 inference calls, 0 violations"
         )
         assert (root.reference, root.rewards[1]) == raw
         assert [path.name for path in tmp_path.iterdir()] == ["lensnet.rank0.jsonl"]
