@@ -108,9 +108,9 @@ class Guard(Generic[M]):
             LensNetViolation: At the end, any violation that the body swallowed.
         """
         numbers = operator.index(step), operator.index(micro_step)  # a record holds no tensor
-        block = micro_step_block(self._admission, *numbers)
+        block, ledger = micro_step_block(self._admission, *numbers)
         with opened(self._admission, block):
-            yield cast("MicroStep", block.window)
+            yield ledger
 
     @contextmanager
     def window(self, name: str) -> Iterator[Window]:
@@ -129,9 +129,9 @@ class Guard(Generic[M]):
             BudgetUnmet: At the end, when the body did not raise and made too few calls.
             LensNetViolation: At the end, any violation that the body swallowed.
         """
-        block = window_block(self._admission, name)
+        block, ledger = window_block(self._admission, name)
         with opened(self._admission, block):
-            yield cast("Window", block.window)
+            yield ledger
 
     @contextmanager
     def sanctioned(self, scope: str) -> Iterator[Window]:

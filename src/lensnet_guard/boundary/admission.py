@@ -46,7 +46,7 @@ class Admission:
         open: The blocks that are open in each thread and task.
         violations: What becomes of them.
         compiled: The calls of the module as long as it is compiled.
-        runs: How often the callers of the policy have run.
+        runs: How often the callers of the policy have run; None before the first training.
     """
 
     def __init__(
@@ -60,12 +60,20 @@ class Admission:
         self.open = OpenBlocks()
         self.violations = Violations(policy, mode, history, self.open)
         self.compiled = CompiledCalls(module)
-        self.runs = Runs(s.caller for s in policy.in_full.values() if s.caller is not None)
+        self.runs: Runs | None = None
         self._module = module
         self._recomputes = Recomputes()
         self._claims = Claims(policy)
         self._scopes = policy.in_full
         self._last: CallRecord | None = None
+
+    def begin_training(self) -> None:
+        """Look for the callers of the policy; by now they are all defined.
+
+        Raises:
+            ValueError: One of them does not exist, or never runs by that name.
+        """
+        self.runs = Runs(s.caller for s in self._scopes.values() if s.caller is not None)
 
     # A call ------------------------------------------------------------------------------------
 
@@ -103,8 +111,16 @@ class Admission:
         inputs = describe_inputs(args, kwargs)
         with self.history.lock:  # from reading the budget to spending it
             again = self._recomputes.find(frame)
-            window, left = self._left(here, scope)
-            facts = here.context, window is not None, left, self.inside.here, again is not None
+            window: Window | None = here.micro_step
+            left = None
+            if scope is not None:
+                if scope in claims.windows:
+                    window = self._window(here, scope)
+                left = claims.most[scope]
+                if window is not None and left is not None:
+                    left -= len(window.spent(scope))
+            sanctioned = window is not None and scope is not None
+            facts = here.context, sanctioned, left, self.inside.here, again is not None
             reason = decide(*facts)
             if again is not None:
                 return self.history.add_recompute(again.original, here, frame, inputs)
@@ -142,19 +158,10 @@ class Admission:
         context = self.open.position().context
         return Call(self._module, method or "forward", function, args, kwargs, context)
 
-    def _left(self, here: Position, scope: str | None) -> tuple[Window | None, int | None]:
-        """Return the open window that a scope counts in, and the calls that are left in it."""
-        if scope is None:
-            return None, 0
-        full = self._scopes[scope]
-        if full.per == MICRO_STEP:
-            window: Window | None = here.micro_step
-        else:  # in inference calls are free, and nothing is booked
-            window = here.window(full.per) if here.context == "training" else None
-        most = full.most
-        if most is None or window is None:
-            return window, most
-        return window, most - len(window.spent(scope))
+    def _window(self, here: Position, scope: str) -> Window | None:
+        """Return the open window of a scope that does not count per micro-step."""
+        # In inference calls are free, and nothing is booked.
+        return here.window(self._claims.windows[scope]) if here.context == "training" else None
 
     def _outside(self, scope: str) -> str:
         """Return what to say of a call whose scope is known, and whose window is not open."""

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from types import FrameType
 
 from lensnet_guard.calls.call import Call
-from lensnet_guard.calls.callers import callers_on
+from lensnet_guard.calls.callers import find_caller
 from lensnet_guard.calls.context import Position
 from lensnet_guard.calls.policy import CallPolicy
 from lensnet_guard.calls.record import Context
-from lensnet_guard.calls.scope import Condition, name_of
+from lensnet_guard.calls.scope import MICRO_STEP, Condition, name_of
 
 
 class Claims:
@@ -20,11 +20,15 @@ class Claims:
     Attributes:
         look_at_calls: Whether scopes or conditions ask for more of a call than who makes it.
         look_at_results: Whether conditions ask for what calls return.
+        most: How many calls each scope may make in a window; None for any number.
+        windows: Of scopes that do not count per micro-step the window that they count in.
     """
 
     def __init__(self, policy: CallPolicy) -> None:
         scopes = policy.in_full
         self._policy = policy
+        self.most = {name: scope.most for name, scope in scopes.items()}
+        self.windows = {n: scope.per for n, scope in scopes.items() if scope.per != MICRO_STEP}
         self._by_caller: dict[str, list[str]] = {}
         self._by_state: list[str] = []
         for name, scope in scopes.items():
@@ -32,8 +36,10 @@ class Claims:
                 self._by_caller.setdefault(scope.caller, []).append(name)
             elif scope.when is not None:
                 self._by_state.append(name)
+        self._plain = {s.caller: n for n, s in scopes.items() if s.caller and s.when is None}
+        self._whens = {name: scope.when for name, scope in scopes.items()}
         conditions = [s.requires for s in scopes.values()]
-        whens = any(scope.when is not None for scope in scopes.values())
+        whens = [when for when in self._whens.values() if when is not None]
         self.look_at_calls = bool(whens or policy.requires or any(conditions))
         self.look_at_results = bool(policy.ensures or any(s.ensures for s in scopes.values()))
 
@@ -50,9 +56,13 @@ class Claims:
         if here.scope is not None or here.context != "training":
             return here.scope, ""
         if self._by_caller:
-            for caller in callers_on(frame, self._by_caller):
+            caller, frame = find_caller(frame, self._by_caller)
+            if caller in self._plain:
+                return self._plain[caller], ""
+            while caller is not None:
                 if found := self._holding(self._by_caller[caller], call):
                     return _only(found)
+                caller, frame = find_caller(frame, self._by_caller)
         return _only(self._holding(self._by_state, call)) if self._by_state else (None, "")
 
     def requires(self, context: Context | None, scope: str | None) -> Iterable[Condition]:
@@ -69,7 +79,7 @@ class Claims:
         """Return the scopes of which the state holds, of those whose caller is right."""
         found = []
         for name in names:
-            when = self._policy.in_full[name].when
+            when = self._whens[name]
             if when is None or (call is not None and finding(when, call) is None):
                 found.append(name)
         return found
@@ -105,5 +115,5 @@ def _of(
 def _only(found: list[str]) -> tuple[str | None, str]:
     """Return the one scope that applies; none where several do, which would be anybody's guess."""
     if len(found) < 2:
-        return next(iter(found), None), ""
+        return found[0] if found else None, ""
     return None, f": the scopes {' and '.join(map(repr, found))} both apply to it"
