@@ -15,9 +15,9 @@ from torch import nn
 from lensnet_guard import BudgetUnmet, CallPolicy, Scope, guard_module
 from lensnet_guard.calls.callers import (
     Runs,
-    find_caller,
     check_caller_exists,
     derived_qualname,
+    find_caller,
     qualname,
 )
 
