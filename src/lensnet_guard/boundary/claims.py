@@ -46,7 +46,7 @@ class Claims:
     def scope_of(
         self, here: Position, frame: FrameType | None, call: Call | None
     ) -> tuple[str | None, str]:
-        """Return the scope that a call belongs to, if any; and what is wrong where it is unclear.
+        """Return the scope that a call belongs to, if any; and what to say where it has none.
 
         Args:
             here: The blocks that are open.
@@ -55,15 +55,18 @@ class Claims:
         """
         if here.scope is not None or here.context != "training":
             return here.scope, ""
+        missed: list[str] = []
         if self._by_caller:
             caller, frame = find_caller(frame, self._by_caller)
             if caller in self._plain:
                 return self._plain[caller], ""
             while caller is not None:
-                if found := self._holding(self._by_caller[caller], call):
+                if found := self._holding(self._by_caller[caller], call, missed):
                     return _only(found)
                 caller, frame = find_caller(frame, self._by_caller)
-        return _only(self._holding(self._by_state, call)) if self._by_state else (None, "")
+        if found := self._holding(self._by_state, call, missed):
+            return _only(found)
+        return None, f": {'; '.join(missed)}" if missed else ""
 
     def requires(self, context: Context | None, scope: str | None) -> Iterable[Condition]:
         """Return what must hold of a call as it begins."""
@@ -75,14 +78,20 @@ class Claims:
         own = self._policy.in_full[scope].ensures if scope is not None else ()
         return _of(context, self._policy.ensures, own)
 
-    def _holding(self, names: Iterable[str], call: Call | None) -> list[str]:
-        """Return the scopes of which the state holds, of those whose caller is right."""
-        found = []
+    def _holding(self, names: Iterable[str], call: Call | None, missed: list[str]) -> list[str]:
+        """Return the scopes whose state holds, of those whose caller is right.
+
+        What does not hold of the others is added to ``missed``.
+        """
+        holding = []
         for name in names:
             when = self._whens[name]
-            if when is None or (call is not None and finding(when, call) is None):
-                found.append(name)
-        return found
+            found = finding(when, call) if when is not None and call is not None else None
+            if found is None:
+                holding.append(name)
+            elif when is not None:
+                missed.append(f"not in the scope {name!r}, for {name_of(when)}: {found}")
+        return holding
 
 
 def first_breach(conditions: Iterable[Condition], call: Call) -> str | None:
@@ -114,6 +123,6 @@ def _of(
 
 def _only(found: list[str]) -> tuple[str | None, str]:
     """Return the one scope that applies; none where several do, which would be anybody's guess."""
-    if len(found) < 2:
-        return found[0] if found else None, ""
+    if len(found) == 1:
+        return found[0], ""
     return None, f": the scopes {' and '.join(map(repr, found))} both apply to it"

@@ -73,4 +73,5 @@ def _write(log: RunLog, record: CallRecord, ledger: MicroStep | None, policy: Ca
     if record.outcome is not None:
         log.end(record)
     if ledger is not None and record.scope and record.kind == "call" and record.reason is None:
-        ledger.spend(record.scope, record)
+        if policy.in_full[record.scope].per == MICRO_STEP:
+            ledger.spend(record.scope, record)
