@@ -66,6 +66,7 @@ class Admission:
         self._claims = Claims(policy)
         self._scopes = policy.in_full
         self._last: CallRecord | None = None
+        self._memory: dict[Any, Any] = {}
 
     def begin_training(self) -> None:
         """Look for the callers of the policy; by now they are all defined.
@@ -156,7 +157,8 @@ class Admission:
         """Return what conditions are asked about."""
         function = self._module.forward if run is self._module else run
         context = self.open.position().context
-        return Call(self._module, method or "forward", function, args, kwargs, context)
+        name, memory = method or "forward", self._memory
+        return Call(self._module, name, function, args, kwargs, context, memory=memory)
 
     def _window(self, here: Position, scope: str) -> Window | None:
         """Return the open window of a scope that does not count per micro-step."""
