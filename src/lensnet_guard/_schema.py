@@ -33,6 +33,7 @@ SCHEMA_VERSION = "schema_version"
 MODULE = "module"  # in most other lines too
 MODE = "mode"
 POLICY = "policy"
+POLICIES = "policies"  # by module, instead of it, in a log of several modules
 HOST = "host.name"
 PID = "process.pid"
 PARENT_PID = "process.parent_pid"

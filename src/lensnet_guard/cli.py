@@ -1,7 +1,6 @@
 """The command line: ``lensnet-guard postmortem``, ``report``, ``trace`` and ``doctor``."""
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import os
@@ -26,6 +25,7 @@ from lensnet_guard._text import json_line
 from lensnet_guard._version import __version__
 from lensnet_guard.postmortem.analysis import analyse
 from lensnet_guard.postmortem.findings import Analysis
+from lensnet_guard.postmortem.plain import plain
 from lensnet_guard.postmortem.reader import find_logs
 
 _T = TypeVar("_T")
@@ -242,13 +242,11 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
     """Return the analysis as a JSON-ready object."""
     runs = []
     for run in analysis.runs:
-        fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
-        del fields["micro_step_calls"], fields["steps"]
-        fields["sites"] = [dataclasses.asdict(s) | {"times": n} for s, n in run.sites.most_common()]
-        runs.append(fields | {"died": run.died})
+        sites = [plain(site) | {"times": n} for site, n in run.sites.most_common()]
+        runs.append(plain(run) | {"sites": sites, "died": run.died})
     return {
         "verdict": analysis.verdict,
         "exit_code": analysis.exit_code,
-        "divergence": analysis.divergence,
+        "divergence": plain(analysis.divergence),
         "runs": runs,
     }
