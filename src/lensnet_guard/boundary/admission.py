@@ -13,6 +13,7 @@ from torch import nn
 from lensnet_guard._torch_checkpoints import is_composable, stops_recomputing
 from lensnet_guard.boundary.claims import Claims, first_breach
 from lensnet_guard.boundary.hazards import CompiledCalls
+from lensnet_guard.boundary.observer import Observer
 from lensnet_guard.boundary.profiling import in_range
 from lensnet_guard.boundary.recompute import Recomputes
 from lensnet_guard.boundary.tripwire import Inside, describe_part
@@ -62,6 +63,7 @@ class Admission:
         self.compiled = CompiledCalls(module)
         self.runs = Runs(s.caller for s in policy.in_full.values() if s.caller is not None)
         self._module = module
+        self._observer = Observer() if mode == "observe" else None
         self._recomputes = Recomputes()
         self._claims = Claims(policy)
         self._scopes = policy.in_full
@@ -79,7 +81,11 @@ class Admission:
     ) -> Any:
         """Admit and run one call, as `Keeper.run` says."""
         record = self._admit(run, args, kwargs, frame, method)
-        result = self._execute(record, run, args, kwargs)
+        observed = None
+        if self._observer is not None and self._is_told(record):
+            observed = self._call(run, args, kwargs, method)
+            self._observer.begin(record, observed, frame, self.open.position())
+        result = self._execute(record, run, args, kwargs, observed)
         if self._claims.look_at_results and record.kind == "call" and record.verdict == "allow":
             self._check_result(self._call(run, args, kwargs, method), record, result, frame)
         return result
@@ -129,6 +135,10 @@ class Admission:
                 window.spend(scope, record)  # observed: it runs, and is one of those that were due
             self._recomputes.remember(record, frame)
         return record
+
+    def _is_told(self, record: CallRecord) -> bool:
+        """Return whether a log wants to know more of a call."""
+        return self.history.log is not None and record.kind == "call"
 
     def _call(
         self,
@@ -235,6 +245,7 @@ class Admission:
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        observed: Call | None = None,
     ) -> Any:
         """Run the module, logging before and after."""
         inside = self.inside
@@ -247,10 +258,14 @@ class Admission:
                 sink.begin(record)
                 if earlier is not None:
                     sink.hazard(record, earlier)
+            if observed is not None:
+                record.notes = {}  # they are written
             inside.here = True
             result = in_range(record, run)(*args, **kwargs)
             self.compiled.end(record, result)
             record.outcome = "returned"
+            if observed is not None and self._observer is not None:
+                self._observer.end(record, observed, result)
         except BaseException as error:
             stopped = stops_recomputing(error)
             record.outcome = "stopped early" if stopped else f"raised {type(error).__name__}"
