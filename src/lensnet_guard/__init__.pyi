@@ -2,9 +2,17 @@
 
 from lensnet_guard._version import __version__ as __version__
 from lensnet_guard.boundary.hazards import LensNetHazard as LensNetHazard
+from lensnet_guard.calls.adapters import adapters_off as adapters_off
+from lensnet_guard.calls.adapters import adapters_on as adapters_on
 from lensnet_guard.calls.budget import MicroStep as MicroStep
 from lensnet_guard.calls.budget import Window as Window
 from lensnet_guard.calls.call import Call as Call
+from lensnet_guard.calls.conditions import autocast as autocast
+from lensnet_guard.calls.conditions import detached as detached
+from lensnet_guard.calls.conditions import eval_mode as eval_mode
+from lensnet_guard.calls.conditions import finite as finite
+from lensnet_guard.calls.conditions import inference_too as inference_too
+from lensnet_guard.calls.conditions import no_grad as no_grad
 from lensnet_guard.calls.errors import BudgetExceeded as BudgetExceeded
 from lensnet_guard.calls.errors import BudgetUnmet as BudgetUnmet
 from lensnet_guard.calls.errors import BypassedGuard as BypassedGuard
@@ -16,9 +24,11 @@ from lensnet_guard.calls.errors import RankDivergence as RankDivergence
 from lensnet_guard.calls.errors import RankStopped as RankStopped
 from lensnet_guard.calls.errors import ReentrantCall as ReentrantCall
 from lensnet_guard.calls.errors import UnsanctionedCall as UnsanctionedCall
+from lensnet_guard.calls.frozen import frozen as frozen
 from lensnet_guard.calls.policy import CallPolicy as CallPolicy
 from lensnet_guard.calls.policy import Mode as Mode
 from lensnet_guard.calls.record import CallRecord as CallRecord
+from lensnet_guard.calls.same_inputs import same_inputs as same_inputs
 from lensnet_guard.calls.scope import Condition as Condition
 from lensnet_guard.calls.scope import Scope as Scope
 from lensnet_guard.guard import Guard as Guard

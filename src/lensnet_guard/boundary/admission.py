@@ -68,6 +68,7 @@ class Admission:
         self._claims = Claims(policy)
         self._scopes = policy.in_full
         self._last: CallRecord | None = None
+        self._memory: dict[Any, Any] = {}
 
     # A call ------------------------------------------------------------------------------------
 
@@ -150,7 +151,8 @@ class Admission:
         """Return what conditions are asked about."""
         function = self._module.forward if run is self._module else run
         context = self.open.position().context
-        return Call(self._module, method or "forward", function, args, kwargs, context)
+        name, memory = method or "forward", self._memory
+        return Call(self._module, name, function, args, kwargs, context, memory=memory)
 
     def _left(self, here: Position, scope: str | None) -> tuple[Window | None, int | None]:
         """Return the open window that a scope counts in, and the calls that are left in it."""

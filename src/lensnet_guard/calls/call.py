@@ -25,6 +25,8 @@ class Call:
         scope: The scope that the call belongs to; None while that is being found out.
         earlier: The call of the module that was admitted before this one, if there was one.
         result: What the call has returned, for a condition in ``ensures``.
+        memory: What conditions remember of the module from call to call. It is its guard's, and
+            goes with it; a key is the condition that remembers.
     """
 
     module: torch.nn.Module
@@ -36,6 +38,7 @@ class Call:
     scope: str | None = None
     earlier: "CallRecord | None" = None
     result: Any = None
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     _bound: dict[str, Any] | None = field(default=None, repr=False)
 
     @property

@@ -110,13 +110,15 @@ def contradiction(conditions: tuple[Condition, ...]) -> tuple[Condition, Conditi
     """Return two conditions that cannot hold together, as far as they tell; None without such.
 
     Two different ones contradict each other that say they are about the same thing: their attribute
-    ``about``, as ``adapters_on`` and ``adapters_off`` have it.
+    ``about``, as ``adapters_on`` and ``adapters_off`` have it. One that is asked in inference too
+    is no different one for that.
     """
     first: dict[object, Condition] = {}
     for condition in conditions:
         about = getattr(condition, "about", None)
-        if about is not None and first.setdefault(about, condition) != condition:
-            return first[about], condition
+        alone = getattr(condition, "__wrapped__", condition)
+        if about is not None and first.setdefault(about, alone) != alone:
+            return first[about], alone
     return None
 
 

@@ -1,0 +1,240 @@
+"""The stock condition that nobody has changed a module between two of its calls.
+
+What a module is made of is compared with what it was made of when it was last checked: by identity,
+by the counters of torch that move with every write in place, and, where it is asked for, by
+checksums. No tensor is kept alive for that.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import nn
+
+from lensnet_guard._text import count
+from lensnet_guard.calls.call import Call
+from lensnet_guard.calls.checksum import checksums
+from lensnet_guard.calls.record import CallRecord
+from lensnet_guard.calls.scope import Condition
+
+_version = attrgetter("_version")  # public by its name in torch's own documents, Tensor._version
+
+
+@overload
+def frozen(call: Call, /) -> str | None: ...
+@overload
+def frozen(*, fingerprint: bool) -> Condition: ...
+def frozen(call: Call | None = None, /, *, fingerprint: bool = False) -> str | Condition | None:
+    """No parameter, buffer or submodule has changed since the last call that was checked.
+
+    It stops a reference that an optimizer trains, a loader loads or a trainer replaces, and batch
+    norms that take statistics from what they see. What is compared is which tensors there are, and
+    the counter that moves with each write in place; no values are read. A change is told once: what
+    it made of the module is what the next call is compared with.
+
+    Writes through ``.data``, as ZeRO makes them, move no counter. They are found by
+    ``frozen(fingerprint=True)``, which takes a checksum of all bits at every call, and waits for
+    the device.
+
+    Args:
+        call: The call as it begins; left out to make the other condition.
+        fingerprint: Whether to compare the bits of each tensor too.
+
+    Returns:
+        None, or the first that changed, how, and since when; the condition, without a call.
+    """
+    if call is not None:
+        return _BY_COUNTER(call)
+    return _Frozen(fingerprint=True) if fingerprint else frozen
+
+
+@dataclass(frozen=True, repr=False)
+class _Frozen:
+    """What `frozen` does, with or without checksums."""
+
+    fingerprint: bool
+
+    def __call__(self, call: Call) -> str | None:
+        before: _Seen | None = call.memory.get(self)
+        if before is not None and before.holds():
+            return None
+        now = call.memory[self] = _Seen(call.module, fingerprint=self.fingerprint)
+        changes = list(_changes(before, now)) if before is not None else []
+        if changes:
+            return _told(changes, call.earlier)
+        untold = (f"{i.kind} {path} {i.untold}" for path, i in now.items.items() if i.untold)
+        return next((f"the {found}" for found in untold), None)
+
+    def __repr__(self) -> str:
+        return f"frozen(fingerprint={self.fingerprint})"
+
+
+_BY_COUNTER = _Frozen(fingerprint=False)
+
+
+def _told(changes: list[str], earlier: CallRecord | None) -> str:
+    """Return in words what changed, and between which calls."""
+    others = len(changes) - 1
+    more = f", and {count(others, 'other')} changed" if others else ""
+    last = f"call {earlier.seq} at {earlier.caller}" if earlier is not None else "none"
+    return (
+        f"{changes[0]}{more} since the last call that was checked (the call before this one is "
+        f"{last})"
+    )
+
+
+class _Item(NamedTuple):
+    """A parameter, buffer or submodule, as it was when it was looked at.
+
+    Attributes:
+        kind: Which of these it is.
+        find: A weak reference to it.
+        version: Its counter of writes; None where it has none.
+        bits: Its checksum; None where none was taken.
+        untold: Why nobody can tell whether it changes; empty otherwise.
+    """
+
+    kind: str
+    find: Callable[[], object]
+    version: int | None = None
+    bits: object = None
+    untold: str = ""
+
+
+class _Seen:
+    """What a module was made of when it was last looked at.
+
+    Args:
+        module: The module.
+        fingerprint: Whether to take checksums.
+
+    Attributes:
+        items: All of it, by path.
+    """
+
+    def __init__(self, module: nn.Module, *, fingerprint: bool) -> None:
+        found = list(_content(module))
+        tensors = [thing for _, _, thing in found if isinstance(thing, torch.Tensor)]
+        self._bits = _read(tensors) if fingerprint else None
+        bits = iter(self._bits or ())
+        self.items: dict[str, _Item] = {}
+        for path, kind, thing in found:
+            if isinstance(thing, nn.Module):
+                self.items[path] = _Item(kind, weakref.ref(thing))
+            else:
+                self.items[path] = _tensor_item(kind, thing, next(bits, None))
+        self._look = _quick_look(module)
+
+    def holds(self) -> bool:
+        """Return whether it is so still; False too where that cannot be told quickly."""
+        tensors = self._look()
+        return tensors is not None and (self._bits is None or _read(tensors) == self._bits)
+
+
+def _content(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Yield path, kind and object of all that a module is made of."""
+    for path, part in module.named_modules(remove_duplicate=False):
+        if path:
+            yield path, "submodule", part
+        for kind, named in (("parameter", part.named_parameters), ("buffer", part.named_buffers)):
+            for name, tensor in named(recurse=False, remove_duplicate=False):
+                yield f"{path}.{name}" if path else name, kind, tensor
+
+
+def _read(tensors: list[torch.Tensor]) -> list[tuple[int, ...] | str]:
+    """Return a checksum of each tensor; of one that cannot be read, why not."""
+    try:
+        return list(checksums(tensors))
+    except Exception as error:  # of whatever kind of tensor
+        if len(tensors) == 1:
+            reason = str(error).partition("\n")[0]
+            return [f"cannot be read ({type(error).__name__}: {reason})"]
+        return [bits for tensor in tensors for bits in _read([tensor])]
+
+
+def _tensor_item(kind: str, tensor: torch.Tensor, bits: tuple[int, ...] | str | None) -> _Item:
+    version, untold = None, ""
+    if isinstance(bits, str):
+        untold = bits
+    try:
+        version = _version(tensor)
+    except Exception as error:  # of whatever kind of tensor
+        if bits is None:
+            untold = f"has no counter of writes ({type(error).__name__})"
+            if isinstance(error, RuntimeError) and tensor.is_inference():
+                untold = (
+                    "was made in inference mode, so torch counts no writes to it; make it outside, "
+                    "or ask for frozen(fingerprint=True)"
+                )
+    return _Item(kind, weakref.ref(tensor), version, bits, untold)
+
+
+def _changes(before: _Seen, now: _Seen) -> Iterator[str]:
+    """Yield in words each thing that is not as it was."""
+    for path, item in now.items.items():
+        was = before.items.get(path)
+        if was is None:
+            yield f"the {item.kind} {path} was added"
+        elif was.find() is not item.find():
+            yield f"the {item.kind} {path} was replaced"
+        elif was.version != item.version:
+            times = count((item.version or 0) - (was.version or 0), "time")
+            yield f"the {item.kind} {path} was written in place {times}"
+        elif was.bits != item.bits:
+            yield f"the {item.kind} {path} was written through .data or the like"
+    for path, was in before.items.items():
+        if path not in now.items:
+            yield f"the {was.kind} {path} is gone"
+
+
+def _quick_look(module: nn.Module) -> Callable[[], list[torch.Tensor] | None]:
+    """Return a function that looks at a whole module in microseconds, many things at each step.
+
+    It looks into the dicts in which the parts of a module keep their things. Of the tensors it has
+    weak references only; a submodule that was taken out is let go at the next look.
+
+    Returns:
+        The function. It returns all tensors of the module, as `_content` orders them, if none was
+        written in place and everything is what it was; else None, and always where a part has no
+        such dicts, or a tensor no counter.
+    """
+    parts = [vars(part) for _, part in module.named_modules(remove_duplicate=False)]
+    if any("_parameters" not in part for part in parts):  # TorchScript's
+        return _nothing
+    dicts = [part[kept] for part in parts for kept in ("_parameters", "_buffers")]
+    holders = tuple(filter(None, dicts))
+    parents = tuple(part["_modules"] for part in parts if part["_modules"])
+    empty = [d for d in (*dicts, *(part["_modules"] for part in parts)) if not d]
+    things = [thing for holder in holders for thing in holder.values()]  # None: no such bias
+    children = [child for parent in parents for child in parent.values()]
+    tensors = [thing for thing in things if thing is not None]
+    try:
+        versions = sum(map(_version, tensors))
+    except Exception:  # of whatever kind of tensor
+        return _nothing
+    find = [weakref.ref(thing) if thing is not None else _nothing for thing in things]
+    all_there = len(tensors) == len(things)
+    del things, tensors
+
+    def look() -> list[torch.Tensor] | None:
+        # What dicts refer to is their values: in one step, where `values()` would take one each.
+        if any(empty) or gc.get_referents(*parents) != children:
+            return None
+        found = gc.get_referents(*holders)
+        if len(found) != len(find):
+            return None
+        for ref, thing in zip(find, found, strict=True):
+            if ref() is not thing:
+                return None
+        now = found if all_there else [thing for thing in found if thing is not None]
+        return now if sum(map(_version, now)) == versions else None
+
+    return look if look() is not None else _nothing
+
+
+def _nothing() -> None:
+    return None
