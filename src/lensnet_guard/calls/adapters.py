@@ -1,6 +1,7 @@
 """The stock conditions on PEFT's adapters, which is read where it is loaded and never imported."""
 
 import sys
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -83,17 +84,25 @@ def _states(module: nn.Module) -> list[tuple[nn.Module, _State]]:
     """Return the adapters' layers in a module, each once, and what state they are in."""
     if "peft" not in sys.modules:
         return []
-    layer, prompt, prompted = (_classes(*names) for names in (_LAYERS, _MODELS, _ATTENTIONS))
-    kinds: dict[type, Any] = {}
-    found: dict[int, tuple[nn.Module, _State]] = {}
-    for part in every_part(module):
-        kind = type(part)
-        if kind not in kinds:  # asking each part would cost more than the walk
-            asks = {layer: _layer_state, prompt: _model_state, prompted: _always_on}
-            kinds[kind] = next((asks[c] for c in asks if issubclass(kind, c)), None)
-        if kinds[kind] is not None and (state := kinds[kind](part)) is not None:
-            found[id(part)] = part, state
-    return list(found.values())
+    parts = every_part(module)
+    types = set(map(type, parts))  # to ask each part would cost more than the walk
+    kinds = {kind: ask for kind in types if (ask := _asks(kind)) is not None}
+    if not kinds:
+        return []
+    found = {id(part): (part, kinds[type(part)](part)) for part in parts if type(part) in kinds}
+    return [(part, state) for part, state in found.values() if state is not None]
+
+
+def _asks(kind: type) -> Callable[[Any], _State | None] | None:
+    """Return what tells the state of a class of modules; None where it has no adapters."""
+    for classes, ask in (
+        (_LAYERS, _layer_state),
+        (_MODELS, _model_state),
+        (_ATTENTIONS, _always_on),
+    ):
+        if issubclass(kind, _loaded(classes)):
+            return ask
+    return None
 
 
 # Where PEFT has them, in 0.13 and since: layers, and whole modules that are trained beside them;
@@ -110,7 +119,7 @@ _ATTENTIONS = tuple(
 )
 
 
-def _classes(*names: tuple[str, str]) -> tuple[type, ...]:
+def _loaded(names: Iterable[tuple[str, str]]) -> tuple[type, ...]:
     """Return those classes of PEFT's that are loaded."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in names)
     return tuple(cls for cls in found if cls is not None)

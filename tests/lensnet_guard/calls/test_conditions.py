@@ -52,14 +52,16 @@ class TestNoGrad:
         guard = guarded(scorer, no_grad)
         with pytest.raises(ConditionUnmet) as refused:
             call(guard, x)
-        shown = re.sub(r"(?<=tests/lensnet_guard/calls/)(\w+\.py:)\d+", r"\1N", str(refused.value))
-        assert re.sub(r"\S*(?=tests/lensnet_guard)", "", shown) == (
+        rows = refused.value.record.stack()[:3]
+        assert [row.function.rpartition(".")[2] for row in rows[:2]] == [
+            *("call", "test_the_whole_message")
+        ]
+        assert str(refused.value) == (
             "Scorer was called in a state that its contract does not allow: no_grad: autograd "
             "records; make the call inside torch.no_grad().\n"
-            "  called from  tests/lensnet_guard/calls/asked.py:N in call\n"
-            "               tests/lensnet_guard/calls/test_conditions.py:N in "
-            "TestNoGrad.test_the_whole_message\n"
-            f"               {refused.value.record.stack()[2]}\n"
+            f"  called from  {rows[0]}\n"
+            f"               {rows[1]}\n"
+            f"               {rows[2]}\n"
             "  context      training, step 0, micro-step 0 (thread MainThread)\n"
             "  scope        kl\n"
             "  budget       kl: 0 of 1 spent\n"
@@ -185,7 +187,7 @@ class TestEvalMode:
         module[2].train()
         assert "1 (Sequential) is in train mode, as 3 of 5" in refusal(guard, X)
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.jit")
     def test_a_scripted_part(self):
         """TorchScript's keep their parts in another kind of dict."""
         scripted = torch.jit.script(nn.Sequential(nn.Dropout(), nn.Linear(3, 3)))
@@ -386,8 +388,8 @@ class TestDetached:
             str(refused.value)
             .partition("\n")[0]
             .endswith(
-                f": detached: {place} requires grad (by MulBackward0); return it detached, or call the "
-                "module inside torch.no_grad()."
+                f": detached: {place} requires grad (by MulBackward0); return it detached, or "
+                "call the module inside torch.no_grad()."
             )
         )
 

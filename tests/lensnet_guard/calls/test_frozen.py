@@ -278,7 +278,7 @@ class TestFrozen:
         net.again = nn.Linear(3, 2, bias=False)
         assert finding(guard).startswith("the submodule again was replaced, and 1 other changed")
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.jit")
     def test_a_scripted_part(self, net):
         """TorchScript's keep their things elsewhere, and are looked at all the same."""
         net.body[0] = torch.jit.script(net.body[0])
@@ -303,8 +303,8 @@ class TestFrozen:
                 str(refused.value)
                 .partition("\n")[0]
                 .endswith(
-                    ": frozen: the parameter head.weight was made in inference mode, so torch counts "
-                    "no writes to it; make it outside, or ask for frozen(fingerprint=True)."
+                    ": frozen: the parameter head.weight was made in inference mode, so torch "
+                    "counts no writes to it; make it outside, or ask for frozen(fingerprint=True)."
                 )
             )
 
@@ -473,8 +473,8 @@ class TestFingerprint:
             str(refused.value)
             .partition("\n")[0]
             .endswith(
-                ": frozen(fingerprint=True): the buffer sparse cannot be read (RuntimeError: reshape "
-                "is not implemented for sparse tensors)."
+                ": frozen(fingerprint=True): the buffer sparse cannot be read (RuntimeError: "
+                "reshape is not implemented for sparse tensors)."
             )
         )
 
@@ -511,9 +511,11 @@ class TestSharded:
 
     @pytest.fixture(params=[frozen, FINGERPRINT], ids=["frozen", "fingerprint"])
     def guard(self, request, net):
-        """Of a sharded model that is sharded again after each of its calls."""
-        fully_shard(net.head, reshard_after_forward=True)
-        fully_shard(net, reshard_after_forward=True)
+        """Of a model whose parameters are all in parts that are sharded again after each call."""
+        del net.scale
+        net.register_buffer("scale", torch.ones(1))
+        for part in (net.body, net.head, net):
+            fully_shard(part)
         guard = guard_module(net, policy=guarded(Net(), request.param).policy)
         with torch.no_grad():
             call(guard, X)
