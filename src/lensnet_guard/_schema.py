@@ -33,7 +33,7 @@ SCHEMA_VERSION = "schema_version"
 MODULE = "module"  # in most other lines too
 MODE = "mode"
 POLICY = "policy"
-POLICIES = "policies"  # by module, where several share a log
+POLICIES = "policies"  # by module, instead of it, in a log of several modules
 HOST = "host.name"
 PID = "process.pid"
 PARENT_PID = "process.parent_pid"
@@ -79,6 +79,11 @@ RECORD = (  # the fields of `CallRecord` that are written as they are, in this o
     *(SEQ, GUARD, MODULE, KIND, VERDICT, REASON, CONTEXT, SCOPE, STEP, MICRO_STEP, THREAD),
     *(GRAD_ENABLED, DURATION_MS, OUTCOME, RECOMPUTE_OF, COMPILED, METHOD),
 )
+HELD = "held"  # in observe mode: the conditions that held, as they are written in code
+CALLERS = "callers"  # likewise: of each frame of the stack the name that a policy knows it by
+WINDOWS = "windows"  # likewise: the windows that were open, but for the micro-step
+OPTIMIZER_STEP = "optimizer_step"  # likewise: how many torch had taken; of run.end, too
+IN_BACKWARD = "in_backward"  # likewise: whether it was made inside a backward pass
 INPUTS = "inputs"
 CALLER = "caller"  # the index of the caller's frame in the stack
 STACK = "stack"

@@ -14,6 +14,14 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def budget_text(calls: int | tuple[int, int | None]) -> str:
+    """Return a budget in words, such as ``"1"``, ``"0 to 4"`` or ``"2 or more"``."""
+    if isinstance(calls, int):
+        return str(calls)
+    least, most = calls
+    return f"{least} or more" if most is None else f"{least} to {most}"
+
+
 def moment(seconds: float | None) -> str:
     """Return seconds since the epoch as a date in UTC, for logs of machines in many places."""
     try:

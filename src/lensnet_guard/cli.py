@@ -1,7 +1,6 @@
-"""The command line: ``lensnet-guard postmortem``, ``report``, ``trace`` and ``doctor``."""
+"""The command line: ``postmortem``, ``report``, ``trace``, ``suggest`` and ``doctor``."""
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import os
@@ -26,6 +25,7 @@ from lensnet_guard._text import json_line
 from lensnet_guard._version import __version__
 from lensnet_guard.postmortem.analysis import analyse
 from lensnet_guard.postmortem.findings import Analysis
+from lensnet_guard.postmortem.plain import plain
 from lensnet_guard.postmortem.reader import find_logs
 
 _T = TypeVar("_T")
@@ -124,6 +124,44 @@ def trace(target: Path, output: Path | None, force: bool) -> None:
 
     events = _with_progress((target,), write)
     show(f"{output}: {events} events\n")
+
+
+@main.command("suggest")
+@click.argument(
+    "targets", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of code.")
+def suggest(targets: tuple[Path, ...], as_json: bool) -> None:
+    """Write the strictest contract that a run has kept, as Python to paste.
+
+    RUN is the folder or the log of a run in observe mode, also of several ranks and modules: who
+    called, how often in which window, and what held each time. Each line says what it rests on;
+    below stands what would have broken a stricter contract.
+
+    Exits with 0 when the run would have kept the contract, 1 when the program has to change first,
+    as the last lines say, 2 when there is nothing to suggest it from.
+
+    Example: lensnet-guard suggest runs/42 > policy.py
+    """
+    from lensnet_guard.postmortem.observed import NotObserved, read_observed
+    from lensnet_guard.postmortem.suggest import suggest as suggest_for
+    from lensnet_guard.postmortem.suggest_code import suggestion_code, suggestion_json
+
+    try:
+        observed, faults = _with_progress(targets, read_observed)
+    except (NotObserved, SystemExit) as error:
+        if as_json:  # a program reads stdout
+            print_json({"exit_code": 2, "code": None, "faults": [], "modules": []})
+        if isinstance(error, SystemExit):
+            raise
+        fail(OSError(str(error)))
+    found = list(map(suggest_for, observed))
+    exit_code = int(any(one.to_do for one in found))
+    if as_json:
+        print_json(suggestion_json(found, faults, exit_code))
+    else:
+        show(suggestion_code(found, faults))
+    sys.exit(exit_code)
 
 
 @main.command("doctor")
@@ -242,13 +280,11 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
     """Return the analysis as a JSON-ready object."""
     runs = []
     for run in analysis.runs:
-        fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
-        del fields["micro_step_calls"], fields["steps"]
-        fields["sites"] = [dataclasses.asdict(s) | {"times": n} for s, n in run.sites.most_common()]
-        runs.append(fields | {"died": run.died})
+        sites = [plain(site) | {"times": n} for site, n in run.sites.most_common()]
+        runs.append(plain(run) | {"sites": sites, "died": run.died})
     return {
         "verdict": analysis.verdict,
         "exit_code": analysis.exit_code,
-        "divergence": analysis.divergence,
+        "divergence": plain(analysis.divergence),
         "runs": runs,
     }

@@ -13,6 +13,7 @@ from torch import nn
 from lensnet_guard._torch_checkpoints import is_composable, stops_recomputing
 from lensnet_guard.boundary.claims import Claims, first_breach
 from lensnet_guard.boundary.hazards import CompiledCalls
+from lensnet_guard.boundary.observer import Observer
 from lensnet_guard.boundary.profiling import in_range
 from lensnet_guard.boundary.recompute import Recomputes
 from lensnet_guard.boundary.tripwire import Inside, describe_part
@@ -62,6 +63,7 @@ class Admission:
         self.compiled = CompiledCalls(module)
         self.runs: Runs | None = None
         self._module = module
+        self._observer = Observer() if mode == "observe" else None
         self._recomputes = Recomputes()
         self._claims = Claims(policy)
         self._scopes = policy.in_full
@@ -88,7 +90,11 @@ class Admission:
     ) -> Any:
         """Admit and run one call, as `Keeper.run` says."""
         record = self._admit(run, args, kwargs, frame, method)
-        result = self._execute(record, run, args, kwargs)
+        observed = None
+        if self._observer is not None and self._is_told(record):
+            observed = self._call(run, args, kwargs, method)
+            self._observer.begin(record, observed, frame, self.open.position())
+        result = self._execute(record, run, args, kwargs, observed)
         if self._claims.look_at_results and record.kind == "call" and record.verdict == "allow":
             self._check_result(self._call(run, args, kwargs, method), record, result, frame)
         return result
@@ -138,7 +144,7 @@ class Admission:
                 self._last = record
                 return record
         if reason == "UnsanctionedCall" and scope is not None:
-            detail = self._outside(scope)
+            detail = claims.outside(scope)
         refusal = Refusal("call", reason, here, frame, scope, inputs, detail, method)
         record = self.violations.refuse(refusal)
         with self.history.lock:
@@ -146,6 +152,10 @@ class Admission:
                 window.spend(scope, record)  # observed: it runs, and is one of those that were due
             self._recomputes.remember(record, frame)
         return record
+
+    def _is_told(self, record: CallRecord) -> bool:
+        """Return whether a log wants to know more of a call."""
+        return self.history.log is not None and record.kind == "call"
 
     def _call(
         self,
@@ -164,14 +174,6 @@ class Admission:
         """Return the open window of a scope that does not count per micro-step."""
         # In inference calls are free, and nothing is booked.
         return here.window(self._claims.windows[scope]) if here.context == "training" else None
-
-    def _outside(self, scope: str) -> str:
-        """Return what to say of a call whose scope is known, and whose window is not open."""
-        full = self._scopes[scope]
-        if full.per != MICRO_STEP:
-            return f': its scope {scope!r} counts per "{full.per}", and no such window is open'
-        who = "its sanctioned caller runs" if full.caller is not None else f"its scope {scope!r} is"
-        return f": {who} outside any micro-step, where no budget counts"
 
     def _check_result(
         self, call: Call, record: CallRecord, result: Any, frame: FrameType | None
@@ -244,6 +246,7 @@ class Admission:
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        observed: Call | None = None,
     ) -> Any:
         """Run the module, logging before and after."""
         inside = self.inside
@@ -256,10 +259,14 @@ class Admission:
                 sink.begin(record)
                 if earlier is not None:
                     sink.hazard(record, earlier)
+            if observed is not None:
+                record.notes = {}  # they are written
             inside.here = True
             result = in_range(record, run)(*args, **kwargs)
             self.compiled.end(record, result)
             record.outcome = "returned"
+            if observed is not None and self._observer is not None:
+                self._observer.end(record, observed, result)
         except BaseException as error:
             stopped = stops_recomputing(error)
             record.outcome = "stopped early" if stopped else f"raised {type(error).__name__}"

@@ -68,6 +68,14 @@ class Claims:
             return _only(found)
         return None, f": {'; '.join(missed)}" if missed else ""
 
+    def outside(self, scope: str) -> str:
+        """Return what to say of a call whose scope is known, and whose window is not open."""
+        full = self._policy.in_full[scope]
+        if full.per != MICRO_STEP:
+            return f': its scope {scope!r} counts per "{full.per}", and no such window is open'
+        who = "its sanctioned caller runs" if full.caller is not None else f"its scope {scope!r} is"
+        return f": {who} outside any micro-step, where no budget counts"
+
     def requires(self, context: Context | None, scope: str | None) -> Iterable[Condition]:
         """Return what must hold of a call as it begins."""
         own = self._policy.in_full[scope].requires if scope is not None else ()

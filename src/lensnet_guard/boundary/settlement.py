@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lensnet_guard._text import count
+from lensnet_guard._text import budget_text, count
 from lensnet_guard.boundary.admission import Admission
 from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.context import Block, Position
 from lensnet_guard.calls.errors import LensNetViolation
-from lensnet_guard.calls.scope import budget_text, name_of
+from lensnet_guard.calls.scope import name_of
 
 
 @contextmanager

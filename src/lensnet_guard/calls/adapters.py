@@ -65,6 +65,11 @@ def adapters_off(call: Call) -> str | None:
     )
 
 
+def has_adapters(module: nn.Module) -> bool:
+    """Return whether a module has adapters of PEFT's, in whatever state."""
+    return bool(_states(module))
+
+
 # As two that cannot hold together tell it: see `contradiction`.
 vars(adapters_on)["about"] = vars(adapters_off)["about"] = "adapters"
 

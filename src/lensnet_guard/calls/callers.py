@@ -31,6 +31,15 @@ def find_caller(
     return None, None
 
 
+def names_on(frame: FrameType | None, number: int) -> list[str]:
+    """Return the names of so many frames, from ``frame`` outwards, as a policy knows them."""
+    names: list[str] = []
+    while frame is not None and len(names) < number:
+        names.append(f"{frame.f_globals.get('__name__', '')}:{qualname(frame)}")
+        frame = frame.f_back
+    return names
+
+
 def qualname(frame: FrameType) -> str:
     """Return the qualified name of the function that a frame runs."""
     if sys.version_info >= (3, 11):

@@ -68,15 +68,16 @@ class Position:
     @property
     def ledger(self) -> Window | None:
         """The window that takes note of what goes wrong here: the micro-step, or the innermost."""
-        return self.micro_step or next(self._named(), None)
+        return self.micro_step or next(self.windows, None)
 
     def window(self, name: str) -> Window | None:
         """Return the innermost open window of a name; None when there is none."""
         if name == MICRO_STEP:
             return self.micro_step
-        return next((window for window in self._named() if window.name == name), None)
+        return next((window for window in self.windows if window.name == name), None)
 
-    def _named(self) -> Iterator[Window]:
+    @property
+    def windows(self) -> Iterator[Window]:
         """The open windows that are no micro-steps, innermost first."""
         for block in reversed(self.blocks):
             if block.window is not None and block.window.name != MICRO_STEP:

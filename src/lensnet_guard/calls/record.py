@@ -99,11 +99,26 @@ class CallRecord:
     method: str | None = None
     _stack: tuple[_RawFrame | Frame, ...] = field(default=(), repr=False)
     _inputs: tuple[object, ...] = field(default=(), repr=False)
+    _notes: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The arguments as text, such as ``"float32[2, 31, 64] cpu"`` or ``"mask=NoneType"``."""
         return tuple(map(_input_text, self._inputs))
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What the next line of a log says of the call besides; no pickle keeps it."""
+        return self._notes or {}
+
+    @notes.setter
+    def notes(self, notes: Mapping[str, Any]) -> None:
+        self._notes = notes or None
+
+    @property
+    def depth(self) -> int:
+        """How many frames the stack has."""
+        return len(self._stack)
 
     def stack(self) -> list[Frame]:
         """Return the frames that led to the call, innermost first, symbolised now."""
@@ -128,6 +143,8 @@ class CallRecord:
         symbols = [_symbol(*f) if len(f) == 2 else _Symbol.of(f) for f in self._stack]
         fields[_schema.CALLER] = next((i for i, s in enumerate(symbols) if not s.internal), 0)
         fields[_schema.STACK] = [symbol.fields for symbol in symbols]
+        if self._notes is not None:
+            fields |= self._notes
         return fields
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,7 +153,7 @@ class CallRecord:
         return state | {"_stack": tuple(self.stack()), "_inputs": self.inputs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.method = None  # records of before have none
+        self.method = self._notes = None  # records of before have no method
         for name, value in state.items():
             setattr(self, name, value)
 

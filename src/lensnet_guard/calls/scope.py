@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, cast
 
+from lensnet_guard._text import budget_text
+
 Condition = Callable[[Any], str | None]
 """What must hold of a `lensnet_guard.Call`: returns None when it does, else what was found."""
 
@@ -92,14 +94,6 @@ class Scope:
         }
         said = {name: value for name, value in fields.items() if value}
         return {"calls": calls, **said} if said else calls
-
-
-def budget_text(calls: Calls) -> str:
-    """Return a budget in words."""
-    if isinstance(calls, int):
-        return str(calls)
-    least, most = calls
-    return f"{least} or more" if most is None else f"{least} to {most}"
 
 
 def name_of(condition: Condition) -> str:

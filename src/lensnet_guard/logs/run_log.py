@@ -27,7 +27,9 @@ import torch
 
 from lensnet_guard import _schema
 from lensnet_guard._text import absolute
+from lensnet_guard._torch_checkpoints import backward_pass
 from lensnet_guard._version import __version__
+from lensnet_guard.logs import optimizer_steps
 from lensnet_guard.logs.log_file import LogFile, warn
 from lensnet_guard.logs.sinks import Sink
 
@@ -64,6 +66,9 @@ class RunLog(Sink):
         self.closed = False
         self._header = header
         self._writers = 0
+        live = not header.get(_schema.FROM_MEMORY)
+        self._observes = live and header.get(_schema.MODE) == "observe"
+        self._watch_no_more = optimizer_steps.watch(self) if self._observes else lambda: None
         self._lock = threading.RLock()  # a finalizer may call the module while a line is written
         # A private logger: the user's structlog configuration is neither read nor changed.
         self._logger = structlog.wrap_logger(
@@ -101,7 +106,12 @@ class RunLog(Sink):
         if record.kind == "call" and record.reason is None:  # a recompute is no call
             training = record.context == "training"
             counted = _schema.CALLS if training else _schema.INFERENCE_CALLS
-        self._append(_schema.CALL_BEGIN, record.to_log(), counted)
+        fields = record.to_log()
+        if self._observes:
+            fields[_schema.OPTIMIZER_STEP] = optimizer_steps.taken() - self._steps_before
+            if backward_pass() is not None:
+                fields[_schema.IN_BACKWARD] = True
+        self._append(_schema.CALL_BEGIN, fields, counted)
 
     def end(self, record: "CallRecord") -> None:
         """Write down how a call ended."""
@@ -111,6 +121,7 @@ class RunLog(Sink):
             _schema.SEQ: record.seq,
             _schema.OUTCOME: record.outcome,
             _schema.DURATION_MS: record.duration_ms,
+            **record.notes,
         }
         if record.compiled is not None:
             fields[_schema.COMPILED] = record.compiled.to_log()
@@ -187,6 +198,7 @@ class RunLog(Sink):
             if mine and self._file.is_open:
                 self._append(_schema.RUN_END, self._end_fields())
             self.closed = True
+            self._watch_no_more()
             self._file.close()
         if mine and self.lost_lines:
             warn(
@@ -196,16 +208,19 @@ class RunLog(Sink):
 
     def _end_fields(self) -> dict[str, Any]:
         violations = self._sums[_schema.VIOLATIONS]
+        steps = {_schema.OPTIMIZER_STEP: optimizer_steps.taken() - self._steps_before}
         return {
             _schema.MODULE: self._header[_schema.MODULE],
             _schema.VERDICT: "violations" if violations else "clean",
             _schema.CALLS: self._sums[_schema.CALLS] + self._sums[_schema.INFERENCE_CALLS],
             _schema.VIOLATIONS: violations,
             _schema.LOST_LINES: self.lost_lines,
+            **(steps if self._observes else {}),
         }
 
     def _open(self) -> None:
         self._sums = dict.fromkeys(_SUMS, 0)
+        self._steps_before = optimizer_steps.taken()
         rank = os.environ.get("RANK", "0")
         pid, worker_of = os.getpid(), multiprocessing.parent_process()
         parent = self._file.pid if self._file.pid != pid else worker_of and worker_of.pid

@@ -12,8 +12,11 @@ from typing import Any, ClassVar
 from lensnet_guard import _schema
 from lensnet_guard._text import count
 from lensnet_guard.postmortem.events import (
+    budgets,
     call_key,
     counts,
+    is_met,
+    modules_of,
     number,
     read_call,
     read_site,
@@ -26,7 +29,9 @@ from lensnet_guard.postmortem.findings import (
     Call,
     Deviation,
     Divergence,
+    Due,
     Run,
+    Sums,
     Violation,
 )
 from lensnet_guard.postmortem.judge import current_runs, judge
@@ -75,10 +80,24 @@ class _Reading:
     def _new_run(self) -> Run:
         self._open: dict[tuple[object, ...], Mapping[str, Any]] = {}
         self._allowed: dict[str, Mapping[str, Any]] = {}
-        self._since_step = self._ran_since_step = 0
+        # By module, where there are several; and so are the numbers of windows.
+        self._since_step: Counter[str] = Counter()
+        self._ran_since_step: Counter[str] = Counter()
+        self._windows: Counter[tuple[str, str]] = Counter()
+        self._missed: tuple[object, set[str]] = None, set()
+        self._micro_steps = 0  # of all modules, as the log's own sums count them
         self.run = Run(self._log)
         self.runs.append(self.run)
         return self.run
+
+    def _module(self, event: Mapping[str, Any]) -> str:
+        """Return the module that a line is about; nothing where there is only one."""
+        return (text(event.get(_schema.MODULE)) or "?") if self.run.modules else ""
+
+    def _sums(self, module: str) -> tuple[Run | Sums, ...]:
+        """Return what counts that which a module does."""
+        modules = self.run.modules
+        return (self.run, modules.setdefault(module, Sums())) if modules else (self.run,)
 
     def take_file(self, file: OpenFile, progress: Callable[[int], object]) -> None:
         """Take all lines of a file; one that cannot be read hides no other."""
@@ -121,7 +140,9 @@ class _Reading:
         return self.runs
 
     def _end_run(self) -> None:
-        self.run.cut_off_calls = self._since_step
+        self.run.cut_off_calls = sum(self._since_step.values())
+        for module, sums in self.run.modules.items():
+            sums.cut_off_calls = self._since_step[module]
         self.run.in_flight = list(map(read_call, self._open.values()))
 
     # One method per event ----------------------------------------------------------------------
@@ -135,6 +156,8 @@ class _Reading:
         run.forked = event.get(_schema.FORKED) is True
         run.host = text(event.get(_schema.HOST)) or "?"
         run.module = text(event.get(_schema.MODULE)) or run.module
+        for module in modules_of(event):
+            run.modules.setdefault(module, Sums())
         run.mode = text(event.get(_schema.MODE)) or "?"
         run.argv = texts(event.get(_schema.ARGUMENTS))
         versions = event.get(_schema.VERSIONS)
@@ -151,7 +174,7 @@ class _Reading:
         calls = _schema.CALLS, _schema.INFERENCE_CALLS
         names = (*calls, _schema.MICRO_STEPS, _schema.VIOLATIONS)
         sums = tuple(before.get(name, 0) for name in names)
-        found = run.training_calls, run.inference_calls, run.micro_steps, run.violation_count
+        found = run.training_calls, run.inference_calls, self._micro_steps, run.violation_count
         segment = whole(event.get(_schema.SEGMENT)) or 0
         if run.events == 1:  # older segments were dropped
             run.dropped_segments = True
@@ -163,7 +186,9 @@ class _Reading:
             run.damage.add(
                 f"{self._file} tells of {count(told, 'call')} before it, {read} are there"
             )
-        run.training_calls, run.inference_calls, run.micro_steps, run.violation_count = sums
+        run.training_calls, run.inference_calls, self._micro_steps, run.violation_count = sums
+        if not run.modules:
+            run.micro_steps = self._micro_steps
 
     def _begin(self, event: Mapping[str, Any]) -> None:
         # The event itself is kept, and becomes a Call when somebody asks: most never do.
@@ -171,18 +196,22 @@ class _Reading:
         self._open[call_key(event)] = event
         run.raised = None
         ran_in_training = site.context == "training" and site.kind != "recompute"
-        self._ran_since_step += ran_in_training
+        module = self._module(event)
+        self._ran_since_step[module] += ran_in_training
         if site.reason is not None:  # observed: the violation's line has counted it
             return
         run.sites[site] += 1
-        if site.kind == "recompute":
-            run.recomputes += 1
-        elif ran_in_training:
-            run.training_calls += 1
-            self._since_step += 1
+        for sums in self._sums(module):
+            if site.kind == "recompute":
+                sums.recomputes += 1
+            elif ran_in_training:
+                sums.training_calls += 1
+            else:
+                sums.inference_calls += 1
+        if ran_in_training:
+            self._since_step[module] += 1
             self._allowed[site.module] = event
-        else:
-            run.inference_calls += 1
+        elif site.kind != "recompute":
             self._allowed.setdefault(site.module, event)
 
     def _end(self, event: Mapping[str, Any]) -> None:
@@ -213,7 +242,8 @@ class _Reading:
 
     def _violation(self, event: Mapping[str, Any]) -> None:
         run = self.run
-        run.violation_count += 1
+        for sums in self._sums(self._module(event)):
+            sums.violation_count += 1
         run.sites[read_site(event)] += 1
         if len(run.violations) < KEPT_VIOLATIONS:
             call = read_call(event)
@@ -224,20 +254,40 @@ class _Reading:
     def _micro_step(self, event: Mapping[str, Any]) -> None:
         if event.get(_schema.CONTEXT) != "training":
             return
+        module = self._module(event)
+        self._since_step[module], ran = 0, self._ran_since_step[module]
+        self._ran_since_step[module] = 0
         if event.get(_schema.RAISED) is not None:  # how many calls it made then means nothing
-            self._since_step = self._ran_since_step = 0
             return
-        run = self.run
-        made, due = counts(event.get(_schema.CALLS)), counts(event.get(_schema.DUE))
-        run.micro_steps += 1
-        run.micro_step_calls.append(self._ran_since_step)
-        self._since_step = self._ran_since_step = 0
+        run, (*_, own) = self.run, self._sums(module)
+        self._micro_steps += 1
+        own.micro_steps += 1
+        own.micro_step_calls.append(ran)
+        run.micro_steps = max(run.micro_steps, own.micro_steps)
         step, micro_step = whole(event.get(_schema.STEP)), whole(event.get(_schema.MICRO_STEP))
-        run.steps.extend(_fitting(number) for number in (step, micro_step))
-        if due and made != due:
+        own.steps.extend(_fitting(number) for number in (step, micro_step))
+        if (missed := _missed(event)) is None:
+            return
+        where, others = self._missed
+        if where != (step, micro_step) or module in others:  # else another module's has counted it
             run.deviation_count += 1
-            if len(run.deviations) < KEPT_DEVIATIONS:
-                run.deviations.append(Deviation(step, micro_step, made, due))
+            others = set()
+        self._missed = (step, micro_step), others | {module}
+        self._deviation(Deviation(step, micro_step, *missed, module=module or None))
+
+    def _window(self, event: Mapping[str, Any]) -> None:
+        name, module = text(event.get(_schema.WINDOW)) or "?", self._module(event)
+        self._windows[module, name] += 1
+        if event.get(_schema.CONTEXT) == "inference" or event.get(_schema.RAISED) is not None:
+            return
+        if (missed := _missed(event)) is not None:
+            self.run.missed_windows += 1
+            number = self._windows[module, name]
+            self._deviation(Deviation(None, None, *missed, name, number, module or None))
+
+    def _deviation(self, found: Deviation) -> None:
+        if len(self.run.deviations) < KEPT_DEVIATIONS:
+            self.run.deviations.append(found)
 
     def _hazard(self, event: Mapping[str, Any]) -> None:
         earlier, call = _pair(event)
@@ -262,8 +312,16 @@ class _Reading:
         _schema.HAZARD: _hazard,
         _schema.OVERWRITTEN: _overwritten,
         _schema.MICRO_STEP_END: _micro_step,
+        _schema.WINDOW_END: _window,
         _schema.RUN_END: _run_end,
     }
+
+
+def _missed(event: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Due]] | None:
+    """Return what was made and what was due in a window, when they are at odds."""
+    made, due = counts(event.get(_schema.CALLS)), budgets(event.get(_schema.DUE))
+    kept = made.keys() <= due.keys() and all(is_met(n, made.get(s, 0)) for s, n in due.items())
+    return (made, due) if due and not kept else None
 
 
 def _pair(event: Mapping[str, Any]) -> tuple[str, str]:
@@ -279,6 +337,7 @@ def _differences(refused: Call, allowed: Call | None) -> tuple[str, ...]:
         return ()
     pairs = {
         "caller": (refused.caller, allowed.caller),
+        "method": (refused.method or "forward", allowed.method or "forward"),
         "context": (refused.context or "unset", allowed.context or "unset"),
         "scope": (refused.scope or "none", allowed.scope or "none"),
         "inputs": (", ".join(refused.inputs), ", ".join(allowed.inputs)),
@@ -304,13 +363,14 @@ def _divergence(runs: Iterable[Run]) -> Divergence | None:
     Micro-steps are compared by step and number; what a rank has not ended yet tells nothing, nor
     does a scope that stands alone and has no number.
     """
-    by_rank: dict[str, Counter[tuple[int, int]]] = {}
+    by_rank: dict[str, Counter[tuple[int, int, str]]] = {}
     for run in runs:
         made = by_rank.setdefault(run.rank, Counter())
-        steps = zip(run.steps[::2], run.steps[1::2], run.micro_step_calls, strict=True)
-        for step, micro_step, calls in steps:
-            if step >= 0:
-                made[step, micro_step] += calls
+        for module, sums in run.sums.items():
+            steps = zip(sums.steps[::2], sums.steps[1::2], sums.micro_step_calls, strict=True)
+            for step, micro_step, calls in steps:
+                if step >= 0:
+                    made[step, micro_step, module] += calls
     if len(by_rank) < 2:
         return None
     for key in sorted(set.intersection(*map(set, by_rank.values()))):

@@ -7,7 +7,7 @@ from typing import Any
 
 from lensnet_guard import _schema
 from lensnet_guard._text import count
-from lensnet_guard.postmortem.findings import Call, CallSite
+from lensnet_guard.postmortem.findings import Call, CallSite, Due
 
 # All control characters but tab and newline, and those that turn the direction of text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -37,7 +37,14 @@ def read_call(event: Mapping[str, Any]) -> Call:
         timestamp=number(event.get(_schema.TIMESTAMP)),
         message=text(event.get(_schema.MESSAGE)),
         compiled=_compiled(event.get(_schema.COMPILED)),
+        method=text(event.get(_schema.METHOD)),
     )
+
+
+def modules_of(event: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the modules that the header of a log of several tells of."""
+    policies = event.get(_schema.POLICIES)
+    return tuple(text(name) or "?" for name in policies) if isinstance(policies, dict) else ()
 
 
 def call_key(event: Mapping[str, Any]) -> tuple[object, ...]:
@@ -60,6 +67,7 @@ def read_site(event: Mapping[str, Any]) -> CallSite:
         kind=text(event.get(_schema.KIND)) or "?",
         reason=text(event.get(_schema.REASON)),
         caller=_frame(stack[caller]) if known else "unknown",  # type: ignore[index]
+        method=text(event.get(_schema.METHOD)),
     )
 
 
@@ -90,7 +98,28 @@ def counts(value: object) -> dict[str, int]:
     """Return a dict of whole numbers."""
     if not isinstance(value, dict):
         return {}
-    return {str(name): count for name, count in value.items() if whole(count) is not None}
+    return {text(n) or "": count for n, count in value.items() if whole(count) is not None}
+
+
+def budgets(value: object) -> dict[str, Due]:
+    """Return a dict of budgets: whole numbers, or pairs of which the second may be None."""
+    found: dict[str, Due] = {}
+    for name, due in value.items() if isinstance(value, dict) else ():
+        if (exact := whole(due)) is not None:
+            found[text(name) or ""] = exact
+        elif isinstance(due, list) and len(due) == 2 and (least := whole(due[0])) is not None:
+            most = whole(due[1])
+            if most is not None or due[1] is None:
+                found[text(name) or ""] = least, most
+    return found
+
+
+def is_met(due: Due, made: int) -> bool:
+    """Return whether so many calls keep a budget."""
+    if isinstance(due, int):
+        return made == due
+    least, most = due
+    return least <= made and (most is None or made <= most)
 
 
 def _frame(value: object) -> str:

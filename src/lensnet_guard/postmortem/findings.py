@@ -2,12 +2,21 @@
 
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 
-from lensnet_guard._text import count
+from lensnet_guard._text import budget_text, count
 
 KEPT_NOTES = 200
 KEPT_LINES = 20  # that are named where lines are unreadable
+
+Due = int | tuple[int, int | None]
+"""A budget: exactly so many calls, or from the first number to the second; None: any number."""
+
+# Of fields that `plain.plain` leaves out: always, and where they say nothing, as of logs of before.
+_NEVER: Mapping[str, str] = MappingProxyType({"told": "never"})
+_IF_ANY: Mapping[str, str] = MappingProxyType({"told": "if any"})
 
 
 @dataclass(frozen=True)
@@ -17,7 +26,8 @@ class Call:
     Attributes:
         seq: The number of the record; -1 where the line does not tell.
         module: The guard's name for the module.
-        kind: ``"call"``, ``"recompute"``, ``"bypass"``, ``"micro_step"`` or ``"context"``.
+        kind: ``"call"``, ``"recompute"``, ``"bypass"``, ``"result"``, ``"micro_step"``,
+            ``"window"`` or ``"context"``.
         reason: For a violation the name of its class, else None.
         context: ``"training"``, ``"inference"`` or None.
         scope: The scope or sanctioned caller that applied.
@@ -31,6 +41,7 @@ class Call:
         timestamp: Seconds since the epoch.
         message: Of a violation its message; of a call that raised, what.
         compiled: What torch told of compilation and CUDA graphs, in words.
+        method: The method or part that was called; None for the module.
     """
 
     seq: int
@@ -49,6 +60,16 @@ class Call:
     timestamp: float | None
     message: str | None = None
     compiled: str | None = None
+    method: str | None = field(default=None, metadata=_IF_ANY)
+
+    @property
+    def called(self) -> str:
+        """What was called: the module, or ``module.method``."""
+        return _called(self.module, self.method)
+
+
+def _called(module: str, method: str | None) -> str:
+    return module if method is None else f"{module}.{method}"
 
 
 @dataclass(frozen=True)
@@ -68,19 +89,37 @@ class Violation:
 
 @dataclass(frozen=True)
 class Deviation:
-    """A training micro-step that made other calls than were due.
+    """A training micro-step, or another window, that made other calls than were due.
 
     Attributes:
-        step: The number of the optimizer step.
-        micro_step: The number of the micro-batch in it.
+        step: The number of the optimizer step; None of another window.
+        micro_step: The number of the micro-batch in it, likewise.
         made: Calls that were made, by scope.
         due: Calls that had to be made, by scope.
+        window: The window's name; None of a micro-step.
+        number: The window's number among those of its name, from 1.
+        module: The guard's name for the module, in a log of several.
     """
 
     step: int | None
     micro_step: int | None
     made: dict[str, int]
-    due: dict[str, int]
+    due: dict[str, Due]
+    window: str | None = field(default=None, metadata=_IF_ANY)
+    number: int | None = field(default=None, metadata=_IF_ANY)
+    module: str | None = field(default=None, metadata=_IF_ANY)
+
+    def __str__(self) -> str:
+        """Say where it was, and what was made of what was due."""
+        where = f"step {self.step}, micro-step {self.micro_step}"
+        if self.window is not None:
+            where = f'window "{self.window}" {self.number}'
+        scopes = {**dict.fromkeys(self.due, 0), **self.made}
+        made = ", ".join(
+            f"{scope} made {n} of {budget_text(self.due.get(scope, 0))}"
+            for scope, n in scopes.items()
+        )
+        return f"{where}: {made}" if self.module is None else f"{self.module}, {where}: {made}"
 
 
 @dataclass(frozen=True)
@@ -94,6 +133,7 @@ class CallSite:
         kind: As of a `Call`.
         reason: For violations the name of their class, else None.
         caller: The line, as ``file:line in function``.
+        method: As of a `Call`.
     """
 
     module: str
@@ -102,6 +142,12 @@ class CallSite:
     kind: str
     reason: str | None
     caller: str
+    method: str | None = field(default=None, metadata=_IF_ANY)
+
+    @property
+    def called(self) -> str:
+        """What was called: the module, or ``module.method``."""
+        return _called(self.module, self.method)
 
 
 @dataclass
@@ -124,15 +170,52 @@ class Notes:
 
 
 @dataclass
+class Sums:
+    """What one module of several did in a run.
+
+    Attributes:
+        training_calls: As of a `Run`.
+        inference_calls: As of a `Run`.
+        recomputes: As of a `Run`.
+        cut_off_calls: As of a `Run`.
+        micro_steps: As of a `Run`.
+        micro_step_calls: As of a `Run`.
+        steps: As of a `Run`.
+        violation_count: As of a `Run`.
+    """
+
+    training_calls: int = 0
+    inference_calls: int = 0
+    recomputes: int = 0
+    cut_off_calls: int = 0
+    micro_steps: int = 0
+    micro_step_calls: "array[int]" = field(default_factory=lambda: array("I"), metadata=_NEVER)
+    steps: "array[int]" = field(default_factory=lambda: array("q"), metadata=_NEVER)
+    violation_count: int = 0
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return ", ".join(
+            (
+                f"{count(self.training_calls, 'training call')} in "
+                f"{count(self.micro_steps, 'micro-step')}",
+                count(self.inference_calls, "inference call"),
+                count(self.recomputes, "recompute"),
+                count(self.violation_count, "violation"),
+            )
+        )
+
+
+@dataclass
 class Run:
-    """One run of one guard in one process.
+    """One run of one guard, or of the guards of several modules, in one process.
 
     Attributes:
         log: The log's path without its suffix.
         rank: The process's rank, ``"?"`` where the log does not tell.
         pid: The process.
         host: The machine's name.
-        module: The guard's name for the module.
+        module: The guard's name for the module; of several, ``"reference, critic"``.
         mode: The guard's mode.
         argv: The process's command line.
         versions: The versions of what the run needs, by name.
@@ -145,13 +228,16 @@ class Run:
         inference_calls: How many calls were allowed in any other context.
         recomputes: How many calls ran again.
         cut_off_calls: How many training calls were made in micro-steps that never ended.
-        micro_steps: How many training micro-steps have ended, but for those that were broken off.
+        micro_steps: How many training micro-steps have ended, but for those that were broken off;
+            of several modules, those of the one that has the most.
         micro_step_calls: How many calls ran in each of them, in order; in observe mode the
-            violations among them too.
-        steps: Step and number of each of them, one after the other.
+            violations among them too. Empty where there are several modules.
+        steps: Step and number of each of them, one after the other, likewise.
         sites: How many calls each call site has made.
-        deviations: Micro-steps that made other calls than were due, the first of them.
-        deviation_count: How many there are.
+        deviations: Micro-steps and other windows that made other calls than were due, the first.
+        deviation_count: How many of them are micro-steps.
+        missed_windows: How many of them are other windows.
+        modules: In a log of several modules, what each of them did, by its name.
         violations: The first violations.
         violation_count: How many there are.
         in_flight: Calls that had begun and not ended when the log stopped.
@@ -189,11 +275,13 @@ class Run:
     recomputes: int = 0
     cut_off_calls: int = 0
     micro_steps: int = 0
-    micro_step_calls: "array[int]" = field(default_factory=lambda: array("I"))
-    steps: "array[int]" = field(default_factory=lambda: array("q"))
+    micro_step_calls: "array[int]" = field(default_factory=lambda: array("I"), metadata=_NEVER)
+    steps: "array[int]" = field(default_factory=lambda: array("q"), metadata=_NEVER)
     sites: Counter[CallSite] = field(default_factory=Counter)
     deviations: list[Deviation] = field(default_factory=list)
     deviation_count: int = 0
+    missed_windows: int = field(default=0, metadata=_IF_ANY)
+    modules: dict[str, Sums] = field(default_factory=dict, metadata=_IF_ANY)
     violations: list[Violation] = field(default_factory=list)
     violation_count: int = 0
     in_flight: list[Call] = field(default_factory=list)
@@ -228,6 +316,13 @@ class Run:
         return "died" if self.died else "left without a word"
 
     @property
+    def sums(self) -> Mapping[str, Sums]:
+        """What each module did, by its name; by no name where there is only one."""
+        if self.modules:
+            return self.modules
+        return {"": Sums(**{f.name: getattr(self, f.name) for f in fields(Sums)})}
+
+    @property
     def who(self) -> str:
         """The process, and whose worker it is."""
         worker = f" (a worker of {self.parent})" if self.parent is not None else ""
@@ -255,7 +350,8 @@ class Run:
         if self.lost_lines:
             faults.append(f"{count(self.lost_lines, 'line')} could not be written")
         if self.dropped_segments:
-            faults.append("older segments were dropped: sums count, call sites are gone")
+            left = "only the sum of all calls counts" if self.modules else "sums count"
+            faults.append(f"older segments were dropped: {left}, call sites are gone")
         return faults
 
 

@@ -25,7 +25,7 @@ def judge(runs: _Runs, divergence: Divergence | None) -> tuple[str, int]:
         lambda: _overwritten(current),
         lambda: _raised(current),
         lambda: f"ranks diverged at step {divergence.step}" if divergence is not None else None,
-        lambda: _missed(runs),
+        lambda: missed(runs),
         lambda: _damage(runs, current),
     )
     for rule in rules:
@@ -83,6 +83,15 @@ def _start(run: Run) -> float:
     return run.started or 0.0
 
 
+def missed(runs: _Runs) -> str | None:
+    """Return in how many micro-steps and windows budgets were missed; None where in none."""
+    micro_steps = sum(run.deviation_count for run in runs)
+    windows = sum(run.missed_windows for run in runs)
+    told = [count(micro_steps, "micro-step")] if micro_steps else []
+    told += [count(windows, "window")] if windows else []
+    return f"budget missed in {' and '.join(told)}" if told else None
+
+
 def _crash(runs: _Runs) -> str | None:
     for run in runs:
         if run.in_flight and (run.died or run.ended):
@@ -127,11 +136,6 @@ def _raised(runs: _Runs) -> str | None:
     return f"{_name(calls[0])}, {calls[0].message}, and no call came after" if calls else None
 
 
-def _missed(runs: _Runs) -> str | None:
-    missed = sum(run.deviation_count for run in runs)
-    return f"budget missed in {count(missed, 'micro-step')}" if missed else None
-
-
 def _damage(runs: _Runs, current: _Runs) -> str | None:
     for run in runs:
         if run.damage.count:
@@ -159,4 +163,4 @@ def _asides(runs: _Runs, current: _Runs) -> list[str]:
 
 
 def _name(call: Call) -> str:
-    return f"call {call.seq} of {call.module}, called from {call.caller}"
+    return f"call {call.seq} of {call.called}, called from {call.caller}"

@@ -8,8 +8,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lensnet_guard._text import count, moment
+from lensnet_guard._text import moment
 from lensnet_guard.postmortem.findings import Analysis, Call, Run
+from lensnet_guard.postmortem.judge import missed
 
 _SHOWN = 10  # of a long list
 _SHOWN_FRAMES = 8
@@ -36,11 +37,10 @@ def _head(run: Run) -> Text:
     text = Text(f"\n{run.log}", "bold")
     text.append(f"\n  {run.module}, mode {run.mode}, rank {run.rank}, {run.who}", "")
     text.append(f"; began {moment(run.started)}, {run.state}{seconds}\n", "")
-    text.append(f"  {count(run.training_calls, 'training call')} in ", "")
-    text.append(f"{count(run.micro_steps, 'micro-step')}, ", "")
-    text.append(f"{count(run.inference_calls, 'inference call')}, ", "")
-    text.append(f"{count(run.recomputes, 'recompute')}, ", "")
-    text.append(count(run.violation_count, "violation"), "red" if run.violation_count else "")
+    lines = [Text(f"  {f'{m}: ' if m else ''}{sums}") for m, sums in run.sums.items()]
+    for line in lines:
+        line.highlight_regex("[1-9][0-9]* violations?$", "red")
+    text.append(Text("\n").join(lines))
     if run.phases:
         told = ", ".join(f"{times} x {phase}" for phase, times in run.phases.items())
         text.append(f"\n  CUDA graphs: {told}")
@@ -58,7 +58,7 @@ def _sites(run: Run) -> Table | None:
         what = f"refused: {site.reason}" if site.reason else site.kind
         style = "red" if site.reason else ""
         where = (site.context or "unset", site.scope or "-")
-        row = (str(times), site.module, *where, what, short_paths(site.caller))
+        row = (str(times), site.called, *where, what, short_paths(site.caller))
         table.add_row(*map(Text, row), style=style)
     if len(run.sites) > _SHOWN:
         table.add_row("…", "", "", "", "", f"{len(run.sites) - _SHOWN} more call sites")
@@ -66,16 +66,10 @@ def _sites(run: Run) -> Table | None:
 
 
 def _budget(run: Run) -> RenderableType | None:
-    if not run.deviation_count:
+    if (told := missed((run,))) is None:
         return None
-    lines = [Text(f"budget missed in {count(run.deviation_count, 'micro-step')}:", "red")]
-    for deviation in run.deviations[:_SHOWN]:
-        where = f"step {deviation.step}, micro-step {deviation.micro_step}"
-        made = ", ".join(
-            f"{s} made {n} of {deviation.due.get(s, 0)}"
-            for s, n in {**dict.fromkeys(deviation.due, 0), **deviation.made}.items()
-        )
-        lines.append(Text(f"  {where}: {made}"))
+    lines = [Text(f"{told}:", "red")]
+    lines += [Text(f"  {deviation}") for deviation in run.deviations[:_SHOWN]]
     return Group(*lines)
 
 
@@ -84,7 +78,7 @@ def _in_flight(run: Run) -> RenderableType | None:
         return None
     lines: list[Text] = []
     for call in run.in_flight:
-        lines.append(Text(f"in flight at death: call {call.seq} of {call.module}", "red"))
+        lines.append(Text(f"in flight at death: call {call.seq} of {call.called}", "red"))
         lines.extend(_details(call))
     return Group(*lines)
 
@@ -93,7 +87,8 @@ def _violations(run: Run) -> RenderableType | None:
     lines: list[Text] = []
     for violation in run.violations[:_SHOWN]:
         call = violation.call
-        lines.append(Text(f"{call.reason} (record {call.seq})", "red"))
+        of = f" of {call.called}" if run.modules or call.method else ""
+        lines.append(Text(f"{call.reason}{of} (record {call.seq})", "red"))
         lines.extend(_details(call))
         lines.extend(Text(f"  differs   {short_paths(d)}") for d in violation.differences)
     if run.violation_count > _SHOWN:

@@ -14,6 +14,7 @@ import orjson
 
 from lensnet_guard._text import count, moment
 from lensnet_guard.postmortem.findings import Analysis, Call, Run
+from lensnet_guard.postmortem.judge import missed
 from lensnet_guard.postmortem.timeline import MARKS, Timeline, draw, legend
 
 _SITES = 500  # shown of a run, the most frequent
@@ -118,13 +119,8 @@ def _run(run: Run) -> Iterator[str]:
         f"{run.module}, mode {run.mode}, rank {run.rank}, {run.who}; "
         f"began {moment(run.started)}, {run.state}{took}"
     )
-    numbers = (
-        f"{count(run.training_calls, 'training call')} in {count(run.micro_steps, 'micro-step')}",
-        count(run.inference_calls, "inference call"),
-        count(run.recomputes, "recompute"),
-        count(run.violation_count, "violation"),
-    )
-    yield _paragraph(", ".join(numbers))
+    for module, sums in run.sums.items():
+        yield _paragraph(f"{module}: {sums}" if module else str(sums))
     if run.phases:
         phases = ", ".join(f"{times} x {phase}" for phase, times in run.phases.items())
         yield _paragraph(f"CUDA graphs: {phases}")
@@ -140,7 +136,7 @@ def _sites(run: Run, timeline: Timeline) -> Iterator[str]:
     yield "</tr></thead><tbody>"
     for site, times in run.sites.most_common(_SITES):
         what = f"refused: {site.reason}" if site.reason else site.kind
-        cells = (str(times), site.module, site.context or "unset", site.scope or "-", what)
+        cells = (str(times), site.called, site.context or "unset", site.scope or "-", what)
         yield f'<tr class="site{" refused" if site.reason else ""}">'
         for label, text in zip(_SITE_COLUMNS, cells, strict=False):
             yield f'<td data-label="{label}">{escape(text)}</td>'
@@ -158,7 +154,8 @@ def _violations(run: Run) -> Iterator[str]:
     for number, violation in enumerate(run.violations):
         call = violation.call
         yield f'<details class="broken"{"" if number else " open"}><summary class="refused">'
-        yield escape(f"{call.reason} at {call.caller} (record {call.seq}, {_where(call)})")
+        of = f" of {call.called}" if run.modules or call.method else ""
+        yield escape(f"{call.reason}{of} at {call.caller} (record {call.seq}, {_where(call)})")
         yield f"</summary><pre>{escape(call.message or '')}</pre>"
         if violation.differences:
             told = "\n".join(violation.differences)
@@ -172,24 +169,18 @@ def _in_flight(run: Run) -> Iterator[str]:
         return
     yield f"<h3>{'In flight at death' if run.died else 'In flight now'}</h3>"
     for call in run.in_flight[:_SITES]:
-        title = escape(f"call {call.seq} of {call.module}, {_where(call)}, at {call.caller}")
+        title = escape(f"call {call.seq} of {call.called}, {_where(call)}, at {call.caller}")
         yield f'<details class="open-call" open><summary>{title}</summary>{_call(call)}</details>'
     yield _more(len(run.in_flight) - _SITES, "call")
 
 
 def _budget(run: Run) -> Iterator[str]:
-    if not run.deviation_count:
+    if (told := missed((run,))) is None:
         return
-    yield f"<h3>Budget missed in {count(run.deviation_count, 'micro-step')}</h3><ul>"
-    for deviation in run.deviations[:_DEVIATIONS]:
-        scopes = {**deviation.due, **deviation.made}
-        made = ", ".join(
-            f"{scope} made {deviation.made.get(scope, 0)} of {deviation.due.get(scope, 0)}"
-            for scope in scopes
-        )
-        where = f"step {deviation.step}, micro-step {deviation.micro_step}"
-        yield f"<li>{escape(f'{where}: {made}')}</li>"
-    yield "</ul>" + _more(run.deviation_count - _DEVIATIONS, "micro-step")
+    yield f"<h3>{told[0].upper()}{told[1:]}</h3><ul>"
+    yield from (f"<li>{escape(str(found))}</li>" for found in run.deviations[:_DEVIATIONS])
+    noun = "window" if run.missed_windows else "micro-step"
+    yield "</ul>" + _more(run.deviation_count + run.missed_windows - _DEVIATIONS, noun)
 
 
 def _remarks(run: Run) -> Iterator[str]:

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lensnet_guard import _schema
-from lensnet_guard.postmortem.events import call_key, read_call, read_site, whole
+from lensnet_guard.postmortem.events import (
+    call_key,
+    modules_of,
+    read_call,
+    read_site,
+    text,
+    whole,
+)
 from lensnet_guard.postmortem.events import number as read_number
 from lensnet_guard.postmortem.findings import Call, CallSite
 from lensnet_guard.postmortem.reader import OpenFile, open_logs, read_lines
@@ -21,15 +28,18 @@ _STRETCHES = 512  # that the time of a run is cut into, at most
 _KEPT_STACKS = 1_000
 _LAST_MOMENT = 1e11  # seconds since the epoch; a later time, or one before it, is damage
 
-MICRO_STEPS = "micro-steps"
-ROWS = (MICRO_STEPS, "training", "inference", "unset", "other contexts")
+MICRO_STEPS, WINDOWS = "micro-steps", "windows"
+_CONTEXTS = ("training", "inference", "unset")
+ROWS = (MICRO_STEPS, WINDOWS, *_CONTEXTS, "other contexts")
 OUTCOMES = {  # name -> CSS class; the last is drawn on top
     "micro-step": "micro",
+    "window": "micro",
     "returned": "returned",
     "recompute": "recompute",
     "raised": "raised",
     "in flight": "flight",
     "micro-step with violations": "violation",
+    "window with violations": "violation",
     "violation": "violation",
 }
 
@@ -59,23 +69,30 @@ class MicroStepBegins:
     """Where micro-steps began. No line tells, so the first call in each stands for it."""
 
     def __init__(self) -> None:
-        self._open: dict[str, tuple[tuple[object, ...], float]] = {}  # by thread
+        # By thread and module.
+        self._open: dict[tuple[str, str], tuple[tuple[object, ...], float]] = {}
 
     def call(self, call: Call, at: float) -> None:
         """Take a call or a refused call that happened at ``at``."""
         if call.kind not in ("call", "bypass") or (call.step is None and call.scope is None):
             return  # a call outside every micro-step
+        where = call.thread, call.module
         key = (call.context, call.step, call.micro_step)
-        if call.thread not in self._open or self._open[call.thread][0] != key:
-            self._open[call.thread] = key, at
+        if where not in self._open or self._open[where][0] != key:
+            self._open[where] = key, at
 
     def end(self, event: Mapping[str, Any]) -> tuple[str, float] | None:
         """Take ``micro_step.end``: thread and time of its first call, None when it had none."""
         key = (event.get(_schema.CONTEXT), event.get(_schema.STEP), event.get(_schema.MICRO_STEP))
-        found = [(at, thread) for thread, (opened, at) in self._open.items() if opened == key]
-        for _, thread in found:
-            del self._open[thread]
-        at, thread = min(found, default=(0.0, ""))
+        module = text(event.get(_schema.MODULE)) or "?"
+        found = [
+            (at, *where)
+            for where, (opened, at) in self._open.items()
+            if opened == key and where[1] == module
+        ]
+        for _, *where in found:
+            del self._open[where[0], where[1]]
+        at, thread, _ = min(found, default=(0.0, "", ""))
         return (thread, at) if found else None
 
 
@@ -116,6 +133,7 @@ class Timeline:
         self._marks: dict[tuple[str, str, int, int], tuple[int, str]] = {}
         self._open: dict[tuple[object, ...], tuple[Call, float]] = {}
         self._begins = MicroStepBegins()
+        self._several = False  # modules, so that each mark says which
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Take one event; none of them raises."""
@@ -123,7 +141,9 @@ class Timeline:
         self.began = self.began or at
         self.last = max(self.last, at)
         name = event[_schema.EVENT]
-        if name in (_schema.CALL_BEGIN, _schema.VIOLATION):
+        if name in (_schema.RUN_BEGIN, _schema.SEGMENT_BEGIN):
+            self._several = bool(modules_of(event))
+        elif name in (_schema.CALL_BEGIN, _schema.VIOLATION):
             self._call(event, at, refused=name == _schema.VIOLATION)
         elif name == _schema.CALL_END:
             call, began = self._open.pop(call_key(event), (None, at))
@@ -135,8 +155,15 @@ class Timeline:
                 "micro-step with violations" if event.get(_schema.VIOLATIONS) else "micro-step"
             )
             step, micro_step = whole(event.get(_schema.STEP)), whole(event.get(_schema.MICRO_STEP))
-            label = f"step {step}, micro-step {micro_step}"
+            label = f"{self._of(event)}step {step}, micro-step {micro_step}"
             self._add(MICRO_STEPS, outcome, began, at, label)
+        elif name == _schema.WINDOW_END:
+            outcome = "window with violations" if event.get(_schema.VIOLATIONS) else "window"
+            label = f"{self._of(event)}the end of {text(event.get(_schema.WINDOW))}"
+            self._add(WINDOWS, outcome, at, at, label)
+
+    def _of(self, event: Mapping[str, Any]) -> str:
+        return f"{text(event.get(_schema.MODULE))}, " if self._several else ""
 
     def finish(self) -> None:
         """The last event has been taken: calls that are open now never ended."""
@@ -172,7 +199,8 @@ class Timeline:
             return
         row = call.context or "unset"
         label = f"{call.reason or call.kind} {call.seq} at {call.caller}"
-        self._add(row if row in ROWS[1:4] else ROWS[-1], outcome, began, ended, label)
+        label = f"{call.called}, {label}" if self._several or call.method else label
+        self._add(row if row in _CONTEXTS else ROWS[-1], outcome, began, ended, label)
 
     def _add(self, row: str, outcome: str, began: float, ended: float, label: str) -> None:
         first, last = max(0.0, began - self.began), max(0.0, ended - self.began)  # clocks go back

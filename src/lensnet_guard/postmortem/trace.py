@@ -11,7 +11,15 @@ from typing import Any, BinaryIO
 
 from lensnet_guard import _schema
 from lensnet_guard._text import json_line
-from lensnet_guard.postmortem.events import call_key, counts, read_call, text, whole
+from lensnet_guard.postmortem.events import (
+    budgets,
+    call_key,
+    counts,
+    modules_of,
+    read_call,
+    text,
+    whole,
+)
 from lensnet_guard.postmortem.events import number as read_number
 from lensnet_guard.postmortem.findings import Call
 from lensnet_guard.postmortem.reader import open_logs
@@ -86,6 +94,7 @@ class _Run:
         self._tracks: dict[str, int] = {}
         self._open: dict[tuple[object, ...], tuple[Call, float]] = {}
         self._begins = MicroStepBegins()
+        self._several = False  # modules, which have tracks of their own
 
     def take(self, event: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Take one event of the log; none of them raises."""
@@ -93,6 +102,7 @@ class _Run:
         self._last = max(self._last, at)
         name = event[_schema.EVENT]
         if name in (_schema.RUN_BEGIN, _schema.SEGMENT_BEGIN):
+            self._several = bool(modules_of(event))
             yield self._process_name(event)
         elif name == _schema.CALL_BEGIN:
             call = read_call(event)
@@ -105,6 +115,8 @@ class _Run:
             yield from self._violation(event, at)
         elif name == _schema.MICRO_STEP_END:
             yield from self._micro_step(event, at)
+        elif name == _schema.WINDOW_END:
+            yield from self._window(event, at)
 
     def finish(self) -> Iterator[dict[str, Any]]:
         """Yield the calls in flight, which begin and never end."""
@@ -129,7 +141,7 @@ class _Run:
         call = read_call(event)
         self._begins.call(call, at)
         args = _args(call) | {"reason": call.reason, "message": call.message}
-        name = f"{call.reason} of {call.module}"
+        name = f"{call.reason} of {call.called}"
         yield from self._emit(call.thread, at, args, ph="i", s="t", name=name, cat="violation")
 
     def _micro_step(self, event: Mapping[str, Any], ended: float) -> Iterator[dict[str, Any]]:
@@ -139,17 +151,25 @@ class _Run:
         if thread:
             shape = {"ph": "X", "dur": _micro(max(0.0, ended - began))}
         track = f"micro-steps of {thread}" if thread else "micro-steps without calls"
+        if self._several:
+            track += f", {text(event.get(_schema.MODULE))}"
         step, micro_step = whole(event.get(_schema.STEP)), whole(event.get(_schema.MICRO_STEP))
         name = f"step {step}, micro-step {micro_step}"
         args = {
             "context": text(event.get(_schema.CONTEXT)),
             "step": step,
             "micro_step": micro_step,
-            "calls": counts(event.get(_schema.CALLS)),
-            "due": counts(event.get(_schema.DUE)),
-            "violations": whole(event.get(_schema.VIOLATIONS)),
+            **_sums(event),
         }
         yield from self._emit(track, began, args, **shape, name=name, cat="micro_step")
+
+    def _window(self, event: Mapping[str, Any], ended: float) -> Iterator[dict[str, Any]]:
+        """Draw another window as the moment it ended, for no line tells when it began."""
+        module = f", {text(event.get(_schema.MODULE))}" if self._several else ""
+        name = f"the end of {text(event.get(_schema.WINDOW))}"
+        args = {"context": text(event.get(_schema.CONTEXT)), **_sums(event)}
+        shape = {"ph": "i", "s": "t", "name": name, "cat": "window"}
+        yield from self._emit(f"windows{module}", ended, args, **shape)
 
     def _process_name(self, event: Mapping[str, Any]) -> dict[str, Any]:
         name = (
@@ -178,7 +198,16 @@ def _micro(seconds: float) -> float:
 
 
 def _title(call: Call) -> str:
-    return f"{call.module} {call.kind} {call.seq}"
+    return f"{call.called} {call.kind} {call.seq}"
+
+
+def _sums(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a window came to."""
+    return {
+        "calls": counts(event.get(_schema.CALLS)),
+        "due": budgets(event.get(_schema.DUE)),
+        "violations": whole(event.get(_schema.VIOLATIONS)),
+    }
 
 
 def _args(call: Call) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """The verdict on a run folder in a line of numbers, for programs that train."""
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lensnet_guard._text import count
 from lensnet_guard.postmortem.analysis import analyse
+from lensnet_guard.postmortem.findings import Run, Sums
 from lensnet_guard.postmortem.judge import current_runs
+from lensnet_guard.postmortem.plain import plain
 
 
 @dataclass(frozen=True)
@@ -14,18 +17,21 @@ class LogVerdict:
     """What a run folder's logs say.
 
     Attributes:
-        module: The guarded module's name.
-        micro_steps: Training micro-steps that ended.
+        module: The guarded module's name; of several, ``"reference, critic"``.
+        micro_steps: Training micro-steps that ended; of several modules, those of the one that has
+            the most.
         calls: Training calls that were allowed, in micro-steps that ended.
         inference_calls: Calls in inference context.
         violations: Violations of any kind.
         cut_off_calls: Training calls in micro-steps that never ended, because the process died.
-        calls_per_micro_step: Calls of each training micro-step, in log order.
+        calls_per_micro_step: Calls of each training micro-step, in log order; none of several
+            modules.
         unreadable_lines: Lines that are no JSON object, such as the last one of a killed process.
         lost_lines: Lines that a run reported as not written.
         clean: The post-mortem finds nothing wrong, and the logs go on to the end of the run.
         ended: Whether every log file ends with ``run.end``; a killed process leaves none, nor does
             one whose disk was full.
+        modules: Of several modules, what each of them did, by its name.
     """
 
     module: str
@@ -39,27 +45,31 @@ class LogVerdict:
     lost_lines: int
     ended: bool
     clean: bool
+    modules: Mapping[str, Sums] = field(default_factory=dict, metadata={"told": "if any"})
 
     def __str__(self) -> str:
-        text = ", ".join(
-            (
+        """Say it in a line for each module."""
+        lines = [f"{module}: {sums}" for module, sums in self.modules.items()]
+        if not lines:
+            told = (
                 count(self.micro_steps, "micro-step"),
                 count(self.calls, f"{self.module} call"),
                 count(self.violations, "violation"),
             )
-        )
+            lines = [", ".join(told)]
         extras = {
-            "inference call": self.inference_calls,
+            "inference call": self.inference_calls if not self.modules else 0,
             "cut-off call": self.cut_off_calls,
             "unreadable line": self.unreadable_lines,
             "lost line": self.lost_lines,
         }
-        text += "".join(f"; {count(n, what)}" for what, n in extras.items() if n)
-        return text if self.ended else f"{text}; the log stops before the end of the run"
+        lines[-1] += "".join(f"; {count(n, what)}" for what, n in extras.items() if n)
+        lines[-1] += "" if self.ended else "; the log stops before the end of the run"
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as a JSON-ready object, without the list of calls per micro-step."""
-        fields = asdict(self)
+        fields: dict[str, Any] = plain(self)
         del fields["calls_per_micro_step"]
         return fields
 
@@ -77,6 +87,7 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
     return LogVerdict(
         module=runs[-1].module,
         micro_steps=sum(run.micro_steps for run in runs),
+        modules=_added_up(runs),
         calls=sum(run.training_calls for run in runs) - cut_off,
         inference_calls=sum(run.inference_calls for run in runs),
         violations=sum(run.violation_count for run in runs),
@@ -87,3 +98,14 @@ def read_verdict(folder: str | os.PathLike[str]) -> LogVerdict:
         ended=ended,
         clean=ended and analysis.exit_code == 0,
     )
+
+
+def _added_up(runs: Iterable[Run]) -> dict[str, Sums]:
+    """Return what each of several modules did in all runs."""
+    added: dict[str, Sums] = {}
+    for run in runs:
+        for module, sums in run.modules.items():
+            before = added.setdefault(module, Sums())
+            for name, value in vars(sums).items():
+                setattr(before, name, getattr(before, name) + value)
+    return added

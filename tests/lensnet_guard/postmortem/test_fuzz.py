@@ -22,7 +22,7 @@ JSON = st.recursive(
 EVENTS = st.sampled_from(
     [
         *("run.begin", "segment.begin", "call.begin", "call.end", "violation", "micro_step.end"),
-        *("hazard", "overwritten", "run.end"),
+        *("window.end", "hazard", "overwritten", "run.end"),
     ]
 )
 FIELDS = st.sampled_from(
@@ -31,6 +31,7 @@ FIELDS = st.sampled_from(
         *("due", "stack", "caller", "inputs", "before", "versions", "rank", "timestamp"),
         *("process.pid", "process.command_args", "lost_lines", "message", "thread", "compiled"),
         *("at", "earlier_at", "earlier_seq", "outcome", "duration_ms", "segment", "violations"),
+        *("policies", "window", "method"),
     ]
 )
 LINES = st.builds(
@@ -55,6 +56,7 @@ SEED = [  # one line of every kind
     {"event": "call.end", **CALL, "outcome": "raised E", "duration_ms": 0.5, "compiled": COMPILED},
     {"event": "violation", **CALL, "seq": 2, "reason": "UnsanctionedCall", "message": "no"},
     {"event": "micro_step.end", "context": "training", "step": 0, "micro_step": 0, "due": {"s": 1}},
+    {"event": "window.end", "context": None, "module": "m", "window": "w", "due": {"s": [1, 2]}},
     {"event": "hazard", **PAIR},
     {"event": "overwritten", **PAIR},
     {"event": "run.end", "violations": 1, "lost_lines": 0},

@@ -1,0 +1,43 @@
+"""Who makes a call: the function that its author would name."""
+
+import sys
+from collections.abc import Sequence
+
+# What only hands a call on, from whoever makes it to the module.
+_WRAPPERS = frozenset(
+    (
+        *("accelerate", "deepspeed", "lightning", "lightning_fabric", "peft"),
+        *("pytorch_lightning", "wrapt"),
+    )
+)
+_NEVER = frozenset((*sys.stdlib_module_names, "lensnet_guard", "torch"))
+# Frames whose name no policy can give: their names are no attributes of a module or a class.
+_NAMELESS = ("<lambda>", "<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
+
+
+def own_caller(callers: Sequence[str], first: int = 0) -> tuple[int, str | None]:
+    """Return the innermost function outside torch, the guard, and what wraps modules.
+
+    A function of a framework is named as well: it is DPOTrainer's method that calls a reference,
+    and not the script that calls ``trainer.train()``.
+
+    Args:
+        callers: ``"module:qualname"`` of each frame, innermost first.
+        first: The number of the first frame that may be it.
+
+    Returns:
+        The number of its frame, and its name; the number of ``first``, or of the frame at module
+        level, and None where there is no function to name.
+    """
+    fallback: tuple[int, str | None] | None = None
+    for number, name in enumerate(callers[first:], first):
+        module, _, function = name.partition(":")
+        if function == "<module>":  # beyond it is only what runs or imports the script
+            return fallback or (number, None)
+        package = module.partition(".")[0]
+        if not module or package in _NEVER or function.endswith(_NAMELESS):
+            continue
+        if package not in _WRAPPERS:
+            return number, name
+        fallback = fallback or (number, name)
+    return fallback or (first, None)
