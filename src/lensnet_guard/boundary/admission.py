@@ -66,6 +66,7 @@ class Admission:
         self._observer = Observer() if mode == "observe" else None
         self._recomputes = Recomputes()
         self._claims = Claims(policy)
+        self._asks_nothing = self._observer is None and not self._claims.look_at_results
         self._scopes = policy.in_full
         self._last: CallRecord | None = None
         self._memory: dict[Any, Any] = {}
@@ -90,8 +91,10 @@ class Admission:
     ) -> Any:
         """Admit and run one call, as `Keeper.run` says."""
         record = self._admit(run, args, kwargs, frame, method)
+        if self._asks_nothing:
+            return self._execute(record, run, args, kwargs)
         observed = None
-        if self._observer is not None and self._is_told(record):
+        if self._observer is not None and self.history.log is not None and record.kind == "call":
             observed = self._call(run, args, kwargs, method)
             self._observer.begin(record, observed, frame, self.open.position())
         result = self._execute(record, run, args, kwargs, observed)
@@ -152,10 +155,6 @@ class Admission:
                 window.spend(scope, record)  # observed: it runs, and is one of those that were due
             self._recomputes.remember(record, frame)
         return record
-
-    def _is_told(self, record: CallRecord) -> bool:
-        """Return whether a log wants to know more of a call."""
-        return self.history.log is not None and record.kind == "call"
 
     def _call(
         self,

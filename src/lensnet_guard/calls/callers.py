@@ -25,9 +25,9 @@ def find_caller(
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         name = f"{module}:{qualname(frame)}"
-        frame = frame.f_back
         if name in names:
-            return name, frame
+            return name, frame.f_back
+        frame = frame.f_back
     return None, None
 
 
