@@ -13,9 +13,12 @@ from torch import nn
 
 from lensnet_guard import _schema, _torch_checkpoints, _torch_internals
 from lensnet_guard.boundary.admission import Admission
+from lensnet_guard.boundary.doors import check_doors
+from lensnet_guard.boundary.inside import Inside
+from lensnet_guard.boundary.observing import teller
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
 from lensnet_guard.boundary.settlement import held_open
-from lensnet_guard.boundary.tripwire import Inside, Tripwire, guard_behind
+from lensnet_guard.boundary.tripwire import Tripwire, guard_behind
 from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.context import Block, P, R
 from lensnet_guard.calls.errors import VIOLATIONS
@@ -62,11 +65,15 @@ class Guard(Generic[M]):
         self._tripwire: Tripwire | None = None
         self.module = module
         if mode != "off":
+            check_doors(module, policy)
             # The proxy passes for the module, down to its class.
             self.module = cast("M", GuardedModule(module, _Keeper(self, self._admission)))
             tell_untested([*_torch_checkpoints.losses(), *_torch_internals.losses()])
-            refuse, shared = self._admission.run_behind, policy.shared_submodules
-            self._tripwire = Tripwire(module, self, self._admission.inside, refuse, shared)
+            admission, tell = self._admission, teller() if mode == "observe" else None
+            names = policy.shared_submodules, policy.methods
+            self._tripwire = Tripwire(
+                module, self, admission.inside, admission.run_behind, *names, tell
+            )
 
     # What the user opens -----------------------------------------------------------------------
 
@@ -364,7 +371,15 @@ class _Keeper:
         self.guard = guard
         self.name = guard.name
         self.run = admission.run  # itself, for a method in between would cost every call a frame
+        self.inside = admission.inside
+        self.entered = admission.doors.entered
+        self.methods = admission.doors.methods
         self._admission = admission
+
+    @property
+    def replaced(self) -> bool:
+        """Whether a call has run another forward than the class's."""
+        return self._admission.replaced
 
     def copy(self, module: nn.Module, *, shallow: bool) -> Any:
         """Guard a copy of the module, which logs where its original does."""

@@ -12,12 +12,19 @@ from typing import Any
 
 from torch import nn
 
-from lensnet_guard._torch_checkpoints import is_composable, stops_recomputing
+from lensnet_guard._torch_checkpoints import (
+    is_composable,
+    recomputed_checkpoint,
+    stops_recomputing,
+)
 from lensnet_guard.boundary.claims import Claims, first_breach
+from lensnet_guard.boundary.doors import Doors
+from lensnet_guard.boundary.forwards import own_forward
 from lensnet_guard.boundary.hazards import CompiledCalls
+from lensnet_guard.boundary.inside import Inside
 from lensnet_guard.boundary.profiling import in_range
 from lensnet_guard.boundary.recompute import Recomputes
-from lensnet_guard.boundary.tripwire import Inside, describe_part
+from lensnet_guard.boundary.tripwire import describe_part
 from lensnet_guard.calls.budget import Window
 from lensnet_guard.calls.call import Call
 from lensnet_guard.calls.context import OpenBlocks, Position
@@ -46,6 +53,8 @@ class Admission:
         inside: The same.
         open: The blocks that are open in each thread and task.
         compiled: The calls of the module as long as it is compiled.
+        doors: By what ways calls come in, besides the proxy's own call.
+        replaced: Whether a call has run another forward than the class's.
     """
 
     def __init__(
@@ -58,6 +67,8 @@ class Admission:
         self.inside = inside
         self.open = OpenBlocks()
         self.compiled = CompiledCalls(module)
+        self.doors = Doors(module, policy)
+        self.replaced = False
         self._module = module
         self._recomputes = Recomputes()
         self._claims = Claims(policy)
@@ -133,7 +144,7 @@ class Admission:
         method: str | None,
     ) -> Call:
         """Return what conditions are asked about."""
-        function = self._module.forward if run is self._module else run
+        function = self.doors.function(run, method)
         context = self.open.position().context
         return Call(self._module, method or "forward", function, args, kwargs, context)
 
@@ -183,41 +194,67 @@ class Admission:
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        method: str | None = None,
     ) -> Any:
-        """Refuse a run of the module, or of a part or copy of it, that nobody admitted.
+        """Judge a run of the module, or of a part or copy of it, that did not come by its proxy.
+
+        It is a call by another door, or a part's run in a recompute, which looks like the module's
+        own; else it is refused.
 
         Args:
             part: What is run.
-            run: Its forward.
+            run: Its forward, its call or a method.
             args: The arguments by position.
             kwargs: The arguments by name.
+            method: The name of the method, where the policy counts it.
 
         Returns:
-            What the forward returns, in observe mode and in a recompute.
+            What the run returns, where it is admitted or only observed.
 
         Raises:
-            BypassedGuard: The run is refused.
+            LensNetViolation: The run is refused.
         """
         frame = frame_up(1)
+        repeated = part is not self._module and recomputed_checkpoint(frame) is not None
+        is_call = method is None and self.doors.admit(part)
+        if is_call and (not repeated or self._recomputes.knows(frame)):
+            return self.run(run, args, kwargs, frame, self.doors.name_of(part))
+        if repeated:
+            return self._run_inside(run, args, kwargs)
         here = self.open.position()
         inputs = describe_inputs(args, kwargs)
         record = self._repeat_behind(part, frame, here, inputs)
         if record is None:
             reason = decide(here.context, sanctioned=False, budget_left=0, bypass=True)
             detail = describe_part(self._module, part)
-            record = self.refuse(Refusal("bypass", reason, here, frame, here.scope, inputs, detail))
+            refusal = Refusal("bypass", reason, here, frame, here.scope, inputs, detail, method)
+            record = self.refuse(refusal)
             if part is self._module:
                 self._remember(record, frame)
         return self._execute(record, run, args, kwargs)
 
+    def _run_inside(
+        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.inside.here = True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self.inside.here = False
+
     def _repeat_behind(
         self, part: nn.Module, frame: FrameType, here: Position, inputs: tuple[object, ...]
     ) -> CallRecord | None:
-        """Admit a recompute by a checkpoint that holds the module itself, as composable ones do."""
+        """Admit a recompute of the module itself, whose first run was not seen to be one.
+
+        The checkpoint opened inside the module's call: a composable one, or in a method or a
+        forward that somebody has put in the place of the class's.
+        """
         if part is not self._module:
             return None
+        hidden = is_composable(part) or self.replaced or bool(self.doors.methods)
         with self.history.lock:
-            again = self._recomputes.find(frame, hidden=is_composable(part))
+            again = self._recomputes.find(frame, hidden=hidden)
             if again is None:
                 return None
             return self.history.add_recompute(again.original, here, frame, inputs)
@@ -231,7 +268,7 @@ class Admission:
     ) -> Any:
         """Run the module, logging before and after."""
         inside = self.inside
-        already_inside = inside.here
+        already_inside, running = inside.here, inside.running
         sinks = self.history.sinks
         start = time.perf_counter()
         try:
@@ -240,7 +277,8 @@ class Admission:
                 sink.begin(record)
                 if earlier is not None:
                     sink.hazard(record, earlier)
-            inside.here = True
+            inside.here, inside.running = True, own_forward(self._module)
+            self.replaced = self.replaced or inside.running is not None
             result = in_range(record, run)(*args, **kwargs)
             self.compiled.end(record, result)
             record.outcome = "returned"
@@ -251,7 +289,7 @@ class Admission:
             self.history.name_log(error)
             raise
         finally:
-            inside.here = already_inside
+            inside.here, inside.running = already_inside, running
             record.duration_ms = (time.perf_counter() - start) * 1e3
             for sink in sinks:
                 sink.end(record)
