@@ -3,11 +3,10 @@
 import copy
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.context import get_spawning_popen
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, cast, get_args
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 from torch import nn
 
@@ -19,6 +18,7 @@ from lensnet_guard.boundary.blocks import (
     scope_block,
     window_block,
 )
+from lensnet_guard.boundary.keeper import GuardKeeper
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
 from lensnet_guard.boundary.settlement import opened
 from lensnet_guard.boundary.tripwire import Inside, Tripwire, guard_behind
@@ -26,9 +26,10 @@ from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.context import P, R
 from lensnet_guard.calls.errors import VIOLATIONS
 from lensnet_guard.calls.policy import CallPolicy, Mode
-from lensnet_guard.calls.record import CallRecord, Context
+from lensnet_guard.calls.record import CallRecord, Context, check_context
 from lensnet_guard.logs.evidence import write_evidence
 from lensnet_guard.logs.history import History
+from lensnet_guard.logs.run_log import RunLog
 from lensnet_guard.logs.sinks import Sink
 from lensnet_guard.untested import tell_untested
 
@@ -68,7 +69,9 @@ class Guard(Generic[M]):
         self.module = module
         if mode != "off":
             # The proxy passes for the module, down to its class.
-            self.module = cast("M", GuardedModule(module, _Keeper(self, self._admission)))
+            self.module = cast(
+                "M", GuardedModule(module, GuardKeeper(self, self._admission, rebuild))
+            )
             tell_untested([*_torch_checkpoints.losses(), *_torch_internals.losses()])
             refuse, shared = self._admission.run_behind, policy.shared_submodules
             self._tripwire = Tripwire(module, self, self._admission.inside, refuse, shared)
@@ -86,7 +89,7 @@ class Guard(Generic[M]):
             ValueError: Any other word.
             ContextSwitchRefused: To inference inside an open training micro-step.
         """
-        _check_context(context)
+        check_context(context)
         with opened(self._admission, context_block(self._admission, context)):
             yield
 
@@ -105,9 +108,9 @@ class Guard(Generic[M]):
             LensNetViolation: At the end, any violation that the body swallowed.
         """
         numbers = operator.index(step), operator.index(micro_step)  # a record holds no tensor
-        block = micro_step_block(self._admission, *numbers)
+        block, ledger = micro_step_block(self._admission, *numbers)
         with opened(self._admission, block):
-            yield cast("MicroStep", block.window)
+            yield ledger
 
     @contextmanager
     def window(self, name: str) -> Iterator[Window]:
@@ -126,9 +129,9 @@ class Guard(Generic[M]):
             BudgetUnmet: At the end, when the body did not raise and made too few calls.
             LensNetViolation: At the end, any violation that the body swallowed.
         """
-        block = window_block(self._admission, name)
+        block, ledger = window_block(self._admission, name)
         with opened(self._admission, block):
-            yield cast("Window", block.window)
+            yield ledger
 
     @contextmanager
     def sanctioned(self, scope: str) -> Iterator[Window]:
@@ -221,7 +224,7 @@ class Guard(Generic[M]):
             ValueError: A context or a scope that there is not.
         """
         if context is not None:
-            _check_context(context)
+            check_context(context)
         if scope is not None and scope not in self.policy.in_full:
             raise ValueError(
                 f"{scope!r} is not a scope of {self.name}'s policy, "
@@ -261,17 +264,40 @@ class Guard(Generic[M]):
 
     # Logs, copies, the end ---------------------------------------------------------------------
 
-    def start_log(self, folder: str | os.PathLike[str]) -> None:
+    def start_log(
+        self, folder: str | os.PathLike[str], others: "Sequence[Guard[Any]]" = ()
+    ) -> None:
         """Log to a folder from now on.
 
         Args:
             folder: It is made when missing; one process writes one file, and more when it is full.
+            others: Guards that log to the same file.
 
         Raises:
             TypeError: ``folder`` is not a path.
             ValueError: The guard logs already.
         """
-        self._history.start_log(folder, _header(self.mode, self.policy))
+        header = _header(self.mode, self.policy)
+        if others:
+            guards = (self, *others)
+            header = {
+                _schema.MODULE: ", ".join(guard.name for guard in guards),
+                _schema.MODE: self.mode,
+                _schema.POLICIES: {guard.name: guard.policy.to_json() for guard in guards},
+            }
+        self._history.start_log(folder, header)
+        for other in others:
+            other.log_beside(self)
+
+    def log_beside(self, other: "Guard[Any]") -> None:
+        """Log from now on to the file that another guard has opened, and will end."""
+        if (log := other.log) is not None:
+            self._history.write_to(log)
+
+    @property
+    def log(self) -> RunLog | None:
+        """The log that is being written to; None without one."""
+        return self._history.log
 
     @property
     def log_path(self) -> Path | None:
@@ -321,35 +347,6 @@ class Guard(Generic[M]):
         return guard_of, (self.module,)
 
 
-class _Keeper:
-    """What a proxy asks of its guard. Copies and pickles get a guard of their own, alike."""
-
-    def __init__(self, guard: "Guard[Any]", admission: Admission) -> None:
-        self.guard = guard
-        self.name = guard.name
-        self.run = admission.run  # itself, for a method in between would cost every call a frame
-        self._admission = admission
-
-    def copy(self, module: nn.Module, *, shallow: bool) -> Any:
-        """Guard a copy of the module, which logs where its original does."""
-        guard, name = self.guard, f"{self.name} (copy)"
-        history = History(name)
-        if (log := self._admission.history.log) is not None:
-            history.write_to(log)
-        # A shallow copy runs the submodules of its original: who is inside one is inside the other.
-        inside = self._admission.inside if shallow else None
-        copied = type(guard)(module, guard.policy, guard.mode, name, history=history, inside=inside)
-        return copied.module
-
-    def reduce(self, module: nn.Module) -> tuple[Any, ...]:
-        """Return what pickle keeps of the guarded module."""
-        guard, log = self.guard, self._admission.history.log
-        # A worker process logs beside its parent; a file on disk says nothing of logs.
-        spawning = get_spawning_popen() is not None
-        place = (log.folder, log.pid) if log is not None and spawning else None
-        return rebuild, (place, type(guard), module, guard.policy, guard.mode, guard.name)
-
-
 def rebuild(
     place: tuple[Path, int] | None,
     kind: type[Guard[Any]],
@@ -389,8 +386,3 @@ def guard_of(module: object) -> Guard[Any] | None:
 def _header(mode: Mode, policy: CallPolicy) -> dict[str, Any]:
     """Return what the first line of a log says of the contract."""
     return {_schema.MODE: mode, _schema.POLICY: policy.to_json()}
-
-
-def _check_context(context: object) -> None:
-    if context not in get_args(Context):
-        raise ValueError(f'context must be "training" or "inference", not {context!r}')

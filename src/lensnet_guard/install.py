@@ -54,7 +54,7 @@ def guard_module(
     if policy is not None and chosen != "off":
         for scope in policy.in_full.values():
             if scope.caller is not None:
-                check_caller_exists(scope.caller)
+                check_caller_exists(scope.caller, early=True)
     guard = Guard(module, policy or CallPolicy(), chosen, name or type(module).__name__)
     if log is not None and guard.mode != "off":
         try:

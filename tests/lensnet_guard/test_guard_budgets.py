@@ -16,6 +16,13 @@ from lensnet_guard import (
 )
 
 
+def asks():
+    """A caller that makes no call."""
+
+
+CALLER = f"{__name__}:asks"
+
+
 class TestBudgets:
     def test_exactly_one(self, guard, x):
         """One call is due, one is allowed."""
@@ -72,8 +79,8 @@ class TestBudgets:
 
     def test_micro_step_demands_every_budget(self, make_guard, x):
         """A scope that never opened is due all the same, a sanctioned caller too."""
-        guard = make_guard(callers={"m:f": 1}, a=1, b=1)
-        made = "b made 0 of 1 calls, m:f made 0 of 1 calls"
+        guard = make_guard(callers={CALLER: 1}, a=1, b=1)
+        made = f"b made 0 of 1 calls, {CALLER} made 0 of 1 calls"
         with guard.context("training"), pytest.raises(BudgetUnmet, match=made):
             with guard.micro_step(), guard.sanctioned("a"):
                 guard.module(x)
@@ -145,10 +152,10 @@ class TestBudgets:
         assert ledger.calls == {SCOPE: 5}
         assert guard.count("inference", SCOPE) == 5
 
-    @pytest.mark.parametrize("scope", ["other", "", None, 3, "m:f"])
+    @pytest.mark.parametrize("scope", ["other", "", None, 3, CALLER])
     def test_unknown_scope(self, make_guard, scope):
         """A scope that the policy does not have is refused by name, with those that it has."""
-        guard = make_guard(callers={"m:f": 1}, b=1, a=1)
+        guard = make_guard(callers={CALLER: 1}, b=1, a=1)
         with guard.context("training"), pytest.raises(ValueError) as caught:
             guard.sanctioned(scope).__enter__()
         assert str(caught.value) == (

@@ -47,7 +47,7 @@ class Admission:
         open: The blocks that are open in each thread and task.
         violations: What becomes of them.
         compiled: The calls of the module as long as it is compiled.
-        runs: How often the callers of the policy have run.
+        runs: How often the callers of the policy have run; None before the first training.
     """
 
     def __init__(
@@ -61,14 +61,23 @@ class Admission:
         self.open = OpenBlocks()
         self.violations = Violations(policy, mode, history, self.open)
         self.compiled = CompiledCalls(module)
-        self.runs = Runs(s.caller for s in policy.in_full.values() if s.caller is not None)
+        self.runs: Runs | None = None
         self._module = module
         self._observer = Observer() if mode == "observe" else None
         self._recomputes = Recomputes()
         self._claims = Claims(policy)
+        self._asks_nothing = self._observer is None and not self._claims.look_at_results
         self._scopes = policy.in_full
         self._last: CallRecord | None = None
         self._memory: dict[Any, Any] = {}
+
+    def begin_training(self) -> None:
+        """Look for the callers of the policy; by now they are all defined.
+
+        Raises:
+            ValueError: One of them does not exist, or never runs by that name.
+        """
+        self.runs = Runs(s.caller for s in self._scopes.values() if s.caller is not None)
 
     # A call ------------------------------------------------------------------------------------
 
@@ -82,8 +91,10 @@ class Admission:
     ) -> Any:
         """Admit and run one call, as `Keeper.run` says."""
         record = self._admit(run, args, kwargs, frame, method)
+        if self._asks_nothing:
+            return self._execute(record, run, args, kwargs)
         observed = None
-        if self._observer is not None and self._is_told(record):
+        if self._observer is not None and self.history.log is not None and record.kind == "call":
             observed = self._call(run, args, kwargs, method)
             self._observer.begin(record, observed, frame, self.open.position())
         result = self._execute(record, run, args, kwargs, observed)
@@ -110,8 +121,16 @@ class Admission:
         inputs = describe_inputs(args, kwargs)
         with self.history.lock:  # from reading the budget to spending it
             again = self._recomputes.find(frame)
-            window, left = self._left(here, scope)
-            facts = here.context, window is not None, left, self.inside.here, again is not None
+            window: Window | None = here.micro_step
+            left = None
+            if scope is not None:
+                if scope in claims.windows:
+                    window = self._window(here, scope)
+                left = claims.most[scope]
+                if window is not None and left is not None:
+                    left -= len(window.spent(scope))
+            sanctioned = window is not None and scope is not None
+            facts = here.context, sanctioned, left, self.inside.here, again is not None
             reason = decide(*facts)
             if again is not None:
                 return self.history.add_recompute(again.original, here, frame, inputs)
@@ -128,7 +147,7 @@ class Admission:
                 self._last = record
                 return record
         if reason == "UnsanctionedCall" and scope is not None:
-            detail = self._outside(scope)
+            detail = claims.outside(scope)
         refusal = Refusal("call", reason, here, frame, scope, inputs, detail, method)
         record = self.violations.refuse(refusal)
         with self.history.lock:
@@ -136,10 +155,6 @@ class Admission:
                 window.spend(scope, record)  # observed: it runs, and is one of those that were due
             self._recomputes.remember(record, frame)
         return record
-
-    def _is_told(self, record: CallRecord) -> bool:
-        """Return whether a log wants to know more of a call."""
-        return self.history.log is not None and record.kind == "call"
 
     def _call(
         self,
@@ -154,27 +169,10 @@ class Admission:
         name, memory = method or "forward", self._memory
         return Call(self._module, name, function, args, kwargs, context, memory=memory)
 
-    def _left(self, here: Position, scope: str | None) -> tuple[Window | None, int | None]:
-        """Return the open window that a scope counts in, and the calls that are left in it."""
-        if scope is None:
-            return None, 0
-        full = self._scopes[scope]
-        if full.per == MICRO_STEP:
-            window: Window | None = here.micro_step
-        else:  # in inference calls are free, and nothing is booked
-            window = here.window(full.per) if here.context == "training" else None
-        most = full.most
-        if most is None or window is None:
-            return window, most
-        return window, most - len(window.spent(scope))
-
-    def _outside(self, scope: str) -> str:
-        """Return what to say of a call whose scope is known, and whose window is not open."""
-        full = self._scopes[scope]
-        if full.per != MICRO_STEP:
-            return f': its scope {scope!r} counts per "{full.per}", and no such window is open'
-        who = "its sanctioned caller runs" if full.caller is not None else f"its scope {scope!r} is"
-        return f": {who} outside any micro-step, where no budget counts"
+    def _window(self, here: Position, scope: str) -> Window | None:
+        """Return the open window of a scope that does not count per micro-step."""
+        # In inference calls are free, and nothing is booked.
+        return here.window(self._claims.windows[scope]) if here.context == "training" else None
 
     def _check_result(
         self, call: Call, record: CallRecord, result: Any, frame: FrameType | None

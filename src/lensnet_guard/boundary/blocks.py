@@ -19,22 +19,28 @@ def context_block(admission: Admission, context: Context) -> Block:
     return Block(context=context)
 
 
-def micro_step_block(admission: Admission, step: int, micro_step: int) -> Block:
-    """Return a block that opens a micro-step.
+def micro_step_block(admission: Admission, step: int, micro_step: int) -> tuple[Block, MicroStep]:
+    """Return a block that opens a micro-step, and the micro-step.
 
     Raises:
         NoContext: Neither training nor inference is declared.
         ContextSwitchRefused: A micro-step is open already.
+        ValueError: A caller of the policy does not exist.
     """
     here = admission.violations.require_context("a micro-step was opened")
     if here.micro_step is not None:
         _refuse_switch(admission, here, "another micro-step")
-    due = admission.due_in_micro_step if here.context == "training" else {}
-    return Block(window=MicroStep(step, micro_step, due, here.context))
+    due = {}
+    if here.context == "training":
+        if admission.runs is None:
+            admission.begin_training()
+        due = admission.due_in_micro_step
+    ledger = MicroStep(step, micro_step, due, here.context)
+    return Block(window=ledger), ledger
 
 
-def window_block(admission: Admission, name: str) -> Block:
-    """Return a block that opens another window.
+def window_block(admission: Admission, name: str) -> tuple[Block, Window]:
+    """Return a block that opens another window, and the window.
 
     Raises:
         ValueError: No scope of the policy counts in such a window.
@@ -49,8 +55,13 @@ def window_block(admission: Admission, name: str) -> Block:
     here = admission.open.position()
     if here.window(name) is not None:
         _refuse_switch(admission, here, f"another window {name!r}")
-    due = policy.due(name) if here.context != "inference" else {}
-    return Block(window=Window(name, due, here.context))
+    due = {}
+    if here.context != "inference":
+        if admission.runs is None:
+            admission.begin_training()
+        due = policy.due(name)
+    ledger = Window(name, due, here.context)
+    return Block(window=ledger), ledger
 
 
 def scope_block(admission: Admission, scope: str) -> tuple[Block, Window]:

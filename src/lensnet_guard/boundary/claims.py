@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from types import FrameType
 
 from lensnet_guard.calls.call import Call
-from lensnet_guard.calls.callers import callers_on
+from lensnet_guard.calls.callers import find_caller
 from lensnet_guard.calls.context import Position
 from lensnet_guard.calls.policy import CallPolicy
 from lensnet_guard.calls.record import Context
-from lensnet_guard.calls.scope import Condition, name_of
+from lensnet_guard.calls.scope import MICRO_STEP, Condition, name_of
 
 
 class Claims:
@@ -20,11 +20,15 @@ class Claims:
     Attributes:
         look_at_calls: Whether scopes or conditions ask for more of a call than who makes it.
         look_at_results: Whether conditions ask for what calls return.
+        most: How many calls each scope may make in a window; None for any number.
+        windows: Of scopes that do not count per micro-step the window that they count in.
     """
 
     def __init__(self, policy: CallPolicy) -> None:
         scopes = policy.in_full
         self._policy = policy
+        self.most = {name: scope.most for name, scope in scopes.items()}
+        self.windows = {n: scope.per for n, scope in scopes.items() if scope.per != MICRO_STEP}
         self._by_caller: dict[str, list[str]] = {}
         self._by_state: list[str] = []
         for name, scope in scopes.items():
@@ -32,15 +36,17 @@ class Claims:
                 self._by_caller.setdefault(scope.caller, []).append(name)
             elif scope.when is not None:
                 self._by_state.append(name)
+        self._plain = {s.caller: n for n, s in scopes.items() if s.caller and s.when is None}
+        self._whens = {name: scope.when for name, scope in scopes.items()}
         conditions = [s.requires for s in scopes.values()]
-        whens = any(scope.when is not None for scope in scopes.values())
+        whens = [when for when in self._whens.values() if when is not None]
         self.look_at_calls = bool(whens or policy.requires or any(conditions))
         self.look_at_results = bool(policy.ensures or any(s.ensures for s in scopes.values()))
 
     def scope_of(
         self, here: Position, frame: FrameType | None, call: Call | None
     ) -> tuple[str | None, str]:
-        """Return the scope that a call belongs to, if any; and what is wrong where it is unclear.
+        """Return the scope that a call belongs to, if any; and what to say where it has none.
 
         Args:
             here: The blocks that are open.
@@ -49,11 +55,26 @@ class Claims:
         """
         if here.scope is not None or here.context != "training":
             return here.scope, ""
+        missed: list[str] = []
         if self._by_caller:
-            for caller in callers_on(frame, self._by_caller):
-                if found := self._holding(self._by_caller[caller], call):
+            caller, frame = find_caller(frame, self._by_caller)
+            if caller in self._plain:
+                return self._plain[caller], ""
+            while caller is not None:
+                if found := self._holding(self._by_caller[caller], call, missed):
                     return _only(found)
-        return _only(self._holding(self._by_state, call)) if self._by_state else (None, "")
+                caller, frame = find_caller(frame, self._by_caller)
+        if found := self._holding(self._by_state, call, missed):
+            return _only(found)
+        return None, f": {'; '.join(missed)}" if missed else ""
+
+    def outside(self, scope: str) -> str:
+        """Return what to say of a call whose scope is known, and whose window is not open."""
+        full = self._policy.in_full[scope]
+        if full.per != MICRO_STEP:
+            return f': its scope {scope!r} counts per "{full.per}", and no such window is open'
+        who = "its sanctioned caller runs" if full.caller is not None else f"its scope {scope!r} is"
+        return f": {who} outside any micro-step, where no budget counts"
 
     def requires(self, context: Context | None, scope: str | None) -> Iterable[Condition]:
         """Return what must hold of a call as it begins."""
@@ -65,14 +86,20 @@ class Claims:
         own = self._policy.in_full[scope].ensures if scope is not None else ()
         return _of(context, self._policy.ensures, own)
 
-    def _holding(self, names: Iterable[str], call: Call | None) -> list[str]:
-        """Return the scopes of which the state holds, of those whose caller is right."""
-        found = []
+    def _holding(self, names: Iterable[str], call: Call | None, missed: list[str]) -> list[str]:
+        """Return the scopes whose state holds, of those whose caller is right.
+
+        What does not hold of the others is added to ``missed``.
+        """
+        holding = []
         for name in names:
-            when = self._policy.in_full[name].when
-            if when is None or (call is not None and finding(when, call) is None):
-                found.append(name)
-        return found
+            when = self._whens[name]
+            found = finding(when, call) if when is not None and call is not None else None
+            if found is None:
+                holding.append(name)
+            elif when is not None:
+                missed.append(f"not in the scope {name!r}, for {name_of(when)}: {found}")
+        return holding
 
 
 def first_breach(conditions: Iterable[Condition], call: Call) -> str | None:
@@ -104,6 +131,6 @@ def _of(
 
 def _only(found: list[str]) -> tuple[str | None, str]:
     """Return the one scope that applies; none where several do, which would be anybody's guess."""
-    if len(found) < 2:
-        return next(iter(found), None), ""
+    if len(found) == 1:
+        return found[0], ""
     return None, f": the scopes {' and '.join(map(repr, found))} both apply to it"

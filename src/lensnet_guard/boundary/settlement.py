@@ -23,7 +23,7 @@ def opened(admission: Admission, block: Block) -> Iterator[None]:
     ledger = None if block.context is not None else block.window or here.ledger
     enforced = ledger if admission.mode == "enforce" else None
     ending = block.window
-    if ending is not None:
+    if ending is not None and admission.runs:
         ending.ran_before = admission.runs.counts()
     try:
         here = admission.open.push(block)  # kept, for the block may end in another thread
@@ -55,7 +55,7 @@ def opened(admission: Admission, block: Block) -> Iterator[None]:
 def _settle(admission: Admission, here: Position, ending: Window) -> None:
     """Refuse a window that has left a budget unspent; tell of a micro-step that ended well."""
     is_micro_step = isinstance(ending, MicroStep)
-    if is_micro_step:
+    if is_micro_step and admission.violations.unseen:
         admission.violations.raise_unseen()
     if unmet := ending.unmet():
         made = [f"{s} made {n} of {budget_text(due)} calls" for s, (n, due) in unmet.items()]
@@ -81,9 +81,10 @@ def _due_from(admission: Admission, name: str, window: Window) -> str:
     state = f"calls with {name_of(scope.when)}" if scope.when is not None else ""
     if scope.caller is None:
         return state
-    who = f"{scope.caller}{runs.place(scope.caller)}{state and ', ' + state}"
+    place = runs.place(scope.caller) if runs is not None else ""
+    who = f"{scope.caller}{place}{state and ', ' + state}"
     before = window.ran_before.get(scope.caller)
-    if before is None:
+    if before is None or runs is None:
         return who
     times = runs.counts()[scope.caller] - before
     ran = f"ran {count(times, 'time')}" if times else "did not run"

@@ -19,6 +19,9 @@ class Violations:
         mode: ``"enforce"`` raises them; with the others they are only recorded and logged.
         history: It takes the records, and knows who else is told.
         blocks: What is open in each thread and task.
+
+    Attributes:
+        unseen: Those that background threads have raised outside of every window.
     """
 
     def __init__(
@@ -28,7 +31,7 @@ class Violations:
         self._mode = mode
         self._history = history
         self._blocks = blocks
-        self._unseen: list[LensNetViolation] = []
+        self.unseen: list[LensNetViolation] = []
 
     def refuse(self, refusal: Refusal, due_from: Sequence[str] = ()) -> CallRecord:
         """Record and log a violation, then raise it; in observe mode return its record.
@@ -55,7 +58,7 @@ class Violations:
         if ledger is not None:
             ledger.violations.append(violation)
         elif threading.current_thread() is not threading.main_thread():
-            self._unseen.append(copy.copy(violation))  # without frames, for it may be long
+            self.unseen.append(copy.copy(violation))  # without frames, for it may be long
         for sink in self._history.sinks:
             sink.violation(violation)
         if self._mode == "observe":
@@ -71,7 +74,7 @@ class Violations:
 
         Nobody waits for what such a thread raises, so it could pass in silence.
         """
-        unseen, self._unseen = self._unseen, []
+        unseen, self.unseen = self.unseen, []
         if unseen and self._mode == "enforce":
             raise unseen[0]
 

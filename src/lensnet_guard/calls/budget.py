@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from lensnet_guard._text import add_note
 from lensnet_guard.calls.errors import LensNetViolation
 from lensnet_guard.calls.record import CallRecord, Context
-from lensnet_guard.calls.scope import MICRO_STEP, Calls, least_of
+from lensnet_guard.calls.scope import MICRO_STEP, Calls
 
 
 class Window:
@@ -31,12 +32,13 @@ class Window:
         raised: The type of what broke it off; None as long as nothing has.
     """
 
+    ran_before: Mapping[str, int] = MappingProxyType({})
+
     def __init__(self, name: str, due: Mapping[str, Calls], context: Context | None) -> None:
         self.name = name
         self.due = due
         self.context = context
         self.opened: dict[str, int] = {}
-        self.ran_before: Mapping[str, int] = {}
         self.violations: list[LensNetViolation] = []
         self.raised: str | None = None
         self._spent: dict[str, list[CallRecord]] = {}
@@ -57,8 +59,12 @@ class Window:
 
     def unmet(self) -> dict[str, tuple[int, Calls]]:
         """Return ``{scope: (made, due)}`` of every scope that has made too few calls."""
-        made = self.calls
-        return {s: (made[s], due) for s, due in self.due.items() if made[s] < least_of(due)}
+        spent, unmet = self._spent, {}
+        for scope, due in self.due.items():
+            made = len(spent[scope]) if scope in spent else 0
+            if made < (due if isinstance(due, int) else due[0]):
+                unmet[scope] = made, due
+        return unmet
 
     def raise_swallowed(self) -> None:
         """Raise the first violation of this window again: the body must have swallowed it."""

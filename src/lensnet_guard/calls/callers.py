@@ -15,14 +15,20 @@ from typing import Any
 from lensnet_guard._text import short_path
 
 
-def callers_on(frame: FrameType | None, names: Container[str]) -> Iterator[str]:
-    """Yield those of ``names``, as ``"module:qualname"``, that run at ``frame`` or above."""
+def find_caller(
+    frame: FrameType | None, names: Container[str]
+) -> tuple[str | None, FrameType | None]:
+    """Return the first of ``names``, as ``"module:qualname"``, that runs at ``frame`` or above.
+
+    With it comes the next frame outwards, from which to look for another one.
+    """
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         name = f"{module}:{qualname(frame)}"
         if name in names:
-            yield name
+            return name, frame.f_back
         frame = frame.f_back
+    return None, None
 
 
 def names_on(frame: FrameType | None, number: int) -> list[str]:
@@ -59,11 +65,12 @@ def derived_qualname(frame: FrameType) -> str:
 # What a name in a policy means --------------------------------------------------------------------
 
 
-def check_caller_exists(name: str) -> CodeType | None:
+def check_caller_exists(name: str, *, early: bool = False) -> CodeType | None:
     """Make sure that a function by this name can be on a stack.
 
     Args:
-        name: ``"module:qualname"``, as `callers_on` writes it.
+        name: ``"module:qualname"``, as `find_caller` gives it.
+        early: Whether a function may still be to come, in a script or a module that is running.
 
     Returns:
         Its code, where that can be told.
@@ -83,11 +90,12 @@ def check_caller_exists(name: str) -> CodeType | None:
     try:
         found = operator.attrgetter(outer)(module)
     except AttributeError as error:
-        if getattr(module.__spec__, "_initializing", False):
-            return None  # its definition may be to come
+        running = module is sys.modules["__main__"] or _is_being_imported(module)
+        if early and running:
+            return None
         raise ValueError(
             f"the caller {name!r} does not exist: {error}. Name a function as its module defines "
-            "it, 'module:Class.method', and define it before the module is guarded"
+            "it, 'module:Class.method'"
         ) from None
     if outer != path:
         return None  # made anew each time that the outer function runs
@@ -139,6 +147,10 @@ def _module(name: str, module: str) -> ModuleType:
         ) from error
 
 
+def _is_being_imported(module: ModuleType) -> bool:
+    return bool(getattr(module.__spec__, "_initializing", False))
+
+
 def _function(found: Any) -> Any:
     return getattr(found, "__func__", found)
 
@@ -177,16 +189,18 @@ class Runs:
 
     Args:
         names: Callers of a policy. Those whose code is not known are left out.
+
+    Raises:
+        ValueError: As `check_caller_exists`.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._codes: dict[str, CodeType] = {}
-        for name in names:
-            with contextlib.suppress(ValueError):
-                loaded = name.partition(":")[0] in sys.modules
-                if loaded and (code := check_caller_exists(name)) is not None:
-                    self._codes[name] = code
+        found = {name: check_caller_exists(name) for name in names}
+        self._codes = {name: code for name, code in found.items() if code is not None}
         self._told = bool(self._codes) and _tell_of(self._codes.values())
+
+    def __bool__(self) -> bool:
+        return self._told
 
     def counts(self) -> Mapping[str, int]:
         """Return how often each caller has begun to run so far; empty where nobody tells."""

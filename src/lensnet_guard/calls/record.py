@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import repeat
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 import wrapt
@@ -172,6 +172,16 @@ _INTERNAL_PATHS = (
 
 # The running frame, or one so many calls further out. `inspect.currentframe` would cost a call.
 frame_up: Callable[..., FrameType] = sys._getframe  # noqa: SLF001  # documented by this name
+
+
+def check_context(context: object) -> None:
+    """Refuse any word that is no context.
+
+    Raises:
+        ValueError: Always then.
+    """
+    if context not in get_args(Context):
+        raise ValueError(f'context must be "training" or "inference", not {context!r}')
 
 
 def capture_stack(frame: FrameType | None, limit: int) -> Stack:

@@ -65,7 +65,7 @@ class Scope:
     @property
     def least(self) -> int:
         """The fewest calls of a window."""
-        return least_of(self.calls)
+        return self.calls if isinstance(self.calls, int) else self.calls[0]
 
     @property
     def most(self) -> int | None:
@@ -94,11 +94,6 @@ class Scope:
         }
         said = {name: value for name, value in fields.items() if value}
         return {"calls": calls, **said} if said else calls
-
-
-def least_of(calls: Calls) -> int:
-    """Return the fewest calls that keep a budget."""
-    return calls if isinstance(calls, int) else calls[0]
 
 
 def name_of(condition: Condition) -> str:

@@ -7,11 +7,16 @@ library; what is here needs none.
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from lensnet_guard import guard_of
-from lensnet_guard.integrations._place import GuardLost
-from lensnet_guard.integrations._watch import Verdict
+from torch import nn
 
-__all__ = ["GuardLost", "Verdict", "sanctioned"]
+from lensnet_guard import Guard, Verdict, Verdicts, guard_of
+from lensnet_guard.integrations._place import GuardLost
+from lensnet_guard.integrations._watches import NothingChecked
+
+__all__ = ["GuardLost", "NothingChecked", "Verdict", "Verdicts", "sanctioned"]
+
+# Where wrappers hold what they wrap: DDP and FSDP, torch.compile, accelerate and Fabric.
+_WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")
 
 
 def sanctioned(module: object, scope: str) -> AbstractContextManager[Any]:
@@ -21,17 +26,35 @@ def sanctioned(module: object, scope: str) -> AbstractContextManager[Any]:
     guarded. It does nothing while it is not: without an integration, and with the mode ``"off"``.
 
     Args:
-        module: The guarded module, or any other.
+        module: The guarded module, or any other; or what wraps it (DDP, FSDP, ``torch.compile``).
         scope: The name of a scope of its policy.
 
     Returns:
         The block to open.
 
     Raises:
-        ValueError: The policy has no such scope.
+        ValueError: The policy has no such scope; or the module is not guarded, and a part of it is.
         NoContext: As ``guard.sanctioned``.
         BudgetUnmet: As ``guard.sanctioned``.
         LensNetViolation: As ``guard.sanctioned``.
     """
-    guard = guard_of(module)
-    return guard.sanctioned(scope) if guard is not None else nullcontext()
+    guard = _guard_in(module)
+    if guard is not None:
+        return guard.sanctioned(scope)
+    for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
+        if name and (inner := guard_of(part)) is not None:
+            raise ValueError(
+                f"sanctioned({type(module).__name__}, {scope!r}) opens nothing: not this module is "
+                f"guarded, but its part {name!r} ({inner.name}). Give that one to sanctioned"
+            )
+    return nullcontext()
+
+
+def _guard_in(module: object) -> Guard | None:
+    """Return the guard of a module, or of what it wraps."""
+    while (guard := guard_of(module)) is None:
+        held = (getattr(module, "_modules", {}).get(name) for name in _WRAPPED)
+        module = next((one for one in held if one is not None), None)
+        if module is None:
+            return None
+    return guard

@@ -51,8 +51,33 @@ class Place:
             )
 
 
+class Items:
+    """The items of a list or a dict, as attributes: ``reward_funcs.0`` is one like any other."""
+
+    def __init__(self, items: Any) -> None:
+        vars(self)["_items"] = items
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return vars(self)["_items"][self._key(name)]
+        except LookupError:
+            raise AttributeError(f"there is no item {name}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self)["_items"][self._key(name)] = value
+
+    def _key(self, name: str) -> Any:
+        if isinstance(vars(self)["_items"], dict):
+            return name
+        return int(name) if name.isdecimal() else len(vars(self)["_items"])
+
+
+def _with_items(owner: Any) -> Any:
+    return Items(owner) if isinstance(owner, (list, dict)) else owner
+
+
 def locate(root: Any, path: str) -> Place:
-    """Return the place of ``root.<path>``, a dotted path of attributes.
+    """Return the place of ``root.<path>``, a dotted path of attributes and items of lists.
 
     Raises:
         AttributeError: There is no such owner.
@@ -60,8 +85,15 @@ def locate(root: Any, path: str) -> Place:
     owner = root
     *parents, attribute = path.split(".")
     for parent in parents:
-        owner = getattr(owner, parent)
-    return Place(owner, attribute, f"{type(root).__name__}.{path}")
+        owner = getattr(_with_items(owner), parent)
+    return Place(_with_items(owner), attribute, f"{type(root).__name__}.{path}")
+
+
+def getattr_path(root: Any, path: str) -> Any:
+    """Return what hangs at a dotted path now; None when there is nothing."""
+    for name in path.split("."):
+        root = getattr(_with_items(root), name, None)
+    return root
 
 
 def find(root: Any, guard: Guard) -> Place | None:
@@ -70,25 +102,32 @@ def find(root: Any, guard: Guard) -> Place | None:
     seen = {id(root)}
     while names:
         owner, path = names.popleft()
-        for name, value in _modules_of(owner):
+        for holder, name, value in _modules_of(owner):
             if value is guard.module:
-                return Place(owner, name, f"{path}.{name}")
+                return Place(holder, name.rpartition(".")[2], f"{path}.{name}")
             if id(value) not in seen:
                 seen.add(id(value))
                 names.append((value, f"{path}.{name}"))
     return None
 
 
-def _modules_of(owner: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Submodules, and modules that were put past ``nn.Module.__setattr__`` to be none."""
+def _modules_of(owner: Any) -> Iterator[tuple[Any, str, nn.Module]]:
+    """Submodules, and modules that were put past ``nn.Module.__setattr__`` to be none.
+
+    Each with who holds it, and by which name.
+    """
     own = vars(owner)
     for name, value in own.items():
         # accelerate's compile_regions keeps the original there, which its copy does not run
         if isinstance(value, nn.Module) and name != "_orig_mod":
-            yield name, value
+            yield owner, name, value
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                if isinstance(item, nn.Module):
+                    yield Items(value), f"{name}.{number}", item
     for name, value in own.get("_modules", {}).items():
         if value is not None:
-            yield name, value
+            yield owner, name, value
 
 
 def _describe(found: Any, guard: Guard) -> str:

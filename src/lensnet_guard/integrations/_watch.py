@@ -5,50 +5,17 @@ is raised. Here is held what is open between them.
 """
 
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of, lensnet_guard
-from lensnet_guard._text import absolute, add_note, count, short_path
-from lensnet_guard.integrations._place import GuardLost, Place, find, locate
+from lensnet_guard._text import absolute, add_note, short_path
+from lensnet_guard.integrations._place import GuardLost, Items, Place, find, getattr_path, locate
+from lensnet_guard.tally import Tally, Verdict
 
 Log = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a training came to, in this process.
-
-    Attributes:
-        module: The guard's name for the module.
-        micro_steps: Training micro-steps that ended, those with a violation included.
-        calls: Allowed training calls, by scope.
-        inference_calls: Calls in inference context.
-        violations: Violations of any kind.
-    """
-
-    module: str
-    micro_steps: int
-    calls: Mapping[str, int]
-    inference_calls: int
-    violations: int
-
-    @property
-    def calls_per_micro_step(self) -> float:
-        """Allowed training calls per micro-step, on average; 0 without a micro-step."""
-        return sum(self.calls.values()) / self.micro_steps if self.micro_steps else 0.0
-
-    def __str__(self) -> str:
-        by_scope = ", ".join(f"{scope} {n}" for scope, n in self.calls.items())
-        return (
-            f"{self.module}: {count(self.micro_steps, 'micro-step')}, "
-            f"{count(sum(self.calls.values()), 'training call')} ({by_scope}), "
-            f"{count(self.inference_calls, 'inference call')}, "
-            f"{count(self.violations, 'violation')}"
-        )
+STEP = "step"  # the window of an optimizer step
 
 
 @dataclass(frozen=True)
@@ -100,7 +67,7 @@ class Watch:
 
     Attributes:
         guard: The guard; None before `open` when it is made there.
-        micro_steps: Training micro-steps that have ended.
+        begun: Training micro-steps that were begun since `open`, or since `count_from_here`.
     """
 
     def __init__(self, contract: Contract, root: Any, *, must_be_found: bool = True) -> None:
@@ -113,8 +80,11 @@ class Watch:
         self._context: Literal["training", "inference"] | None = None
         self._in_context = ExitStack()
         self._step: ExitStack | None = None
+        self._optimizer_step = ExitStack()
+        self._number: int | None = None  # of the optimizer step whose window is open
+        self._tally: Tally | None = None
         self.guard: Guard | None = None
-        self.micro_steps = 0
+        self.begun = 0
         target = contract.target
         if isinstance(target, Guard):
             self.guard, self._place = target, find(root, target) if root is not None else None
@@ -150,7 +120,10 @@ class Watch:
     def close(self, error: BaseException | None = None) -> None:
         """Close whatever is open, and put back what was there before `open`."""
         self.abandon(error)
+        self._end_optimizer_step(error or Abandoned())
         self.enter(None)
+        if self._tally is not None:
+            self._tally.close()
         _leave(self._installed, error)
 
     def check(self) -> None:
@@ -176,15 +149,21 @@ class Watch:
             self._context = context
 
     def begin_step(self, step: int, micro_step: int) -> None:
-        """Open a training micro-step.
+        """Open a training micro-step, and the window of its optimizer step if the policy has one.
 
         Raises:
             GuardLost: What the training calls is not the guarded module any more.
+            BudgetUnmet: The optimizer step before this one has made too few calls.
         """
         assert self.guard is not None
         self.check()
         self.enter("training")
+        if STEP in self.guard.policy.windows and step != self._number:
+            self.end_optimizer_step()
+            self._optimizer_step.enter_context(self.guard.window(STEP))
+            self._number = step
         block = ExitStack()
+        self.begun += 1
         block.enter_context(self.guard.micro_step(step, micro_step))
         self._step = block
 
@@ -197,8 +176,22 @@ class Watch:
         """
         block, self._step = self._step, None
         if block is not None:
-            self.micro_steps += 1
             block.close()
+
+    def end_optimizer_step(self) -> None:
+        """Close the window of an optimizer step, if one is open, and settle its budgets.
+
+        It stays open until the next one begins, for what belongs to a step may come after its last
+        micro-step: an EMA's update, say.
+
+        Raises:
+            BudgetUnmet: As the end of ``guard.window``.
+        """
+        self._end_optimizer_step(None)
+
+    def _end_optimizer_step(self, error: BaseException | None) -> None:
+        window, self._optimizer_step, self._number = self._optimizer_step, ExitStack(), None
+        _leave(window, error)
 
     def abandon(self, error: BaseException | None = None) -> None:
         """Close a micro-step that was cut short: no budget is due."""
@@ -210,25 +203,16 @@ class Watch:
 
     def count_from_here(self) -> None:
         """Begin the sums of the verdict anew."""
-        guard = self.guard
-        assert guard is not None
-        self.micro_steps = 0
-        self._before = {scope: guard.count("training", scope) for scope in guard.policy.budgets}
-        self._inference_before = guard.count("inference")
-        self._violations_before = guard.violation_count
+        assert self.guard is not None
+        if self._tally is not None:
+            self._tally.close()
+        self._tally = Tally(self.guard)
+        self.begun = 0
 
     def verdict(self) -> Verdict:
         """Return the sums since `open`, or since the last `count_from_here`."""
-        guard = self.guard
-        assert guard is not None
-        calls = {s: guard.count("training", s) - before for s, before in self._before.items()}
-        return Verdict(
-            module=guard.name,
-            micro_steps=self.micro_steps,
-            calls=MappingProxyType(calls),
-            inference_calls=guard.count("inference") - self._inference_before,
-            violations=guard.violation_count - self._violations_before,
-        )
+        assert self._tally is not None
+        return self._tally.verdict()
 
     def leave_evidence(self, error: BaseException, folder: Log | None) -> None:
         """Say on an exception where the calls are written down, in a log or now.
@@ -264,11 +248,13 @@ class Watch:
     def _install(self, place: Place) -> Guard:
         """Guard what hangs at ``place`` until `close`."""
         contract, module = self._contract, place.module
-        name = place.attribute
+        attribute = place.attribute
+        # A number alone would say little: "reward_funcs.0".
+        name = str(contract.target) if isinstance(place.owner, Items) else attribute
         if guard_of(module) is not None:
             block = lensnet_guard(
                 place.owner,
-                attribute=name,
+                attribute=attribute,
                 policy=contract.policy,
                 mode=contract.mode,
                 log=contract.log,
@@ -284,19 +270,12 @@ class Watch:
         )
         self._installed.callback(guard.uninstall)
         if guard.mode != "off":  # the proxy in its place, and the raw module again afterwards
-            self._installed.enter_context(lensnet_guard(place.owner, attribute=name))
+            self._installed.enter_context(lensnet_guard(place.owner, attribute=attribute))
         return guard
 
 
 class Abandoned(Exception):
     """What breaks off a micro-step that never came to its end, as the log calls it."""
-
-
-def getattr_path(root: Any, path: str) -> Any:
-    """Return what hangs at a dotted path now; None when there is nothing."""
-    for name in path.split("."):
-        root = getattr(root, name, None)
-    return root
 
 
 def _leave(blocks: ExitStack, error: BaseException | None) -> None:

@@ -10,10 +10,20 @@ from typing import Any
 
 from torch import nn
 
-from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of
+from lensnet_guard import (
+    CallPolicy,
+    Guard,
+    Guards,
+    Mode,
+    Verdict,
+    Verdicts,
+    guard_module,
+    guard_of,
+)
 from lensnet_guard._text import absolute
 from lensnet_guard.integrations._place import GuardLost, find
-from lensnet_guard.integrations._watch import Contract, Log, Verdict, Watch
+from lensnet_guard.integrations._watch import Contract, Log, Watch
+from lensnet_guard.integrations._watches import Watches, contracts_for
 
 try:
     from accelerate import Accelerator
@@ -35,17 +45,20 @@ class GuardedAccelerator:
     Args:
         accelerator: The accelerator of the loop.
         guard: A guard that exists, of a module that `prepare` gets as a part of another, or that is
-            not prepared at all. Without one `prepare` makes it.
+            not prepared at all; or those of several, from `lensnet_guard.guard_modules`. Without
+            one `prepare` makes it.
         policy: As for `lensnet_guard.guard_module`; only without ``guard``.
         mode: As for `lensnet_guard.guard_module`; only without ``guard``.
         log: As for `lensnet_guard.guard_module`; only without ``guard``.
         name: As for `lensnet_guard.guard_module`; only without ``guard``.
 
     Attributes:
-        guard: The guard; None before `prepare` when it is made there.
-        verdict: What the last block came to in this process; None before its end.
+        guards: All of them, by name.
+        verdict: What the last block came to in this process; None before its end. As text it has a
+            line for each module.
 
     Raises:
+        NothingChecked: At the end of the block, when there was no ``accumulate`` in it.
         TypeError: ``guard`` is no guard, or ``log`` is not a path.
         ValueError: A guard that exists, with a policy, mode or log for it.
     """
@@ -53,24 +66,30 @@ class GuardedAccelerator:
     def __init__(
         self,
         accelerator: Accelerator,
-        guard: Guard | None = None,
+        guard: Guard | Guards | None = None,
         *,
         policy: CallPolicy | None = None,
         mode: Mode | None = None,
         log: Log | None = None,
         name: str | None = None,
     ) -> None:
+        self.guards: dict[str, Guard] = {}
         if guard is not None:
-            Contract(guard, policy, mode, log)  # refuses what does not go together
+            contracts_for(guard, policy, mode, log)  # refuses what does not go together
+            self.guards = dict(guard) if isinstance(guard, Guards) else {guard.name: guard}
         self._accelerator = accelerator
         folder = absolute(log) if log is not None else None
         self._contract: dict[str, Any] = {"policy": policy, "mode": mode, "log": folder}
         self._name = name
-        self._held_by: Any = None
-        self._watch: Watch | None = None
+        self._held_by: dict[str, Any] = {}
+        self._watch: Watches | None = None
         self._step = self._micro_step = 0
-        self.guard = guard
-        self.verdict: Verdict | None = None
+        self.verdict: Verdict | Verdicts | None = None
+
+    @property
+    def guard(self) -> Guard | None:
+        """The guard, of several the first; None before `prepare` when it is made there."""
+        return next(iter(self.guards.values()), None)
 
     def prepare(self, *objects: Any) -> Any:
         """Return what ``accelerator.prepare`` gives back, with the guard on.
@@ -89,17 +108,22 @@ class GuardedAccelerator:
         prepared = self._accelerator.prepare(*objects)
         results = prepared if isinstance(prepared, tuple) else (prepared,)
         for given, result in zip(objects, results, strict=True):
-            if isinstance(given, nn.Module) and self._holds(given):
-                if not self._holds(result):
+            if isinstance(given, nn.Module):
+                self._check_held(given, result)
+        return prepared
+
+    def _check_held(self, given: nn.Module, result: Any) -> None:
+        """Make sure that what was guarded in a model is still so in what accelerate made of it."""
+        for name, guard in self.guards.items():
+            if _holds(given, guard):
+                if not _holds(result, guard):
                     raise GuardLost(
-                        f"the guard of {self.guard.name} is lost: what accelerator.prepare made "
-                        f"of the {type(given).__name__} does not hold the guarded module any "
-                        "more.\n"
+                        f"the guard of {guard.name} is lost: what accelerator.prepare made of the "
+                        f"{type(given).__name__} does not hold the guarded module any more.\n"
                         "  what to do   Guard it afterwards: give the raw module to "
                         "GuardedAccelerator(accelerator, policy=...).prepare."
                     )
-                self._held_by = result
-        return prepared
+                self._held_by[name] = result
 
     @contextmanager
     def accumulate(self, *models: nn.Module) -> Iterator[None]:
@@ -134,8 +158,14 @@ class GuardedAccelerator:
     def __enter__(self) -> "GuardedAccelerator":
         if self.guard is None:
             raise RuntimeError("there is no guard yet: call guarded.prepare(module, ...) first")
-        held_by = self._held_by
-        watch = Watch(Contract(self.guard), held_by, must_be_found=held_by is not None)
+        watch = Watches(
+            {
+                name: Watch(
+                    Contract(guard), self._held_by.get(name), must_be_found=name in self._held_by
+                )
+                for name, guard in self.guards.items()
+            }
+        )
         watch.open()
         self._watch, self.verdict = watch, None
         return self
@@ -148,10 +178,17 @@ class GuardedAccelerator:
     ) -> None:
         watch, self._watch = self._watch, None
         assert watch is not None
-        self.verdict = watch.verdict()
-        if error is not None:
-            watch.leave_evidence(error, self._accelerator.project_dir)
-        watch.close(error)
+        try:
+            self.verdict = watch.verdict()
+            if error is None:
+                watch.conclude()
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if error is not None:
+                watch.leave_evidence(error, self._accelerator.project_dir)
+            watch.close(error)
 
     def _prepare_and_guard(self, *objects: Any) -> Any:
         module = objects[0] if objects else None
@@ -169,9 +206,10 @@ class GuardedAccelerator:
         name = self._name or type(module).__name__
         prepared = self._accelerator.prepare(*objects)
         first, *others = prepared if isinstance(prepared, tuple) else (prepared,)
-        self.guard = guard_module(first, name=name, **self._contract)
-        return (self.guard.module, *others) if others else self.guard.module
+        guard = guard_module(first, name=name, **self._contract)
+        self.guards = {name: guard}
+        return (guard.module, *others) if others else guard.module
 
-    def _holds(self, module: nn.Module) -> bool:
-        assert self.guard is not None
-        return module is self.guard.module or find(module, self.guard) is not None
+
+def _holds(module: nn.Module, guard: Guard) -> bool:
+    return module is guard.module or find(module, guard) is not None

@@ -5,8 +5,9 @@ Needs ``pip install lensnet-guard[lightning]``.
 
 from typing import Any
 
-from lensnet_guard import CallPolicy, Guard, Mode
-from lensnet_guard.integrations._watch import Contract, Log, Verdict, Watch
+from lensnet_guard import CallPolicy, Guard, Mode, Verdict, Verdicts
+from lensnet_guard.integrations._watch import Log
+from lensnet_guard.integrations._watches import Target, Watches, contracts_for, watches_for
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,18 +29,23 @@ class LensNetGuardCallback(Callback):
 
     Args:
         target: The attribute of the LightningModule that holds the module (``"critic"``,
-            ``"model.critic"``); or a guard that exists, whose module is a part of it.
+            ``"model.critic"``, ``"rewards.0"``); or a guard that exists, whose module is a part of
+            it. Of several modules a mapping from such attributes to policies, or what
+            `lensnet_guard.guard_modules` has returned.
         policy: As for `lensnet_guard.guard_module`; only with an attribute.
         mode: As for `lensnet_guard.guard_module`; only with an attribute.
         log: As for `lensnet_guard.guard_module`; only with an attribute.
 
     Attributes:
-        guard: The guard of this or the last run; None before the first.
-        verdict: What the last ``fit`` came to in this process; None before its end.
+        guard: The guard of this or the last run, of several the first; None before the first run.
+        guards: All of them, by name.
+        verdict: What the last ``fit`` came to in this process; None before its end. As text it has
+            a line for each module.
 
     Raises:
         TypeError: The first argument is neither a name nor a guard, or ``log`` is not a path.
         ValueError: A guard that exists, with a policy, mode or log for it.
+        NothingChecked: From ``fit``, when it has trained without a micro-step.
         GuardLost: From ``fit``, when what the module calls is not the guarded one.
         LensNetViolation: From ``fit``, the violations of the contract. The log is named on an
             exception; without a log the last calls are written to ``trainer.default_root_dir``.
@@ -47,24 +53,26 @@ class LensNetGuardCallback(Callback):
 
     def __init__(
         self,
-        target: str | Guard,
+        target: Target,
         *,
         policy: CallPolicy | None = None,
         mode: Mode | None = None,
         log: Log | None = None,
     ) -> None:
-        self._contract = Contract(target, policy, mode, log)
-        self._watch: Watch | None = None
-        self._opened = False
+        self._contracts = contracts_for(target, policy, mode, log)
+        self._watch: Watches | None = None
+        self._opened = self._trained = False
         self.guard: Guard | None = None
-        self.verdict: Verdict | None = None
+        self.guards: dict[str, Guard] = {}
+        self.verdict: Verdict | Verdicts | None = None
 
     # From the first hook to the last -------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before the strategy wraps anything: see whether there is a guard to be lost."""
         self._close()  # what an earlier run may have left open
-        self._watch = Watch(self._contract, pl_module)
+        self._watch = watches_for(self._contracts, pl_module)
+        self._trained = False
         if stage == "fit":
             self.verdict = None
 
@@ -75,8 +83,9 @@ class LensNetGuardCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the training came to."""
         if self._watch is not None:
-            self.verdict = self._watch.verdict()
-            rank_zero_info(f"lensnet_guard: {self.verdict}")
+            self.verdict = self._watch.conclude() if self._trained else self._watch.verdict()
+            for line in str(self.verdict).splitlines():
+                rank_zero_info(f"lensnet_guard: {line}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module back."""
@@ -91,6 +100,10 @@ class LensNetGuardCallback(Callback):
         self._close(exception)
 
     # Training ------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """There is something to train: not so in a run that is resumed at its end."""
+        self._trained = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on no call is legal outside a micro-step's scope."""
@@ -147,6 +160,7 @@ class LensNetGuardCallback(Callback):
         if self._watch is not None:
             self._opened = True
             self.guard = self._watch.open()
+            self.guards = self._watch.guards
 
     def _enter(self, context: Any) -> None:
         if self._watch is not None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lensnet_guard import CallPolicy, Guard, Mode
-from lensnet_guard.integrations._watch import Contract, Log, Verdict, Watch
+from lensnet_guard import CallPolicy, Guard, Guards, Mode, Verdict, Verdicts
+from lensnet_guard.integrations._watch import Log
+from lensnet_guard.integrations._watches import Target, Watches, contracts_for, watches_for
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -30,27 +31,33 @@ class LensNetGuardCallback(TrainerCallback):
     an exception until the next ``train`` or `close`.
 
     Args:
-        guard: The guard of a module that the training calls.
+        guard: The guard of a module that the training calls, or the guards of several.
         watch: What is open already for that guard, and outlasts ``train``, as `guarded_trainer` has
             it; without one, every ``train`` has its own.
 
     Attributes:
-        guard: The same.
-        verdict: What the last ``train`` came to in this process; None before its end.
+        guard: The guard; of several the first.
+        guards: All of them, by name.
+        verdict: What the last ``train`` came to in this process; None before its end. As text it
+            has a line for each module.
 
     Raises:
+        NothingChecked: From ``train``, when it has ended without a micro-step: the trainer does not
+            come to the hooks that open them.
         GuardLost: From ``train``, when the model held the guarded module when training began or
             when the last step did, and holds something else there now.
         LensNetViolation: From ``train``, the violations of the contract.
     """
 
-    def __init__(self, guard: Guard, *, watch: Watch | None = None) -> None:
-        self._contract = Contract(guard)
+    def __init__(self, guard: Guard | Guards, *, watch: Watches | None = None) -> None:
+        self._contracts = contracts_for(guard) if watch is None else {}
         self._watch = watch
         self._owns_watch = watch is None
         self._substep = 0
-        self.guard = guard
-        self.verdict: Verdict | None = None
+        self._complete = False
+        self.guards = guard if isinstance(guard, Guards) else {guard.name: guard}
+        self.guard = next(iter(self.guards.values()))
+        self.verdict: Verdict | Verdicts | None = None
 
     def close(self) -> None:
         """Close what an exception has left open."""
@@ -63,9 +70,10 @@ class LensNetGuardCallback(TrainerCallback):
     ) -> None:
         """Look where the guarded module hangs, when it is a part of the model."""
         self.verdict = None
+        self._complete = state.global_step >= state.max_steps > 0  # resumed at its end
         if self._owns_watch:
             self.close()
-            self._watch = Watch(self._contract, kwargs.get("model"), must_be_found=False)
+            self._watch = watches_for(self._contracts, kwargs.get("model"), must_be_found=False)
             self._watch.open()
         elif self._watch is not None:
             self._watch.count_from_here()
@@ -103,10 +111,13 @@ class LensNetGuardCallback(TrainerCallback):
         """Say what the training came to."""
         self._enter("inference")
         if self._watch is not None:
-            self.verdict = self._watch.verdict()
+            try:
+                self.verdict = self._watch.verdict() if self._complete else self._watch.conclude()
+            finally:
+                self.close()
             if state.is_world_process_zero:
-                print(f"lensnet_guard: {self.verdict}")
-        self.close()
+                for line in str(self.verdict).splitlines():
+                    print(f"lensnet_guard: {line}")
 
     def _begin(self, state: TrainerState, substep: int) -> None:
         self._substep = substep
@@ -125,7 +136,7 @@ class LensNetGuardCallback(TrainerCallback):
 @contextmanager
 def guarded_trainer(
     trainer: Trainer,
-    target: str | Guard,
+    target: Target,
     *,
     policy: CallPolicy | None = None,
     mode: Mode | None = None,
@@ -139,13 +150,15 @@ def guarded_trainer(
     Args:
         trainer: The trainer; its callback is added for the length of the block.
         target: The attribute of the trainer that holds the module (``"reference"``,
-            ``"model.critic"``); or a guard that exists, whose module hangs there somewhere.
+            ``"model.critic"``, ``"reward_funcs.0"``); or a guard that exists, whose module hangs
+            there somewhere. Of several modules a mapping from such attributes to policies, or what
+            `lensnet_guard.guard_modules` has returned.
         policy: As for `lensnet_guard.guard_module`; only with an attribute.
         mode: As for `lensnet_guard.guard_module`; only with an attribute.
         log: As for `lensnet_guard.guard_module`; only with an attribute.
 
     Yields:
-        The callback, with ``guard`` and, after ``train``, ``verdict``.
+        The callback, with ``guard``, ``guards`` and, after ``train``, ``verdict``.
 
     Raises:
         TypeError: The first argument is neither a name nor a guard, or ``log`` is not a path.
@@ -154,9 +167,10 @@ def guarded_trainer(
         LensNetViolation: The violations of the contract. The log is named on an exception; without
             a log the last calls are written to ``trainer.args.output_dir``.
     """
-    watch = Watch(Contract(target, policy, mode, log), trainer)
+    watch = watches_for(contracts_for(target, policy, mode, log), trainer)
     try:
         callback = LensNetGuardCallback(watch.open(), watch=watch)
+        callback.guards = watch.guards
         trainer.add_callback(callback)
         try:
             yield callback

@@ -72,5 +72,6 @@ def _write(log: RunLog, record: CallRecord, ledger: MicroStep | None, policy: Ca
     log.begin(record)
     if record.outcome is not None:
         log.end(record)
-    if ledger is not None and record.scope and record.kind == "call" and record.reason is None:
-        ledger.spend(record.scope, record)
+    scope = record.scope if record.kind == "call" and record.reason is None else None
+    if ledger is not None and scope and policy.in_full[scope].per == MICRO_STEP:
+        ledger.spend(scope, record)

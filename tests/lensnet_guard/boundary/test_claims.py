@@ -106,9 +106,28 @@ class TestScopes:
     def test_none_applies(self):
         """A call in another state is nobody's."""
         guard = guarded(scopes={"base": Scope((0, 1), when=is_off)})
-        with guard.context("training"), pytest.raises(UnsanctionedCall), guard.micro_step():
-            inner(guard.module, True)
+        with guard.context("training"), pytest.raises(UnsanctionedCall) as caught:
+            with guard.micro_step():
+                inner(guard.module, True)
+        assert str(caught.value).splitlines()[0] == (
+            "Switch was called in training outside its sanctioned scope: not in the scope 'base', "
+            "for is_off: it is on."
+        )
         assert guard.module.runs == 0
+
+    def test_a_state_that_cannot_be_told(self):
+        """What a condition raised is in the message."""
+
+        def broken(call):
+            return 1 / 0
+
+        guard = guarded(scopes={"base": Scope((0, 1), caller=INNER, when=broken)})
+        with guard.context("training"), pytest.raises(UnsanctionedCall) as caught:
+            with guard.micro_step():
+                inner(guard.module, True)
+        assert "broken: the condition raised ZeroDivisionError: division by zero." in str(
+            caught.value
+        )
 
     def test_two_apply(self):
         """Where that cannot be seen in the policy, the call is refused and names both."""

@@ -135,7 +135,7 @@ class TestPrepare:
     def test_the_raw_module_is_refused(self, make):
         """What ``unwrap_model`` or an old reference calls is behind the guard's back."""
         guarded, critic, *_ = make()
-        with guarded, pytest.raises(BypassedGuard):
+        with pytest.raises(BypassedGuard), guarded, guarded.accumulate(critic):
             critic.__wrapped__(torch.ones(1, 3))
 
     def test_a_model_that_holds_the_guarded_module(self):

@@ -9,9 +9,9 @@ import pytest
 from torch import nn
 
 from lensnet_guard import UnsanctionedCall, guard_module
-from lensnet_guard.integrations import sanctioned
+from lensnet_guard.integrations import Verdict, sanctioned
 from lensnet_guard.integrations._place import find, locate
-from lensnet_guard.integrations._watch import Contract, Verdict, Watch
+from lensnet_guard.integrations._watch import Contract, Watch
 from lensnet_guard.postmortem import read_verdict
 
 

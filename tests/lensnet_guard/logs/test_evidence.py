@@ -3,7 +3,7 @@
 import pytest
 from tests.lensnet_guard.helpers import read
 
-from lensnet_guard import BudgetUnmet, LensNetViolation
+from lensnet_guard import BudgetUnmet, CallPolicy, LensNetViolation, Scope, guard_module
 from lensnet_guard.postmortem.verdict import read_verdict
 
 
@@ -53,6 +53,18 @@ class TestEvidence:
         (violation,) = (line for line in lines if line["event"] == "violation")
         assert "preference_scorer: 1 of 1 spent" in violation["message"]
         assert "spent by     call 1 at" in violation["message"]
+
+    def test_a_call_of_another_window_is_none_of_the_micro_step(self, scorer, x, tmp_path):
+        """Its budget counts elsewhere."""
+        policy = CallPolicy({"kl": 1, "ema": Scope(1, per="step")})
+        guard = guard_module(scorer, policy=policy)
+        with guard.context("training"), guard.window("step"), guard.micro_step(3):
+            for scope in ("kl", "ema"):
+                with guard.sanctioned(scope):
+                    guard.module(x)
+        lines = read(guard.evidence(tmp_path))
+        (line,) = (line for line in lines if line["event"] == "micro_step.end")
+        assert (line["calls"], line["due"]) == ({"kl": 1}, {"kl": 1})
 
     def test_with_a_log_it_is_the_log(self, guard, x, tmp_path):
         """Nothing is written twice."""

@@ -295,7 +295,7 @@ class TestAnotherWorkingDirectory:
 
     def test_a_pickle_took_the_name_along(self, moved_guard, tmp_path, monkeypatch):
         """What a spawned worker is sent is the folder, not a name that means another one there."""
-        monkeypatch.setattr("lensnet_guard.guard.get_spawning_popen", lambda: True)
+        monkeypatch.setattr("lensnet_guard.boundary.keeper.get_spawning_popen", lambda: True)
         folder, parent = moved_guard.module.__reduce_ex__(4)[1][0]
         assert (folder, parent) == (tmp_path / "began" / "runs" / "42", os.getpid())
 

@@ -1,0 +1,189 @@
+"""The guarded modules of one training: what `Watch` does for one, done for all of them together."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+from lensnet_guard import CallPolicy, Guard, Guards, Mode
+from lensnet_guard.integrations._watch import Contract, Log, Watch
+from lensnet_guard.tally import Verdict, Verdicts
+
+Target = str | Guard | Guards | Mapping[str, CallPolicy | None]
+"""An attribute's name, a guard; or of several modules the names with policies, or the guards."""
+
+
+class NothingChecked(RuntimeError):
+    """A training has ended without a micro-step of a guarded module, so no call was checked."""
+
+
+def contracts_for(
+    target: Target,
+    policy: CallPolicy | None = None,
+    mode: Mode | None = None,
+    log: Log | None = None,
+) -> dict[str, Contract]:
+    """Return the contract of each module, by its name.
+
+    Raises:
+        TypeError: As `Contract`; a mapping with other values than policies.
+        ValueError: As `Contract`; no module at all, or one policy beside several.
+    """
+    if isinstance(target, Guards):
+        return {name: Contract(guard, policy, mode, log) for name, guard in target.items()}
+    if not isinstance(target, Mapping):
+        name = target.name if isinstance(target, Guard) else str(target)
+        return {name: Contract(target, policy, mode, log)}
+    if policy is not None:
+        raise ValueError(
+            "several modules are named, each with its own policy; leave the argument policy out"
+        )
+    if not target:
+        raise ValueError("no module is named: the mapping from attributes to policies is empty")
+    policies: dict[str, CallPolicy | None] = {}
+    for name, own in target.items():
+        if own is not None and not isinstance(own, CallPolicy):
+            raise TypeError(f"the policy of {name!r} must be a CallPolicy, not {own!r}")
+        policies[name] = own
+    first = next(iter(policies))
+    return {
+        name: Contract(name, own, mode, log if name == first else None)
+        for name, own in policies.items()
+    }
+
+
+def watches_for(
+    contracts: Mapping[str, Contract], root: Any, *, must_be_found: bool = True
+) -> "Watches":
+    """Return the watches of modules that hang at one root.
+
+    Args:
+        contracts: What to guard, by name.
+        root: Where to look for them.
+        must_be_found: As for `Watch`.
+    """
+    return Watches(
+        {name: Watch(one, root, must_be_found=must_be_found) for name, one in contracts.items()}
+    )
+
+
+class Watches:
+    """Guards the modules of one training. Made before the trainer wraps anything.
+
+    Args:
+        watches: Of each module, by its name. All log to the file of the first.
+    """
+
+    def __init__(self, watches: Mapping[str, Watch]) -> None:
+        self._watches = dict(watches)
+
+    @property
+    def guards(self) -> dict[str, Guard]:
+        """The guards that there are so far."""
+        found = {name: watch.guard for name, watch in self._watches.items()}
+        return {name: guard for name, guard in found.items() if guard is not None}
+
+    def open(self) -> Guard:
+        """Guard them, or check that they still are; inference context from now on.
+
+        Returns:
+            The first guard.
+
+        Raises:
+            GuardLost: As `Watch.open`; no module is guarded then.
+            TypeError: As `Watch.open`.
+            ValueError: As `Watch.open`.
+        """
+        with ExitStack() as undo:
+            first: Guard | None = None
+            for watch in self._watches.values():
+                undo.callback(watch.close)
+                guard = watch.open()
+                first = first or guard
+                if first is not guard and first.log is not None and guard.log is None:
+                    guard.log_beside(first)
+            undo.pop_all()
+        assert first is not None
+        return first
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Close whatever is open, and put back what was there before `open`."""
+        self._each(lambda watch: watch.close(error), backwards=True)  # the first ends the log
+
+    def enter(self, context: Literal["training", "inference"] | None) -> None:
+        """Switch to a context; micro-steps that never ended are given up."""
+        self._each(lambda watch: watch.enter(context))
+
+    def begin_step(self, step: int, micro_step: int) -> None:
+        """Open a training micro-step of all.
+
+        Raises:
+            GuardLost: As `Watch.begin_step`; no micro-step is open then.
+            BudgetUnmet: As `Watch.begin_step`.
+        """
+        try:
+            for watch in self._watches.values():
+                watch.begin_step(step, micro_step)
+        except BaseException as error:
+            self.abandon(error)
+            raise
+
+    def end_step(self) -> None:
+        """Close the micro-steps that are open, and settle their budgets.
+
+        Raises:
+            LensNetViolation: As `Watch.end_step`, the first.
+        """
+        self._each(Watch.end_step)
+
+    def abandon(self, error: BaseException | None = None) -> None:
+        """Close micro-steps that were cut short: no budget is due."""
+        self._each(lambda watch: watch.abandon(error))
+
+    def count_from_here(self) -> None:
+        """Begin the sums of the verdict anew."""
+        self._each(Watch.count_from_here)
+
+    def verdict(self) -> Verdict | Verdicts:
+        """Return what it has come to: of one module its own, of several a line for each."""
+        verdicts = Verdicts({name: watch.verdict() for name, watch in self._watches.items()})
+        return verdicts if len(verdicts) > 1 else next(iter(verdicts.values()))
+
+    def conclude(self) -> Verdict | Verdicts:
+        """Settle the last optimizer step of a training that has come to its end; as `verdict`.
+
+        Raises:
+            BudgetUnmet: That step has made too few calls.
+            NothingChecked: There was no micro-step, where violations are raised.
+        """
+        self._each(Watch.end_optimizer_step)
+        guards = self.guards.values()
+        enforced = any(guard.mode == "enforce" for guard in guards)
+        if enforced and not any(watch.begun for watch in self._watches.values()):
+            raise NothingChecked(
+                f"the training has ended without a micro-step, so no call of "
+                f"{' and '.join(guard.name for guard in guards)} was checked.\n"
+                "  what to do   This trainer has not come to the hooks that open micro-steps. Look "
+                "whether the callback was given to the trainer that trains; in a trainer with a "
+                "loop of its own open them there, `with guard.micro_step(step):`; or guard with "
+                'mode="observe".'
+            )
+        return self.verdict()
+
+    def leave_evidence(self, error: BaseException, folder: Log | None) -> None:
+        """Say on an exception where the calls are written down, as `Watch.leave_evidence`."""
+        self._each(lambda watch: watch.leave_evidence(error, folder))
+
+    def _each(self, act: Callable[[Watch], object], *, backwards: bool = False) -> None:
+        """Do something to all, whatever one of them raises; the first such is raised again."""
+        watches = list(self._watches.values())
+        raised: list[BaseException] = []
+        for watch in reversed(watches) if backwards else watches:
+            try:
+                act(watch)
+            except BaseException as error:  # noqa: PERF203  # each must come to its end
+                raised.append(error)
+        if raised:
+            try:
+                raise raised[0]
+            finally:
+                raised.clear()  # or this frame, which its traceback holds, would hold it
