@@ -41,6 +41,7 @@ def watch(watcher: object) -> Callable[[], object]:
         _watchers += 1
         if _hook is None:
             _hook = register_optimizer_step_post_hook(_count)
+        _round.clear()  # who watches from now on has seen no step
     return weakref.finalize(watcher, _leave)
 
 
@@ -51,7 +52,6 @@ def _leave() -> None:
         if not _watchers and _hook is not None:
             _hook.remove()
             _hook = None
-            _round.clear()
 
 
 def _count(optimizer: Any, *_: object) -> None:

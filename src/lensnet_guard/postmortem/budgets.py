@@ -140,6 +140,6 @@ def _numbered(observed: Observed, tally: Tally) -> Budget | None:
             examples,
         )
         for which, made in (("before", before), ("after", after))
-        if any([*made, broken_off])
+        if made and any([*made, broken_off])
     ]
     return min(found, key=lambda one: (-one.inside, one.varies), default=None)

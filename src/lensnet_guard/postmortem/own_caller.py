@@ -35,8 +35,13 @@ def own_caller(callers: Sequence[str], first: int = 0) -> tuple[int, str | None]
         if function == "<module>":  # beyond it is only what runs or imports the script
             return fallback or (number, None)
         package = module.partition(".")[0]
-        if not module or package in _NEVER or function.endswith(_NAMELESS):
+        if not module or package in _NEVER:
             continue
+        if function.endswith(_NAMELESS):  # it is part of the function that it is written in
+            outer = f"{module}:{function.rpartition('.<locals>.')[0]}"
+            if outer not in callers[number:]:
+                continue
+            number, name = callers.index(outer, number), outer
         if package not in _WRAPPERS:
             return number, name
         fallback = fallback or (number, name)

@@ -8,7 +8,6 @@ from lensnet_guard.postmortem.tallies import (
     KEPT,
     MICRO_STEP,
     OPTIMIZER_STEPS,
-    Held,
     Observed,
     Tally,
     Where,
@@ -28,11 +27,11 @@ def seen(observed: Observed) -> str:
 
 def rests_on(tally: Tally, budget: Budget | None) -> str:
     """Return what a scope rests on."""
-    text = f"{count(tally.calls, 'call')}, the first {tally.first}"
-    if budget is None:
-        return text
-    windows = _in(budget.kind, sum(budget.made.values()))
-    return f"{text}; {budget_text(budget.calls)} in each of {windows}"
+    text = count(tally.calls, "call")
+    if budget is not None:
+        windows = _in(budget.kind, sum(budget.made.values()))
+        text += f", {budget_text(budget.calls)} in each of {windows}"
+    return f"{text}; the first at {tally.first.line}"
 
 
 def _in(kind: str, number: int) -> str:
@@ -67,10 +66,13 @@ def stricter(
         yield _exact(budget, name)
     for held, what in ((tally.held, "calls"), (tally.held_of_results, "results")):
         for condition, times in held.times.items():
-            if condition not in known and times < held.of <= 2 * times:
+            lacking = held.of - times
+            # A module that is trained is no frozen one, however many micro-steps a step has.
+            few = KEPT if condition == "frozen" else held.of // 2
+            if condition not in known and 0 < lacking <= few:
+                told = _first(list(map(str, held.lacking[condition])), lacking)
                 yield (
-                    f"`{condition}` did not hold of {held.of - times} of {held.of} {what} of "
-                    f"{name}: {_examples(held, condition)}"
+                    f"`{condition}` did not hold of {lacking} of {held.of} {what} of {name}: {told}"
                 )
 
 
@@ -84,11 +86,6 @@ def _exact(budget: Budget, name: str) -> str:
         others += 1
     text = f"exactly {usual} per {_one(budget.kind)} of {name} would have been broken"
     return f"{text} {count(others, 'time')}: {_first(told, others)}"
-
-
-def _examples(held: Held, condition: str) -> str:
-    lacking = held.lacking[condition]
-    return _first(list(map(str, lacking)), held.of - held.times[condition])
 
 
 def _first(told: list[str], number: int) -> str:

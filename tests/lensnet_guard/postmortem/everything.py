@@ -3,6 +3,7 @@
 As a script, a coverage-guided run of atheris over it: ``everything.py FOLDER CORPUS [FLAGS]``.
 """
 
+import ast
 import contextlib
 import io
 import json
@@ -43,7 +44,31 @@ def read_everything(folder: Path) -> int:
     trace = io.BytesIO()
     written = write_trace([folder], trace)
     assert len(json.loads(trace.getvalue())["traceEvents"]) == written
+    read_suggestion(folder)
     return analysis.exit_code
+
+
+def read_suggestion(folder: Path) -> None:
+    """Suggest a contract; what is printed is a policy and comments, whatever the log says."""
+    from lensnet_guard.cli import print_json
+    from lensnet_guard.postmortem.observed import NotObserved, read_observed
+    from lensnet_guard.postmortem.suggest import suggest
+    from lensnet_guard.postmortem.suggest_code import suggestion_code, suggestion_json
+
+    try:
+        observed, faults = read_observed([folder])
+    except NotObserved:
+        return
+    found = list(map(suggest, observed))
+    tree = ast.parse(suggestion_code(found, faults).encode("utf-8", "backslashreplace"))
+    kinds = (ast.Import, ast.ImportFrom, ast.Assign)
+    assert all(isinstance(node, kinds) for node in tree.body)
+    called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert {ast.unparse(name) for name in called} <= {"CallPolicy", "Scope", "autocast"}
+    out = io.TextIOWrapper(io.BytesIO())
+    with contextlib.redirect_stdout(out):
+        print_json(suggestion_json(found, faults, 0))
+    assert json.loads(out.buffer.getvalue())["exit_code"] == 0  # type: ignore[attr-defined]
 
 
 ODD: tuple[object, ...] = (
@@ -80,8 +105,10 @@ def main() -> None:
     folder = Path(sys.argv.pop(1))
     with atheris.instrument_imports(include=["lensnet_guard"]):
         import lensnet_guard.cli
+        import lensnet_guard.postmortem.observed
         import lensnet_guard.postmortem.render
         import lensnet_guard.postmortem.report
+        import lensnet_guard.postmortem.suggest_code
         import lensnet_guard.postmortem.trace  # noqa: F401
 
     def run(content: bytes) -> None:

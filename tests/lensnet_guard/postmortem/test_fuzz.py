@@ -31,7 +31,8 @@ FIELDS = st.sampled_from(
         *("due", "stack", "caller", "inputs", "before", "versions", "rank", "timestamp"),
         *("process.pid", "process.command_args", "lost_lines", "message", "thread", "compiled"),
         *("at", "earlier_at", "earlier_seq", "outcome", "duration_ms", "segment", "violations"),
-        *("policies", "window", "method"),
+        *("policies", "policy", "mode", "window", "windows", "method", "callers", "held"),
+        *("optimizer_step", "raised"),
     ]
 )
 LINES = st.builds(
@@ -44,17 +45,19 @@ LINES = st.builds(
 FRAME = {"code.file.path": "train.py", "code.line.number": 5, "code.function.name": "step"}
 CALL = {"module": "m", "guard": 1, "seq": 1, "kind": "call", "context": "training", "step": 0}
 CALL |= {"micro_step": 0, "thread": "t", "inputs": ["float32[1]"], "stack": [FRAME], "caller": 0}
+CALL |= {"callers": ["train:step"], "held": ["no_grad", "adapters_on"], "optimizer_step": 0}
+CALL |= {"windows": ["w"], "scope": "s"}
 PAIR = {"module": "m", "seq": 2, "at": "train.py:6", "earlier_seq": 1, "earlier_at": "train.py:5"}
 COMPILED = {
     **{"cuda_graphs": True, "generation": 3, "marks": 1, "live_outputs": [1], "phase": "replay"},
     **{"graphs_compiled": 1, "cuda_graphs_skipped": 1, "new_inputs": True},
 }
 SEED = [  # one line of every kind
-    {"event": "run.begin", "schema_version": 1, "module": "m", "rank": "0", "process.pid": 7},
+    {"event": "run.begin", "schema_version": 1, "module": "m", "rank": "0", "mode": "observe"},
     {"event": "segment.begin", "schema_version": 1, "segment": 1, "before": {"calls": 0}},
     {"event": "call.begin", **CALL, "compiled": COMPILED},
     {"event": "call.end", **CALL, "outcome": "raised E", "duration_ms": 0.5, "compiled": COMPILED},
-    {"event": "violation", **CALL, "seq": 2, "reason": "UnsanctionedCall", "message": "no"},
+    {"event": "violation", **CALL, "seq": 2, "reason": "BypassedGuard", "message": "no"},
     {"event": "micro_step.end", "context": "training", "step": 0, "micro_step": 0, "due": {"s": 1}},
     {"event": "window.end", "context": None, "module": "m", "window": "w", "due": {"s": [1, 2]}},
     {"event": "hazard", **PAIR},

@@ -7,35 +7,26 @@ from click.testing import CliRunner
 from tests.lensnet_guard.helpers import X
 from torch import nn
 
-from lensnet_guard import CallPolicy, Scope, guard_module
+from lensnet_guard import CallPolicy, Scope, guard_modules
 from lensnet_guard.cli import main, to_json
 from lensnet_guard.logs import log_file
-from lensnet_guard.logs.run_log import RunLog
 from lensnet_guard.postmortem import analyse, read_verdict
 from lensnet_guard.postmortem.trace import trace_events
 
 POLICIES = {"reference": CallPolicy({"kl": 1}), "critic": CallPolicy({"value": Scope((0, 2))})}
 
 
-def train(folder, steps=3, reference=lambda step: 1, critic=lambda step: 2, mode="observe"):
+def train(folder, steps=3, reference=lambda step: 1, critic=lambda step: 2):
     """Two modules in one log: calls of each in every micro-step."""
-    policies = {name: policy.to_json() for name, policy in POLICIES.items()}
-    log = RunLog(folder, {"module": ", ".join(POLICIES), "mode": mode, "policies": policies})
-    guards = [
-        guard_module(nn.Linear(3, 2), policy=policy, mode=mode, name=name)
-        for name, policy in POLICIES.items()
-    ]
-    for guard in guards:
-        guard._history.write_to(log)
-    first, second = guards
-    with first.context("training"), second.context("training"):
-        for step in range(steps):
-            with first.micro_step(step), second.micro_step(step):
-                call(first, "kl", reference(step))
-                call(second, "value", critic(step))
-    with second.context("inference"):
-        second.module(X)
-    log.close()
+    modules = {name: nn.Linear(3, 2) for name in POLICIES}
+    with guard_modules(modules, policy=POLICIES, mode="observe", log=folder) as guards:
+        with guards.context("training"):
+            for step in range(steps):
+                with guards.micro_step(step):
+                    call(guards["reference"], "kl", reference(step))
+                    call(guards["critic"], "value", critic(step))
+        with guards.context("inference"):
+            guards["critic"].module(X)
 
 
 def call(guard, scope, times):
