@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from inspect import signature
+from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -247,6 +248,19 @@ def profiling() -> bool:
     """
     flag: bool = getattr(_profiler, _PROFILING, False)
     return flag
+
+
+_SUPER = "torch._dynamo.variables.misc"
+
+
+def looks_up_super(frame: FrameType) -> bool:
+    """Return whether torch.compile asks whether classes are equal, to find where ``super()`` goes.
+
+    It looks for a class among the bases of a module's, and must not take one that passes for it.
+    Read from torch 2.7 to 2.15, torch/_dynamo/variables/misc.py; elsewhere it would never end.
+    """
+    module = sys.modules.get(_SUPER)
+    return module is not None and frame.f_code.co_filename == module.__file__
 
 
 def eager_only(reason: str) -> Callable[[_Function], _Function]:

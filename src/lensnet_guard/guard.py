@@ -18,10 +18,13 @@ from lensnet_guard.boundary.blocks import (
     scope_block,
     window_block,
 )
+from lensnet_guard.boundary.doors import check_doors
+from lensnet_guard.boundary.inside import Inside
 from lensnet_guard.boundary.keeper import GuardKeeper
+from lensnet_guard.boundary.observing import teller
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
 from lensnet_guard.boundary.settlement import opened
-from lensnet_guard.boundary.tripwire import Inside, Tripwire, guard_behind
+from lensnet_guard.boundary.tripwire import Tripwire, guard_behind
 from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.context import P, R
 from lensnet_guard.calls.errors import VIOLATIONS
@@ -68,13 +71,17 @@ class Guard(Generic[M]):
         self._tripwire: Tripwire | None = None
         self.module = module
         if mode != "off":
+            check_doors(module, policy)
             # The proxy passes for the module, down to its class.
             self.module = cast(
                 "M", GuardedModule(module, GuardKeeper(self, self._admission, rebuild))
             )
             tell_untested([*_torch_checkpoints.losses(), *_torch_internals.losses()])
-            refuse, shared = self._admission.run_behind, policy.shared_submodules
-            self._tripwire = Tripwire(module, self, self._admission.inside, refuse, shared)
+            admission, tell = self._admission, teller() if mode == "observe" else None
+            names = policy.shared_submodules, policy.methods
+            self._tripwire = Tripwire(
+                module, self, admission.inside, admission.run_behind, *names, tell
+            )
 
     # What the user opens -----------------------------------------------------------------------
 

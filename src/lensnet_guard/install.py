@@ -9,8 +9,9 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from lensnet_guard.boundary.armed_class import armed_by
 from lensnet_guard.boundary.proxy import is_proxy
-from lensnet_guard.boundary.tripwire import armed_by, runs
+from lensnet_guard.boundary.tripwire import runs
 from lensnet_guard.calls.callers import check_caller_exists
 from lensnet_guard.calls.policy import CallPolicy, Mode
 from lensnet_guard.guard import Guard, M, guard_of

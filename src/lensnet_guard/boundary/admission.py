@@ -3,20 +3,24 @@
 The proxy and the tripwire lead every run of the module to this place, by whatever door it comes.
 """
 
-import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
 from torch import nn
 
-from lensnet_guard._torch_checkpoints import is_composable, stops_recomputing
+from lensnet_guard._torch_checkpoints import (
+    is_composable,
+    recomputed_checkpoint,
+)
 from lensnet_guard.boundary.claims import Claims, first_breach
-from lensnet_guard.boundary.hazards import CompiledCalls
+from lensnet_guard.boundary.doors import Doors
+from lensnet_guard.boundary.execution import Execution
+from lensnet_guard.boundary.inside import Inside
 from lensnet_guard.boundary.observer import Observer
-from lensnet_guard.boundary.profiling import in_range
 from lensnet_guard.boundary.recompute import Recomputes
-from lensnet_guard.boundary.tripwire import Inside, describe_part
+from lensnet_guard.boundary.tripwire import describe_part
 from lensnet_guard.boundary.violations import Violations
 from lensnet_guard.calls.budget import Window
 from lensnet_guard.calls.call import Call
@@ -46,8 +50,9 @@ class Admission:
         inside: The same.
         open: The blocks that are open in each thread and task.
         violations: What becomes of them.
-        compiled: The calls of the module as long as it is compiled.
+        execution: It runs what is admitted.
         runs: How often the callers of the policy have run; None before the first training.
+        doors: By what ways calls come in, besides the proxy's own call.
     """
 
     def __init__(
@@ -60,8 +65,9 @@ class Admission:
         self.inside = inside
         self.open = OpenBlocks()
         self.violations = Violations(policy, mode, history, self.open)
-        self.compiled = CompiledCalls(module)
+        self.execution = Execution(module, history, inside)
         self.runs: Runs | None = None
+        self.doors = Doors(module, policy)
         self._module = module
         self._observer = Observer() if mode == "observe" else None
         self._recomputes = Recomputes()
@@ -92,12 +98,13 @@ class Admission:
         """Admit and run one call, as `Keeper.run` says."""
         record = self._admit(run, args, kwargs, frame, method)
         if self._asks_nothing:
-            return self._execute(record, run, args, kwargs)
-        observed = None
+            return self.execution.run(record, run, args, kwargs)
+        note = None
         if self._observer is not None and self.history.log is not None and record.kind == "call":
             observed = self._call(run, args, kwargs, method)
             self._observer.begin(record, observed, frame, self.open.position())
-        result = self._execute(record, run, args, kwargs, observed)
+            note = partial(self._observer.end, record, observed)
+        result = self.execution.run(record, run, args, kwargs, note)
         if self._claims.look_at_results and record.kind == "call" and record.verdict == "allow":
             self._check_result(self._call(run, args, kwargs, method), record, result, frame)
         return result
@@ -164,7 +171,7 @@ class Admission:
         method: str | None,
     ) -> Call:
         """Return what conditions are asked about."""
-        function = self._module.forward if run is self._module else run
+        function = self.doors.function(run, method)
         context = self.open.position().context
         name, memory = method or "forward", self._memory
         return Call(self._module, name, function, args, kwargs, context, memory=memory)
@@ -198,83 +205,67 @@ class Admission:
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        method: str | None = None,
     ) -> Any:
-        """Refuse a run of the module, or of a part or copy of it, that nobody admitted.
+        """Judge a run of the module, or of a part or copy of it, that did not come by its proxy.
+
+        It is a call by another door, or a part's run in a recompute, which looks like the module's
+        own; else it is refused.
 
         Args:
             part: What is run.
-            run: Its forward.
+            run: Its forward, its call or a method.
             args: The arguments by position.
             kwargs: The arguments by name.
+            method: The name of the method, where the policy counts it.
 
         Returns:
-            What the forward returns, in observe mode and in a recompute.
+            What the run returns, where it is admitted or only observed.
 
         Raises:
-            BypassedGuard: The run is refused.
+            LensNetViolation: The run is refused.
         """
         frame = frame_up(1)
+        repeated = part is not self._module and recomputed_checkpoint(frame) is not None
+        is_call = method is None and self.doors.admit(part)
+        if is_call and (not repeated or self._recomputes.knows(frame)):
+            return self.run(run, args, kwargs, frame, self.doors.name_of(part))
+        if repeated:
+            return self._run_inside(run, args, kwargs)
         here = self.open.position()
         inputs = describe_inputs(args, kwargs)
         record = self._repeat_behind(part, frame, here, inputs)
         if record is None:
             reason = decide(here.context, sanctioned=False, budget_left=0, bypass=True)
             detail = describe_part(self._module, part)
-            record = self.violations.refuse(
-                Refusal("bypass", reason, here, frame, here.scope, inputs, detail)
-            )
+            refusal = Refusal("bypass", reason, here, frame, here.scope, inputs, detail, method)
+            record = self.violations.refuse(refusal)
             if part is self._module:
                 self._remember(record, frame)
-        return self._execute(record, run, args, kwargs)
+        return self.execution.run(record, run, args, kwargs)
+
+    def _run_inside(
+        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.inside.here = True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self.inside.here = False
 
     def _repeat_behind(
         self, part: nn.Module, frame: FrameType, here: Position, inputs: tuple[object, ...]
     ) -> CallRecord | None:
-        """Admit a recompute by a checkpoint that holds the module itself, as composable ones do."""
+        """Admit a recompute of the module itself, whose first run was not seen to be one.
+
+        The checkpoint opened inside the module's call: a composable one, or in a method or a
+        forward that somebody has put in the place of the class's.
+        """
         if part is not self._module:
             return None
+        hidden = is_composable(part) or self.execution.replaced or bool(self.doors.methods)
         with self.history.lock:
-            again = self._recomputes.find(frame, hidden=is_composable(part))
+            again = self._recomputes.find(frame, hidden=hidden)
             if again is None:
                 return None
             return self.history.add_recompute(again.original, here, frame, inputs)
-
-    def _execute(
-        self,
-        record: CallRecord,
-        run: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        observed: Call | None = None,
-    ) -> Any:
-        """Run the module, logging before and after."""
-        inside = self.inside
-        already_inside = inside.here
-        sinks = self.history.sinks
-        start = time.perf_counter()
-        try:
-            earlier = self.compiled.begin(record)
-            for sink in sinks:
-                sink.begin(record)
-                if earlier is not None:
-                    sink.hazard(record, earlier)
-            if observed is not None:
-                record.notes = {}  # they are written
-            inside.here = True
-            result = in_range(record, run)(*args, **kwargs)
-            self.compiled.end(record, result)
-            record.outcome = "returned"
-            if observed is not None and self._observer is not None:
-                self._observer.end(record, observed, result)
-        except BaseException as error:
-            stopped = stops_recomputing(error)
-            record.outcome = "stopped early" if stopped else f"raised {type(error).__name__}"
-            self.compiled.end(record)
-            self.history.name_log(error)
-            raise
-        finally:
-            inside.here = already_inside
-            record.duration_ms = (time.perf_counter() - start) * 1e3
-            for sink in sinks:
-                sink.end(record)
-        return result

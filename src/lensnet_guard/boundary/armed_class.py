@@ -2,13 +2,16 @@
 
 It is equal to the original, pickles as the original, and gives out the original's ``forward``; what
 is set on it is set on the original, and put back there by whoever patches for a while.
+
+Where the guard only observes, what would be refused here is let through, and told of.
 """
 
 import contextlib
 import copyreg
 import functools
-from collections import deque
-from collections.abc import Mapping
+import types
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,47 +19,65 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lensnet_guard._torch_internals import looks_up_super
+from lensnet_guard.calls.record import frame_up
+
 _MISSING = object()
-_KEPT_PATCHES = 16  # of a class; they nest no deeper
+_bases: Any = vars(type)["__bases__"]  # as they are, whatever a metaclass tells
+_KEPT_PATCHES = 16  # of one attribute of a class; they nest no deeper
 
 
 class Arms(Protocol):
     """Who makes armed classes."""
 
+    @property
+    def tell(self) -> Callable[[str], None] | None:
+        """Tells of what is let through, where the guard observes; None where that is refused."""
+
+    def owns(self, part: nn.Module) -> bool:
+        """Return whether this very part was armed here; a copy of it was not."""
+
     def change_class(self, part: nn.Module, cls: type) -> None:
         """Make a part an instance of ``cls``, armed."""
 
+    def step_aside(self, parts: Iterable[nn.Module]) -> None:
+        """Leave parts unarmed from now on, as they would be without a guard."""
 
-def armed_class(original: Any, tripwire: Arms, checked: Mapping[str, Any]) -> type:
+
+def armed_class(
+    original: Any, tripwire: Arms, makers: Mapping[str, Callable[[], Any]], set_attribute: Any
+) -> type:
     """Return a subclass of the same name with other methods, that otherwise is the original.
 
     Args:
         original: The class of a part; an `nn.Module`.
         tripwire: What arms a part again that becomes an instance of another class.
-        checked: ``forward`` and ``__call__``, which ask first.
+        makers: ``forward``, ``__call__`` and other methods -> what makes the function that asks
+            first. One that is patched is made anew, and the one before runs what it ran then.
+        set_attribute: Its ``__setattr__``.
     """
     namespace = {
         "__slots__": (),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        "__init_subclass__": _refuse_subclass,
-        "__prepare_scriptable__": refuse_scripting,
+        "__prepare_scriptable__": prepare_scriptable,
+        "__setattr__": set_attribute,
         "__class__": property(_class_of, _become),
         "__reduce_ex__": _reduce_part,
         "_lensnet_tripwire": tripwire,
         "_lensnet_original": original,
-        "_lensnet_patches": deque(maxlen=_KEPT_PATCHES),
-        **checked,
+        "_lensnet_patches": defaultdict(lambda: deque(maxlen=_KEPT_PATCHES)),
+        "_lensnet_makers": makers,
+        **{name: make() for name, make in makers.items()},
     }
     if "_wrapped_call" in vars(original):  # torch.fx looks for it in type(self) alone
         namespace["_wrapped_call"] = vars(original)["_wrapped_call"]
     # Neither __init_subclass__ nor a metaclass that keeps a registry shall learn of this class:
     # hence type.__new__, and a first base that is there while the class is made, and then gone.
-    armed = type.__new__(
-        _meta_for(type(original)), original.__name__, (_Silent, original), namespace
-    )
-    type.__setattr__(armed, "__bases__", (original,))
+    meta = _meta_for(type(original), frozenset(makers) - {"__call__"})
+    armed = type.__new__(meta, original.__name__, (_Silent, original), namespace)
+    _bases.__set__(armed, (original,))
     return armed
 
 
@@ -70,19 +91,25 @@ def arms_of(cls: type) -> Any:
     return cls._lensnet_tripwire if isinstance(cls, ArmedMeta) else None
 
 
+def armed_by(part: nn.Module) -> Any:
+    """Return the tripwire that has armed this very part; None for a copy, which looks like it."""
+    tripwire = arms_of(type(part))
+    return tripwire if tripwire is not None and tripwire.owns(part) else None
+
+
 @dataclass(frozen=True, eq=False)
 class _Patch:
     """A class attribute that was set, or deleted, through the armed class.
 
     Attributes:
-        name: The attribute's name.
-        before: Its value until then; `_MISSING` without one.
+        before: The attribute's value until then; `_MISSING` without one.
         after: Its value since then, likewise.
+        checked: What stood in its place on the armed class until then, likewise.
     """
 
-    name: str
     before: object
     after: object
+    checked: object
 
 
 class ArmedMeta(type):
@@ -90,12 +117,24 @@ class ArmedMeta(type):
 
     _lensnet_tripwire: Any
     _lensnet_original: Any
-    _lensnet_patches: deque[_Patch]
+    _lensnet_patches: dict[str, deque[_Patch]]
+    _lensnet_makers: Mapping[str, Callable[[], Any]]
+
+    def __new__(
+        mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """Make a subclass of an armed class: refused, or made of the original instead."""
+        armed = next(base for base in bases if isinstance(base, ArmedMeta))
+        _refuse_or_tell(arms_of(armed), _changes_class(original_of(armed)))
+        originals = tuple(map(original_of, bases))
+        meta = types.prepare_class(name, originals)[0]
+        return meta.__new__(meta, name, originals, namespace, **kwargs)
 
     @property
-    def forward(cls) -> Any:
-        """The original's: what is read here is wrapped, and put back, by whoever patches it."""
-        return cls._lensnet_original.forward
+    def __bases__(cls) -> tuple[type, ...]:  # type: ignore[override]
+        """The original's: remove_parametrizations goes back to the first of them."""
+        bases: tuple[type, ...] = _bases.__get__(getattr(cls, "_lensnet_original", cls))
+        return bases
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a new, free module: that is what ``type(part)(...)`` means."""
@@ -110,7 +149,9 @@ class ArmedMeta(type):
         return type.__subclasscheck__(cls._lensnet_original, subclass)
 
     def __eq__(cls, other: object) -> bool:  # type(part) == nn.Linear, as torch's own docs write
-        return isinstance(other, type) and original_of(other) is cls._lensnet_original
+        if not isinstance(other, type) or original_of(other) is not cls._lensnet_original:
+            return False
+        return cls is other or not looks_up_super(frame_up(1))
 
     # Its own hash all the same: torch keeps dicts from classes to the subclasses it has made of
     # them, and one made of the original would take the tripwire off.
@@ -119,43 +160,53 @@ class ArmedMeta(type):
     def __setattr__(cls, name: str, value: Any) -> None:  # torch.fx sets forward on type(self)
         # mock and pytest look into vars(cls) for what they will put back. It cannot lie to them,
         # for torch.compile looks there as well.
-        mine = vars(cls).get(name, _MISSING)
-        newest = cls._newest_patch(name)
-        if value is mine or (newest is not None and value is newest.before):
-            cls._take_back(newest)
-        elif mine is not _MISSING and _is_around(value, mine):
-            raise RuntimeError(
+        mine, newest = vars(cls).get(name, _MISSING), cls._newest_patch(name)
+        if newest is not None and (value is newest.before or value is newest.checked):
+            cls._take_back(name, newest)
+            return
+        if value is mine:
+            return
+        if mine is not _MISSING and _is_around(value, mine):
+            _refuse_or_tell(
+                cls._lensnet_tripwire,
                 f"{cls.__name__} is guarded, and its {name} was to be wrapped together with the "
                 f"guard's check. Wrap that of {cls.__module__}.{cls.__qualname__}, the class "
-                "itself, or wrap first and guard afterwards"
+                "itself, or wrap first and guard afterwards",
             )
-        else:
-            cls._patch(name, value)
+        cls._patch(name, value)
 
     def __delattr__(cls, name: str) -> None:
         value = vars(cls._lensnet_original).get(name, _MISSING)
         getter = getattr(value, "fget", None)
         if getattr(getter, "__module__", None) == parametrize.__name__:
-            raise _changes_class(cls)  # remove_parametrizations, which would go on to do so
+            # remove_parametrizations, which will go on to change the class
+            _refuse_or_tell(cls._lensnet_tripwire, _changes_class(cls))
         newest = cls._newest_patch(name)
         if newest is not None and value is newest.after:  # mock, of what vars(cls) did not have
-            cls._take_back(newest)
+            cls._take_back(name, newest)
         else:
             cls._patch(name, _MISSING)
 
     def _newest_patch(cls, name: str) -> _Patch | None:
-        return next((patch for patch in reversed(cls._lensnet_patches) if patch.name == name), None)
+        return next(reversed(cls._lensnet_patches[name]), None)
 
     def _patch(cls, name: str, value: object) -> None:
-        before = vars(cls._lensnet_original).get(name, _MISSING)
+        before, checked = (vars(c).get(name, _MISSING) for c in (cls._lensnet_original, cls))
+        run = getattr(cls._lensnet_original, name, None)
         _put(cls._lensnet_original, name, value)
+        if (make := cls._lensnet_makers.get(name)) is not None:
+            # Who wraps what was read here calls it from inside: it must not come back to them.
+            _run_by(checked, types.SimpleNamespace(**{name: run}))
+            _put_on_armed(cls, name, make())
         if not (isinstance(before, torch.Tensor) or isinstance(value, torch.Tensor)):  # a cache
-            cls._lensnet_patches.append(_Patch(name, before, value))
+            cls._lensnet_patches[name].append(_Patch(before, value, checked))
 
-    def _take_back(cls, patch: _Patch | None) -> None:
-        if patch is not None:
-            cls._lensnet_patches.remove(patch)
-            _put(cls._lensnet_original, patch.name, patch.before)
+    def _take_back(cls, name: str, patch: _Patch) -> None:
+        cls._lensnet_patches[name].remove(patch)
+        _put(cls._lensnet_original, name, patch.before)
+        if name in cls._lensnet_makers:
+            _run_by(patch.checked, cls._lensnet_original)
+            _put_on_armed(cls, name, patch.checked)
 
 
 def _put(cls: type, name: str, value: object) -> None:
@@ -163,6 +214,22 @@ def _put(cls: type, name: str, value: object) -> None:
         delattr(cls, name)
     else:
         setattr(cls, name, value)
+
+
+def _put_on_armed(cls: Any, name: str, function: object) -> None:
+    """Set an attribute of an armed class itself, behind the property that gives the original's."""
+    meta = type(cls)
+    set_class(cls, _meta_for(type(original_of(cls)), frozenset()))
+    try:
+        type.__setattr__(cls, name, function)
+    finally:
+        set_class(cls, meta)
+
+
+def _run_by(checked: Any, original: Any) -> None:
+    """Let a function that asks first run what ``original`` has by its name, and no other."""
+    cells = zip(checked.__code__.co_freevars, checked.__closure__, strict=True)
+    dict(cells)["original"].cell_contents = original
 
 
 def _is_around(value: Any, function: object) -> bool:
@@ -184,36 +251,57 @@ def _class_of(part: nn.Module) -> type:
 def _become(part: nn.Module, cls: type) -> None:
     """Set ``part.__class__``, as lazy layers and ToMe do: what it becomes is armed as well."""
     armed: Any = type(part)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(
-            f"a guarded {armed.__name__} can only become an nn.Module of another class, not {cls!r}"
-        )
-    arms_of(armed).change_class(part, cls)
+    arms: Arms = arms_of(armed)
+    if isinstance(cls, type) and issubclass(cls, nn.Module):
+        arms.change_class(part, cls)
+        return
+    message = (
+        f"a guarded {armed.__name__} can only become an nn.Module of another class, not {cls!r}"
+    )
+    if arms.tell is None:
+        raise TypeError(message)
+    set_class(part, cls)
+    arms.step_aside((part,))
+    arms.tell(message)
 
 
-@classmethod  # type: ignore[misc]
-def _refuse_subclass(cls: type, /, **_: Any) -> None:
-    raise _changes_class(original_of(cls))
+# Goes past a module's own __setattr__: Fabric's hands what it is given to the module inside.
+set_class: Callable[[object, type], None] = vars(object)["__class__"].__set__
 
 
-def _changes_class(armed: type) -> RuntimeError:
-    return RuntimeError(
+def _changes_class(armed: type) -> str:
+    return (
         f"{armed.__name__} is guarded, and something wants to change its class (fully_shard and "
         "parametrizations do). Do that first and guard afterwards: fully_shard(module); "
         "guard_module(module)"
     )
 
 
-def refuse_scripting(module: nn.Module) -> None:
+def _refuse_or_tell(arms: Arms, message: str) -> None:
+    if arms.tell is None:
+        raise RuntimeError(message)
+    arms.tell(message)
+
+
+def prepare_scriptable(module: Any) -> Any:
     """Refuse ``torch.jit.script``, which asks a module first, and every submodule of it.
 
+    Returns:
+        Where the guard observes, the module itself: the tripwire has stepped aside.
+
     Raises:
-        RuntimeError: Always: the script would be a copy without a guard.
+        RuntimeError: Otherwise: the script would be a copy without a guard.
     """
-    raise RuntimeError(
-        f"{type(module).__name__} is guarded by lensnet_guard and cannot be scripted: TorchScript "
-        "would run it unguarded. Script it before it is guarded, or not at all"
-    )
+    original, arms = original_of(type(module)), arms_of(type(module))
+    if arms is not None:
+        _refuse_or_tell(
+            arms,
+            f"{original.__name__} is guarded by lensnet_guard and cannot be scripted: TorchScript "
+            "would run it unguarded. Script it before it is guarded, or not at all",
+        )
+        arms.step_aside(module.modules())
+    prepare = getattr(original, "__prepare_scriptable__", None)
+    return prepare(module) if prepare is not None else module
 
 
 class _Silent:
@@ -257,17 +345,27 @@ class _New:
         return functools.partial, (new, original_of(self.armed))
 
 
-_metas: dict[type, type[ArmedMeta]] = {}
+_metas: dict[tuple[type, frozenset[str]], type[ArmedMeta]] = {}
 
 
-def _meta_for(meta: type) -> type[ArmedMeta]:
-    """Return the armed metaclass for classes of a metaclass, known to pickle and copy."""
-    if meta not in _metas:
+def _meta_for(meta: type, names: frozenset[str]) -> type[ArmedMeta]:
+    """Return the armed metaclass for classes of a metaclass, known to pickle and copy.
+
+    Args:
+        meta: The metaclass.
+        names: The methods of which classes give out the original's: what is read there is wrapped,
+            and put back, by whoever patches it.
+    """
+    if (meta, names) not in _metas:
         bases = (ArmedMeta,) if meta is type else (ArmedMeta, meta)
-        armed = type("ArmedMeta", bases, {})
+        armed = type("ArmedMeta", bases, {name: _of_original(name) for name in names})
         copyreg.pickle(armed, _reduce_armed)
-        _metas[meta] = armed
-    return _metas[meta]
+        _metas[meta, names] = armed
+    return _metas[meta, names]
+
+
+def _of_original(name: str) -> property:
+    return property(lambda cls: getattr(cls._lensnet_original, name))
 
 
 def _reduce_armed(armed: Any) -> tuple[Any, ...]:

@@ -23,8 +23,16 @@ class GuardKeeper:
         self.guard = guard
         self.name = guard.name
         self.run = admission.run  # itself, for a method in between would cost every call a frame
+        self.inside = admission.inside
+        self.entered = admission.doors.entered
+        self.methods = admission.doors.methods
         self._admission = admission
         self._rebuild = rebuild
+
+    @property
+    def replaced(self) -> bool:
+        """Whether a call has run another forward than the class's."""
+        return self._admission.execution.replaced
 
     def copy(self, module: nn.Module, *, shallow: bool) -> Any:
         """Guard a copy of the module, which logs where its original does."""

@@ -6,17 +6,24 @@ overridden here: fluent methods, copies and pickles. Runs of the raw module are 
 """
 
 import copy
-import functools
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any, Protocol, cast
 
 import wrapt
 from torch import nn
 
 from lensnet_guard._torch_internals import eager_only
-from lensnet_guard.boundary.armed_class import refuse_scripting
-from lensnet_guard.boundary.tripwire import EAGER
+from lensnet_guard.boundary.armed_class import prepare_scriptable
+from lensnet_guard.boundary.entrances import (
+    Entered,
+    counted,
+    entrance,
+    is_entrance,
+)
+from lensnet_guard.boundary.forwards import FetchedForward, OwnMethod
+from lensnet_guard.boundary.inside import EAGER, Inside
+from lensnet_guard.boundary.tripwire import guard_behind
 from lensnet_guard.calls.record import frame_up
 
 # The methods of nn.Module that return self; a test compares this with torch's own annotations.
@@ -37,20 +44,38 @@ class Keeper(Protocol):
     def name(self) -> str:
         """The module's name in messages."""
 
+    @property
+    def inside(self) -> Inside:
+        """What says whether a thread is inside a call."""
+
+    @property
+    def entered(self) -> Entered:
+        """What says whether a method that was fetched through the proxy runs."""
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The methods of which each run is a call."""
+
+    @property
+    def replaced(self) -> bool:
+        """Whether a call has run another forward than the class's."""
+
     def run(
         self,
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         frame: FrameType | None,
+        method: str | None = None,
     ) -> Any:
         """Admit and run one call.
 
         Args:
-            run: What to run: the raw module, or its forward.
+            run: What to run: the raw module, its forward, or a method.
             args: The call's arguments by position.
             kwargs: The call's arguments by name.
             frame: The frame of the proxy's caller, if it has one.
+            method: The method or part that is called, where the policy names it.
 
         Returns:
             What the module returns.
@@ -83,33 +108,64 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
     def __init__(self, module: nn.Module, keeper: Keeper) -> None:
         super().__init__(module)
         self._self_keeper = keeper  # by its prefix wrapt knows an attribute of the proxy's own
+        self._self_entrances: dict[str, Any] = {}  # kept, so that each is equal to itself
 
     @eager_only(EAGER)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, if the contract allows it."""
         return self._self_keeper.run(self.__wrapped__, args, kwargs, frame_up().f_back)
 
+    @eager_only(EAGER)
+    def __getattr__(self, name: str) -> Any:
+        found = _fetch(self, name)
+        kind = type(found)  # whatever else it passes for; and it must be cheap to read a weight
+        if kind is MethodType and _OF_EVERY_MODULE.get(name) is not found.__func__:
+            return self._self_entrance(name, found)
+        if kind is OwnMethod and found.method == name:
+            return self._self_counted(name, found.__wrapped__)
+        return found
+
+    def _self_entrance(self, name: str, found: MethodType) -> MethodType:
+        """Return a method of the module so that what it runs of the module is let in."""
+        module, kept = self.__wrapped__, self._self_entrances.get(name)
+        if kept is not None and kept.__func__.__wrapped__ is found.__func__:
+            guarded = name not in self._self_keeper.methods or guard_behind(module) is not None
+            if guarded and kept.__self__ is found.__self__:
+                return kept  # type: ignore[no-any-return]
+        if found.__self__ is not module or not is_entrance(found):
+            return found
+        kept = self._self_entrances[name] = entrance(name, found, self._self_find())
+        return kept
+
+    def _self_counted(self, name: str, found: Any) -> Any:
+        """Return what somebody has put in the place of a method of which each run is a call."""
+        if isinstance(found, MethodType):
+            return self._self_entrance(name, found)
+        return counted(name, found, self.__wrapped__, self._self_find())
+
+    def _self_find(self) -> Callable[[nn.Module], Keeper | None]:
+        """Return what finds who admits calls; this very keeper where the tripwire is gone."""
+        if guard_behind(self.__wrapped__) is not None:
+            return _keeper_behind
+        return lambda _: self._self_keeper
+
     @property
+    @eager_only(EAGER)
     def forward(self) -> Any:
         """The module without its hooks, as ``nn.Module.forward`` is; guarded all the same.
 
-        Raises:
-            AttributeError: When it is set: a call would not run what was set.
+        Another may be set in its place, and deleted: what calls run from then on. One that was read
+        here before is part of the call when the other calls it.
         """
-        raw = self.__wrapped__.forward
-
-        @functools.wraps(raw, updated=())
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._self_keeper.run(raw, args, kwargs, frame_up().f_back)
-
-        return forward
+        return FetchedForward(self.__wrapped__, self._self_keeper.inside, self._self_find())
 
     @forward.setter
-    def forward(self, _: Any) -> None:
-        raise AttributeError(
-            f"the forward of {self._self_keeper.name} is guarded and cannot be replaced; wrap or "
-            "compile the module's forward first, and guard it afterwards"
-        )
+    def forward(self, forward: Any) -> None:
+        self.__wrapped__.forward = forward
+
+    @forward.deleter
+    def forward(self) -> None:
+        del self.__wrapped__.forward
 
     def __copy__(self) -> "GuardedModule":
         copied = self._self_keeper.copy(copy.copy(self.__wrapped__), shallow=True)
@@ -125,8 +181,8 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return self.__reduce__()
 
-    def __prepare_scriptable__(self) -> None:
-        refuse_scripting(self.__wrapped__)
+    def __prepare_scriptable__(self) -> Any:
+        return prepare_scriptable(self.__wrapped__)
 
     def __repr__(self) -> str:
         return f"guarded {self.__wrapped__!r}"
@@ -158,3 +214,14 @@ def keeper_of(module: object) -> Keeper | None:
     """Return what a guarded module asks; None for anything else, raw modules included."""
     # By wrapt's rules an attribute of the proxy's own begins so.
     return module._self_keeper if is_proxy(module) else None  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def _keeper_behind(module: nn.Module) -> Keeper | None:
+    """Return what the proxy asks of which a module stands behind."""
+    guard: Any = guard_behind(module)
+    return keeper_of(guard.module) if guard is not None else None
+
+
+# Reads of the raw module what the proxy does not have itself.
+_fetch: Callable[[GuardedModule, str], Any] = wrapt.ObjectProxy.__getattr__
+_OF_EVERY_MODULE = vars(nn.Module)

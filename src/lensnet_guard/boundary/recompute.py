@@ -46,6 +46,10 @@ class Recomputes:
             for checkpoint in open_checkpoints(frame):
                 self._calls.setdefault(checkpoint, []).append(record)
 
+    def knows(self, frame: FrameType | None) -> bool:
+        """Return whether a call was made under the checkpoint that runs again from ``frame``."""
+        return any(one in self._calls for one in recomputed_checkpoint(frame) or ())
+
     def find(self, frame: FrameType | None, *, hidden: bool = False) -> Recompute | None:
         """Return the recompute that runs from ``frame``; None when this is none.
 

@@ -33,7 +33,7 @@ def opened(admission: Admission, block: Block) -> Iterator[None]:
         if ending is not None:
             _settle(admission, here, ending)
     except BaseException as error:
-        for earlier, last in admission.compiled.blame(error):
+        for earlier, last in admission.execution.compiled.blame(error):
             for sink in admission.history.sinks:
                 sink.overwritten(last, earlier, error)
         if enforced is not None:

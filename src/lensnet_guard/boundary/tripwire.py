@@ -3,15 +3,14 @@
 It swaps the class of the raw module, and of every submodule, for a subclass whose ``forward``
 first looks whether this thread is inside an admitted run. That catches a reference taken before
 guarding, ``__wrapped__``, ``forward``, ``_call_impl``, ``torch.func.functional_call``, deep copies,
-a submodule called alone and a module compiled before it was guarded. Swapping ``__call__`` would
-miss ``_call_impl``; a ``forward`` on the instance would make a copy run the original's weights.
+a submodule called alone and a module compiled before it was guarded. Swapping ``__call__`` alone
+would miss ``_call_impl``; a ``forward`` on the instance would make a copy run the original's
+weights.
 """
 
-import copy
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import FunctionType
 from typing import Any
 
@@ -19,34 +18,20 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lensnet_guard._torch_checkpoints import recomputed_checkpoint
 from lensnet_guard._torch_internals import eager_only
-from lensnet_guard.boundary.armed_class import armed_class, arms_of, original_of
-from lensnet_guard.boundary.armed_class import itself as _itself
-from lensnet_guard.calls.record import frame_up
-
-# What torch prints where a guarded module stands in the way of a full graph.
-EAGER = (
-    "a module guarded by lensnet_guard is called in Python, so that every call is counted. Compile "
-    "the module itself before it is guarded (module.compile(); guard_module(module)) and leave "
-    "fullgraph=True out around its callers: they run with one graph break"
+from lensnet_guard.boundary.armed_class import (
+    armed_by,
+    armed_class,
+    arms_of,
+    original_of,
+    set_class,
 )
+from lensnet_guard.boundary.forwards import OwnMethod, as_given, without_guard
+from lensnet_guard.boundary.inside import EAGER, Inside
 
-
-class Inside(threading.local):
-    """Whether the running thread is inside an admitted run of the module.
-
-    A thread-local and no context variable: torch.compile can read it in a traced forward, and
-    guards on its value, so that a compiled module is checked too, without a graph break.
-    """
-
-    def __init__(self) -> None:  # runs once in every thread
-        # An attribute of the object, not of the class: for one of the class torch.compile would
-        # not notice that it is hidden later by one of the object.
-        self.here = False
-
-
-Refuse = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+# Called with (part, run, args, kwargs, method) where nobody has admitted a run.
+Refuse = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any], str | None], Any]
+Tell = Callable[[str], None]
 
 
 class Tripwire:
@@ -60,9 +45,12 @@ class Tripwire:
             from the original, are armed already.
         guard: Whose module it is, for `guard_behind`.
         inside: Says whether a run is admitted.
-        refuse: Called with ``(part, forward, args, kwargs)`` instead of the forward otherwise;
-            what it returns is the result.
+        refuse: Called with ``(part, run, args, kwargs, method)`` instead of the run otherwise; what
+            it returns is the result.
         shared: Names of submodules that other models run too, and that are left alone.
+        methods: Names of methods of the module that are checked as its forward is.
+        tell: Where the guard observes, it tells of what would be refused, and of what is left
+            alone because it cannot be armed.
 
     Raises:
         ValueError: ``shared`` names no submodule.
@@ -77,6 +65,8 @@ class Tripwire:
         inside: Inside,
         refuse: Refuse,
         shared: Iterable[str] = (),
+        methods: Collection[str] = (),
+        tell: Tell | None = None,
     ) -> None:
         submodules = dict(module.named_modules())
         for name in shared:
@@ -90,10 +80,12 @@ class Tripwire:
                 spared.update(map(id, part.modules()))
         self.module: nn.Module | None = module
         self.guard: object | None = guard
+        self.tell = tell
         self._inside = inside
         self._refuse: Refuse | None = refuse
+        self._methods = frozenset(methods)
         self._armed: dict[int, nn.Module] = {}
-        self._classes: dict[type, type] = {}
+        self._classes: dict[tuple[type, frozenset[str]], type] = {}
         try:
             for part in submodules.values():
                 if id(part) not in spared and runs(part) and armed_by(part) is None:
@@ -106,139 +98,165 @@ class Tripwire:
         self.change_class(part, type(part))
         _touch(part)
         self._armed[id(part)] = part
-        if "forward" in part.__dict__:  # as accelerate's hooks leave behind
-            run = part.__dict__["forward"]
-            run = run.__wrapped__ if isinstance(run, _OwnForward) else run  # of a copy
-            part.__dict__["forward"] = _OwnForward(self, part, run)
+        for name in self._checked(part) & part.__dict__.keys():  # as accelerate's hooks leave it
+            self._stand_before(part, name, without_guard(part.__dict__[name]))
 
     def change_class(self, part: nn.Module, cls: type) -> None:
         """Make a part an instance of ``cls``, armed."""
         original = original_of(cls)
-        if original not in self._classes:
-            self._classes[original] = self._armed_class(original)
-        _set_class(part, self._classes[original])
+        methods = self._checked(part) - {"forward"}
+        methods = frozenset(name for name in methods if hasattr(original, name))
+        try:
+            if (original, methods) not in self._classes:
+                self._classes[original, methods] = self._armed_class(original, methods)
+            armed = self._classes[original, methods]
+        except Exception as error:
+            if self.tell is None:
+                raise
+            name = original.__name__
+            self.tell(
+                f"runs of a {name} alone go unseen, for nothing can be derived of it: {error}"
+            )
+            armed = original
+        set_class(part, armed)
+
+    def _checked(self, part: nn.Module) -> frozenset[str]:
+        """Return the names under which a part is run."""
+        return self._methods | {"forward"} if part is self.module else frozenset({"forward"})
 
     def owns(self, part: nn.Module) -> bool:
         """Return whether this very part was armed here; a copy of it was not."""
         return id(part) in self._armed
 
+    def step_aside(self, parts: Iterable[nn.Module]) -> None:
+        """Leave parts unarmed from now on: same classes and forwards as before, the same objects.
+
+        What somebody has put on an instance is given back to it.
+        """
+        for part in [part for part in parts if self.owns(part)]:
+            for name, value in part.__dict__.items():
+                if (plain := without_guard(value)) is not value:
+                    part.__dict__[name] = plain
+            set_class(part, original_of(type(part)))
+            del self._armed[id(part)]
+
     def disarm(self) -> None:
-        """Restore every class and every forward, the same objects as before."""
-        for part in self._armed.values():
-            forward = part.__dict__.get("forward")
-            if isinstance(forward, _OwnForward) and forward.tripwire is self:
-                part.__dict__["forward"] = forward.__wrapped__
-            _set_class(part, original_of(type(part)))
-        self._armed.clear()
+        """Restore every class and every forward."""
+        self.step_aside(self._armed.values())
         # Copies, and torch.compile's caches, keep the armed classes: they shall keep no more.
         self.module = self.guard = self._refuse = None
 
+    # What runs -------------------------------------------------------------------------------
+
     @eager_only(EAGER)
     def _behind(
-        self, part: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+        self,
+        part: nn.Module,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        method: str | None = None,
     ) -> Any:
-        """Refuse a run that nobody admitted, unless it is a part's in a recompute."""
+        """Ask about a run that nobody has admitted yet."""
         own = armed_by(part)
         if own is not None and own is not self:  # a guarded copy, by a bound method of before
-            return own.run_own(part, run, args, kwargs)
-        if self._refuse is None:  # a copy that has outlived the guard
-            return run(*args, **kwargs)
-        if part is not self.module and recomputed_checkpoint(frame_up()) is not None:
-            return self._run_inside(run, args, kwargs)
-        return self._refuse(part, run, args, kwargs)
+            return own.run_own(part, run, args, kwargs, method)
+        if self._refuse is None or arms_of(type(part)) is None:
+            return run(*args, **kwargs)  # a copy that has outlived the guard, or never had one
+        return self._refuse(part, run, args, kwargs, method)
 
     def run_own(
-        self, part: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+        self,
+        part: nn.Module,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        method: str | None = None,
     ) -> Any:
-        """Run a forward that is no function of the class, and ask first."""
+        """Run a function that is none of the class, and ask first."""
         if self._inside.here:
             return run(*args, **kwargs)
-        return self._behind(part, run, args, kwargs)
+        return self._behind(part, run, args, kwargs, method)
 
-    def _run_inside(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        self._inside.here = True
-        try:
-            return run(*args, **kwargs)
-        finally:
-            self._inside.here = False
-
-    @eager_only(EAGER)
-    def _compiled(self, part: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a compiled part that is called from outside: a recompute must run compiled again."""
-        if part is not self.module and recomputed_checkpoint(frame_up()) is not None:
-            return self._run_inside(run, args, kwargs)
-        return run(*args, **kwargs)
-
-    def _armed_class(self, original: Any) -> type:
+    def _armed_class(self, original: Any, methods: frozenset[str]) -> type:
         """Return a subclass of the same name that asks first, and otherwise is the original."""
         inside, tripwire = self._inside, self
         static = isinstance(inspect.getattr_static(original, "forward"), staticmethod)
 
-        def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            run = original.forward
-            if static or type(run) is not FunctionType:  # a mock, say, which takes no self
-                behind: Any = super(armed, part)
-                return tripwire.run_own(part, behind.forward, args, kwargs)
-            if inside.here:
-                return run(part, *args, **kwargs)
-            # No method: torch.compile cannot trace MethodType(...), nor in torch 2.7 __get__.
-            return tripwire._behind(part, functools.partial(run, part), args, kwargs)
+        def make_forward(original: Any = original) -> Any:
+            def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                run = original.forward
+                if static or type(run) is not FunctionType:  # a mock, say, which takes no self
+                    behind: Any = super(armed, part)
+                    return tripwire.run_own(part, behind.forward, args, kwargs)
+                if inside.here:
+                    return run(part, *args, **kwargs)
+                # No method: torch.compile cannot trace MethodType(...), nor in torch 2.7 __get__.
+                return tripwire._behind(part, functools.partial(run, part), args, kwargs)
 
-        def __call__(part: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            if inside.here or getattr(part, "_compiled_call_impl", None) is None:
-                return original.__call__(part, *args, **kwargs)
-            return tripwire._compiled(
-                part, functools.partial(original.__call__, part), args, kwargs
-            )
+            return _checked(forward, original.forward)
 
-        # Code of its own, for torch.compile counts recompiles by code and gives up after eight.
-        forward.__code__ = forward.__code__.replace()
-        __call__.__code__ = __call__.__code__.replace()
-        # Without the function's attributes, by which torch.compile would look behind it.
-        forward = functools.wraps(original.forward, updated=())(forward)
-        armed = armed_class(original, self, {"forward": forward, "__call__": __call__})
+        def make_call(original: Any = original) -> Any:
+            def __call__(part: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+                if inside.here:
+                    return original.__call__(part, *args, **kwargs)
+                run = functools.partial(original.__call__, part)
+                return tripwire._behind(part, run, args, kwargs)
+
+            __call__.__code__ = __call__.__code__.replace()
+            return __call__
+
+        def make_method(name: str, original: Any = original) -> Any:
+            def method(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                run = getattr(original, name)
+                if inside.here:
+                    return run(part, *args, **kwargs)
+                return tripwire._behind(part, functools.partial(run, part), args, kwargs, name)
+
+            return _checked(method, getattr(original, name))
+
+        def set_attribute(part: nn.Module, name: str, value: Any) -> None:
+            original.__setattr__(part, name, value)
+            if name in watched:
+                tripwire._replaced(part, name)
+
+        watched = {"forward", *methods}
+        makers = {"forward": make_forward, "__call__": make_call}
+        makers.update((name, functools.partial(make_method, name)) for name in methods)
+        armed = armed_class(original, self, makers, set_attribute)
         return armed  # named, for `forward` asks what stands behind it
 
+    # What stands on instances ----------------------------------------------------------------
 
-class _OwnForward:
-    """Stands where somebody has put a forward on an instance, and asks first.
+    def _replaced(self, part: nn.Module, name: str) -> None:
+        """Check what somebody has put on an instance, or let the class's own stand there again."""
+        if self.owns(part) and name in part.__dict__:
+            given = as_given(part.__dict__[name], part, name)
+            if given is None:
+                del part.__dict__[name]
+            else:
+                self._stand_before(part, name, given)
 
-    It is no function: a function travels with a deep copy as it is, and the copy would run the
-    original's weights. A pickle holds the forward alone.
-
-    Attributes:
-        __wrapped__: The forward, where `inspect.signature` looks for it.
-    """
-
-    def __init__(self, tripwire: Tripwire, part: nn.Module, run: Callable[..., Any]) -> None:
-        self.tripwire = tripwire
-        self.part = part
-        self.__wrapped__ = run
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tripwire.run_own(self.part, self.__wrapped__, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_OwnForward":
-        return _OwnForward(self.tripwire, *copy.deepcopy((self.part, self.__wrapped__), memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self.__wrapped__,)
+    def _stand_before(self, part: nn.Module, name: str, run: Any) -> None:
+        method = name if name != "forward" else None
+        part.__dict__[name] = OwnMethod(self, part, run, method)
 
 
-# Goes past a module's own __setattr__: Fabric's hands what it is given to the module inside.
-_set_class: Callable[[nn.Module, type], None] = vars(object)["__class__"].__set__
-
-
-def armed_by(part: nn.Module) -> Tripwire | None:
-    """Return the tripwire that has armed this very part; None for a copy, which looks like it."""
-    tripwire: Tripwire | None = arms_of(type(part))
-    return tripwire if tripwire is not None and tripwire.owns(part) else None
+def _checked(function: Any, original: Any) -> Any:
+    """Return a function that passes for the original, as far as it tells."""
+    # Code of its own, for torch.compile counts recompiles by code and gives up after eight.
+    function.__code__ = function.__code__.replace()
+    # Without the function's attributes, by which torch.compile would look behind it.
+    return functools.wraps(original, updated=())(function)
 
 
 def guard_behind(module: object) -> object | None:
     """Return the guard of a raw module; None without one, and for a part or a copy of one."""
     tripwire = armed_by(module) if isinstance(module, nn.Module) else None
-    return tripwire.guard if tripwire is not None and tripwire.module is module else None
+    if tripwire is None or tripwire.module is not module:
+        return None
+    guard: object = tripwire.guard
+    return guard
 
 
 def describe_part(module: nn.Module, part: nn.Module) -> str:

@@ -201,7 +201,7 @@ class _Given:
             )
         if _version(kept) != self._version:
             return f"cannot be compared: what {who} was given was written in place since"
-        if kept.shape == value.shape and torch.equal(kept, value.to(kept.device)):
+        if kept.dtype == value.dtype and torch.equal(kept, value.to(kept.device)):
             return None
         return f"has other values ({_text(value)}) than {who} was given ({self._text})"
 

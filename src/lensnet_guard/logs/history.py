@@ -128,7 +128,9 @@ class History(Source):
             where = _where(here, here.scope)
         else:
             where = (original.context, original.scope, original.step, original.micro_step)
-        record = self._record("recompute", None, where, capture_stack(frame, CALL_FRAMES), inputs)
+        stack = capture_stack(frame, CALL_FRAMES)
+        method = original.method if original is not None else None
+        record = self._record("recompute", None, where, stack, inputs, method)
         record.recompute_of = original.seq if original is not None else None
         self.calls.append(record)
         return record

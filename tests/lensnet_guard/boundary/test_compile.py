@@ -273,6 +273,23 @@ class TestManyClasses:
             guard.module(X)
         assert guard.count() == 1
 
+    def test_super_never_ended(self, count):
+        """The compiler took the armed class for the class whose bases it looked through."""
+
+        class Wider(nn.Linear):
+            def forward(self, x):
+                return super().forward(x) + 1
+
+        module = Wider(3, 2)
+        expected = module(X)
+        module.compile(backend=count)
+        guard = guard_module(module)
+        with guard.context("inference"):
+            for _ in range(3):
+                torch.testing.assert_close(guard.module(X), expected)
+        assert (guard.count(), count.frame_count) == (3, 1)
+        assert graph_breaks() == {}
+
     def test_compiled_modules_were_never_freed(self, lens, count):
         """The compiler keeps classes; an armed one kept its module, also after `uninstall`."""
         lens.compile(backend=count)

@@ -84,14 +84,14 @@ class TestHazard:
             for _ in range(3):
                 guard.module(X).sum().item()
         # The earlier ones are forgotten, without a warning.
-        assert len(guard._admission.compiled._outputs) == 1
+        assert len(guard._admission.execution.compiled._outputs) == 1
 
     def test_calls_with_grad(self, guard):
         """Torch keeps outputs apart that wait for a backward."""
         first = guard.module(X)
         second = guard.module(2 * X)
         (first.sum() + second.sum()).backward()
-        assert len(guard._admission.compiled._outputs) == 2  # both in use, and no warning
+        assert len(guard._admission.execution.compiled._outputs) == 2  # both in use, and no warning
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_after_a_mark(self, guard):
@@ -148,7 +148,9 @@ class TestHazard:
         with torch.no_grad():
             kept = guard.module(X)
             if where == "in the graphs":
-                live = frozenset(s.cdata for s in guard._admission.compiled._outputs[0].storages)
+                live = frozenset(
+                    s.cdata for s in guard._admission.execution.compiled._outputs[0].storages
+                )
                 tree = GraphTree("execution", False, live, cloned=True)
                 monkeypatch.setattr(hazards, "graph_tree", lambda _: tree)
             elif where == "in the configuration":
@@ -156,7 +158,7 @@ class TestHazard:
                 monkeypatch.setitem(sys.modules, "torch._inductor.config", config)
             guard.module(2 * X)
         assert kept is not None
-        assert not guard._admission.compiled._written
+        assert not guard._admission.execution.compiled._written
 
     def test_a_module_without_cuda_graphs(self):
         """Eager or compiled otherwise, every call has memory of its own."""
@@ -277,7 +279,7 @@ class TestBlame:
         with torch.no_grad(), pytest.warns(LensNetHazard), pytest.raises(RuntimeError) as caught:
             with guard.context("inference"):
                 kept = [guard.module(X), guard.module(2 * X), guard.module(3 * X)]
-                (_, first), (second, by) = guard._admission.compiled._written
+                (_, first), (second, by) = guard._admission.execution.compiled._written
                 refused = {storage.cdata for storage in second.storages}
                 monkeypatch.setattr(
                     hazards, "is_overwritten", lambda o: getattr(o, "cdata", None) in refused

@@ -15,7 +15,8 @@ from torch import nn
 
 from lensnet_guard import BypassedGuard, guard_module, guard_of, lensnet_guard
 from lensnet_guard.boundary.armed_class import ArmedMeta
-from lensnet_guard.boundary.tripwire import Inside, Tripwire
+from lensnet_guard.boundary.inside import Inside
+from lensnet_guard.boundary.tripwire import Tripwire
 
 
 @pytest.fixture
@@ -257,8 +258,8 @@ class TestClasses:
     def test_tripwire_alone(self):
         """It needs no guard: what it calls instead decides what happens."""
         module, inside = nn.Linear(3, 2), Inside()
-        wire = Tripwire(module, None, inside, lambda part, run, args, kwargs: (part, args, kwargs))
-        assert module(X, scale=2) == (module, (X,), {"scale": 2})
+        wire = Tripwire(module, None, inside, lambda part, _, *rest: (part, *rest))
+        assert module(X, scale=2) == (module, (X,), {"scale": 2}, None)
         inside.here = True
         assert module(X).shape == (2, 2)
         wire.disarm()

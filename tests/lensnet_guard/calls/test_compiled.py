@@ -110,7 +110,7 @@ class TestFields:
         """Torch overwrites nothing until then: no hazard, and the output stays in use."""
         with torch.no_grad(), graphed_guard.context("inference"):
             kept = graphed_guard.module(X)
-        (output,) = graphed_guard._admission.compiled._outputs
+        (output,) = graphed_guard._admission.execution.compiled._outputs
         tree(pending_backward=True, live={output.storages[0].cdata})
         assert call().live_outputs == (1,)
         assert kept is not None
@@ -293,6 +293,6 @@ class TestOnCuda:
 def _cdata(guard):
     return {
         storage.cdata
-        for output in guard._admission.compiled._outputs
+        for output in guard._admission.execution.compiled._outputs
         for storage in output.storages
     }

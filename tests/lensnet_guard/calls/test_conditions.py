@@ -188,13 +188,20 @@ class TestEvalMode:
         assert "1 (Sequential) is in train mode, as 3 of 5" in refusal(guard, X)
 
     @pytest.mark.filterwarnings("ignore:`torch.jit")
-    def test_a_scripted_part(self):
+    @pytest.mark.parametrize(
+        ("script", "kind"),
+        [
+            (torch.jit.script, "RecursiveScriptModule"),
+            (lambda module: torch.jit.trace(module, X), "TopLevelTracedModule"),
+        ],
+    )
+    def test_a_scripted_part(self, script, kind):
         """TorchScript's keep their parts in another kind of dict."""
-        scripted = torch.jit.script(nn.Sequential(nn.Dropout(), nn.Linear(3, 3)))
+        scripted = script(nn.Sequential(nn.Dropout(), nn.Linear(3, 3)).eval())
         guard = guarded(nn.Sequential(scripted).eval(), eval_mode)
         call(guard, X)
         scripted.train()
-        assert "0 (RecursiveScriptModule) is in train mode, as 3 of 4" in refusal(guard, X)
+        assert f"0 ({kind}) is in train mode, as 3 of 4" in refusal(guard, X)
 
 
 class TestAutocast:
@@ -338,6 +345,13 @@ class TestFinite:
         call(guard, GOOD.to(dtype))
         with pytest.raises(ConditionUnmet, match="1 NaN and 2 infinite of 4 values"):
             call(guard, BAD.to(dtype))
+
+    def test_of_a_dtype_without_infinity(self):
+        """And for which torch before 2.15 cannot ask at all."""
+        guard = guarded(Returns(), ensures=(finite,))
+        call(guard, GOOD.to(torch.float8_e4m3fn))
+        with pytest.raises(ConditionUnmet, match="the result has 1 NaN and 0 infinite of 2 values"):
+            call(guard, torch.tensor([1.0, NAN]).to(torch.float8_e4m3fn))
 
     def test_what_has_no_such_values(self):
         """Integers, truth values, empty tensors, none at all, and what holds itself."""

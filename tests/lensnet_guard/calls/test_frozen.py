@@ -130,6 +130,10 @@ CHANGES = {
         lambda net: setattr(net.head, "weight", None),
         "the parameter head.weight is gone",
     ),
+    "all of the last part gone": (
+        lambda net: net.head._parameters.clear(),
+        "the parameter head.weight is gone",
+    ),
     "a submodule replaced": (
         lambda net: setattr(net, "head", copy.deepcopy(net.head)),
         "the submodule head was replaced, and 1 other changed",
@@ -279,9 +283,10 @@ class TestFrozen:
         assert finding(guard).startswith("the submodule again was replaced, and 1 other changed")
 
     @pytest.mark.filterwarnings("ignore:`torch.jit")
-    def test_a_scripted_part(self, net):
+    @pytest.mark.parametrize("script", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
+    def test_a_scripted_part(self, net, script):
         """TorchScript's keep their things elsewhere, and are looked at all the same."""
-        net.body[0] = torch.jit.script(net.body[0])
+        net.body[0] = script(net.body[0])
         guard = guarded(net, frozen)
         call(guard, X)
         call(guard, X)

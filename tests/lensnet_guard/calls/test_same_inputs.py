@@ -20,7 +20,9 @@ from lensnet_guard import (
     inference_too,
     same_inputs,
 )
+from lensnet_guard._torch_internals import compile_counters
 from lensnet_guard.calls.scope import name_of
+from lensnet_guard.calls.tensors import describe
 
 
 class Model(nn.Module):
@@ -32,6 +34,11 @@ class Model(nn.Module):
 
     def forward(self, input_ids, attention_mask=None):
         return self.embed(input_ids) if isinstance(input_ids, torch.Tensor) else None
+
+
+def scores(input_ids):
+    """A forward that is no method."""
+    return input_ids
 
 
 @pytest.fixture
@@ -219,14 +226,16 @@ class TestCalls:
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler, on import
     def test_of_a_compiled_model(self, make, policy, ids):
-        """The hook breaks its graph, and sees each call."""
+        """The hook breaks its graph, sees each call, and has nothing compiled anew."""
         torch._dynamo.reset()
         policy.compile(backend="eager")
-        guard = make()
-        for _ in range(3):
+        guard, graphs = make(), []
+        for _ in range(12):
             batch = ids.clone()
             policy(batch)
             call(guard, batch)
+            graphs.append(compile_counters()[0])
+        assert len(set(graphs)) == 1
         policy(ids)
         assert "is another tensor" in refusal(guard, ids.clone())
         torch._dynamo.reset()
@@ -258,8 +267,9 @@ class TestValues:
         assert refusal(guard, ids + 1) == (
             "input_ids has other values (int64[2, 4] cpu) than Model was given (int64[2, 4] cpu)"
         )
-        policy(ids)
-        assert "has other values (int64[1, 4] cpu)" in refusal(guard, ids[:1])
+        for other in (ids[:1], ids.float()):
+            policy(ids)
+            assert f"has other values ({describe(other)}) than" in refusal(guard, other)
 
     def test_that_were_written_over(self, make, policy, ids):
         """What it was given is no more, whatever it was equal to."""
@@ -349,6 +359,16 @@ class TestCondition:
         policy(ids)
         assert "has not been called" in refusal(guard_of(reference), ids)
         assert "is another tensor" in refusal(guard, ids.clone())
+
+    def test_pickled_with_a_forward_of_its_own(self, ids):
+        """Whose argument has a name that the class's forward has not."""
+        policy = nn.Identity()
+        policy.forward = scores
+        guard = guarded(Model(), same_inputs(policy, "input_ids"))
+        new_policy, reference = pickle.loads(pickle.dumps((policy, guard.module)))
+        new_policy(ids)
+        call(guard_of(reference), ids)
+        assert "has not been called" in refusal(guard_of(reference), ids)
 
     def test_a_policy_that_holds_its_reference(self, policy, ids):
         """A circle: it is pickled all the same."""
