@@ -68,8 +68,8 @@ def stricter(
         for condition, times in held.times.items():
             lacking = held.of - times
             # A module that is trained is no frozen one, however many micro-steps a step has.
-            few = KEPT if condition == "frozen" else held.of // 2
-            if condition not in known and 0 < lacking <= few:
+            few = KEPT if condition == "frozen" else held.of
+            if condition not in known and 0 < lacking <= min(few, held.of // 2):
                 told = _first(list(map(str, held.lacking[condition])), lacking)
                 yield (
                     f"`{condition}` did not hold of {lacking} of {held.of} {what} of {name}: {told}"
