@@ -19,6 +19,7 @@ from lensnet_guard.calls.context import Position
 from lensnet_guard.calls.frozen import frozen
 from lensnet_guard.calls.record import CallRecord, Context
 from lensnet_guard.calls.scope import Condition, name_of
+from lensnet_guard.calls.tensors import tensors_in
 
 # Of the stock conditions those that read no values, and compare a call with no other module's.
 _OF_CALLS: tuple[Condition, ...] = (
@@ -62,7 +63,16 @@ class Observer:
     def end(self, record: CallRecord, call: Call, result: Any) -> None:
         """Note what there is to say of what a call has returned."""
         call.result = result
-        record.notes = {_schema.HELD: _held(_OF_RESULTS, call)}
+        asked = _OF_RESULTS if _has_tensors(result) else ()  # of nothing anything holds
+        record.notes = {_schema.HELD: _held(asked, call)}
+
+
+def _has_tensors(result: Any) -> bool:
+    """Return whether there is a tensor in what a call has returned."""
+    try:
+        return any(True for _ in tensors_in(result))
+    except Exception:  # in a container that does not let itself be read; observing never raises
+        return False
 
 
 def _asked(module: torch.nn.Module) -> tuple[Condition, ...]:

@@ -11,6 +11,7 @@ _WRAPPERS = frozenset(
     )
 )
 _NEVER = frozenset((*sys.stdlib_module_names, "lensnet_guard", "torch"))
+_ENTRANCE = "lensnet_guard.boundary.entrances"  # where the module's own methods are let in
 # Frames whose name no policy can give: their names are no attributes of a module or a class.
 _NAMELESS = ("<lambda>", "<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
 
@@ -29,6 +30,7 @@ def own_caller(callers: Sequence[str], first: int = 0) -> tuple[int, str | None]
         The number of its frame, and its name; the number of ``first``, or of the frame at module
         level, and None where there is no function to name.
     """
+    first = max(first, _entrance(callers))  # inside it, the module calls itself
     fallback: tuple[int, str | None] | None = None
     for number, name in enumerate(callers[first:], first):
         module, _, function = name.partition(":")
@@ -46,3 +48,22 @@ def own_caller(callers: Sequence[str], first: int = 0) -> tuple[int, str | None]
             return number, name
         fallback = fallback or (number, name)
     return fallback or (first, None)
+
+
+def entered_method(callers: Sequence[str]) -> str | None:
+    """Return the name of the module's own method in which a call is made; None outside of any.
+
+    Args:
+        callers: As of `own_caller`.
+    """
+    for name in reversed(callers[: _entrance(callers)]):
+        module, _, function = name.partition(":")
+        if module.partition(".")[0] not in _NEVER:
+            return function.rpartition(".")[2]
+    return None
+
+
+def _entrance(callers: Sequence[str]) -> int:
+    """Return the number of the frame at which a method of the module was let in; else 0."""
+    found = (n for n, name in enumerate(callers) if name.partition(":")[0] == _ENTRANCE)
+    return next(found, 0)

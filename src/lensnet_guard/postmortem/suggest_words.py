@@ -68,8 +68,8 @@ def stricter(
         for condition, times in held.times.items():
             lacking = held.of - times
             # A module that is trained is no frozen one, however many micro-steps a step has.
-            few = KEPT if condition == "frozen" else held.of // 2
-            if condition not in known and 0 < lacking <= few:
+            few = KEPT if condition == "frozen" else held.of
+            if condition not in known and 0 < lacking <= min(few, held.of // 2):
                 told = _first(list(map(str, held.lacking[condition])), lacking)
                 yield (
                     f"`{condition}` did not hold of {lacking} of {held.of} {what} of {name}: {told}"
@@ -84,6 +84,9 @@ def _exact(budget: Budget, name: str) -> str:
     if budget.most not in budget.made:
         told.append(f"one that was broken off ({count(budget.most, 'call')})")
         others += 1
+    if others > budget.made[usual]:
+        each = [f"{n} in {_in(budget.kind, budget.made[n])}" for n in sorted(budget.made)]
+        return f"no number of calls of {name} is usual: {_first(each, len(each))}"
     text = f"exactly {usual} per {_one(budget.kind)} of {name} would have been broken"
     return f"{text} {count(others, 'time')}: {_first(told, others)}"
 
@@ -157,3 +160,8 @@ def remarks(tallies: Mapping[str, Tally]) -> Iterator[str]:
     for name, tally in tallies.items():
         if tally.in_backward:
             yield f"{count(tally.in_backward, 'call')} of {name} inside a backward pass"
+        for method, calls in tally.in_methods.items():
+            yield (
+                f"{count(calls, 'call')} of {name} inside the module's own method `{method}`, "
+                f'which decides how many: `methods=("{method}",)` counts each of its runs as one'
+            )

@@ -8,7 +8,7 @@ from typing import Any
 from lensnet_guard import _schema
 from lensnet_guard._text import count, short_path
 from lensnet_guard.postmortem.events import text, texts, whole
-from lensnet_guard.postmortem.own_caller import own_caller
+from lensnet_guard.postmortem.own_caller import entered_method, own_caller
 
 MICRO_STEP, STEP = "micro_step", "step"
 OPTIMIZER_STEPS = ""  # as torch numbers them, where nobody opens windows; no window has this name
@@ -173,6 +173,7 @@ class Tally:
         calls: How many there are.
         scopes: The scopes of the observed policy that they belonged to.
         in_backward: How many were made inside a backward pass.
+        in_methods: How many were made inside each of the module's own methods.
         held: What held as they began.
         held_of_results: What held of what they returned.
         places: The kinds of windows that were open -> how many calls, and the first of them.
@@ -184,6 +185,7 @@ class Tally:
     calls: int = 0
     scopes: set[str] = field(default_factory=set)
     in_backward: int = 0
+    in_methods: Counter[str] = field(default_factory=Counter)
     held: Held = field(default_factory=Held)
     held_of_results: Held = field(default_factory=Held)
     places: dict[frozenset[str], list[Where]] = field(default_factory=dict)
@@ -196,6 +198,8 @@ class Tally:
         self.calls += 1
         self.held.take(texts(event.get(_schema.HELD)), where)
         self.in_backward += event.get(_schema.IN_BACKWARD) is True
+        if (method := entered_method(texts(event.get(_schema.CALLERS)))) is not None:
+            self.in_methods[method] += 1
         if (scope := text(event.get(_schema.SCOPE))) is not None:
             self.scopes.add(scope)
         self.counts[kinds] += 1

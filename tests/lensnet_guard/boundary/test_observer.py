@@ -145,6 +145,18 @@ class TestHeld:
         ends = noted(guard, tmp_path, "call.end")
         assert [line.get("held") for line in ends] == [[], ["detached"], None]
 
+    def test_a_result_without_tensors(self, tmp_path):
+        """Of nothing anything holds, which is no reason to ask for it."""
+
+        class Nothing(nn.Module):
+            def forward(self, x):
+                return {"loss": None}
+
+        guard = observed(tmp_path, Nothing())
+        ask(guard)
+        (line,) = noted(guard, tmp_path, "call.end")
+        assert line["held"] == []
+
     def test_in_each_context_apart(self, tmp_path):
         """A policy asks in training alone: what a call in inference has seen, it has not."""
         module = nn.Linear(3, 2)

@@ -155,6 +155,30 @@ def unwatched(guard, odd=plainly):
             training.step()
 
 
+class EMA(Training):
+    """A trainer that averages its weights after each optimizer step."""
+
+    def average(self):
+        self.calls += 1
+        odd = self.odd if self.calls == 2 else plainly
+        odd(lambda: self.guard.module.update_parameters(self.policy), self.guard)
+
+
+def ema(guard, odd=plainly):
+    """Two micro-steps a step, and then the average takes the weights; it is run in evaluation."""
+    training = EMA(guard, odd)
+    with guard.context("training"):
+        for step in range(3):
+            with guard.window("step"):
+                for micro_step in range(2):
+                    with guard.micro_step(step, micro_step):
+                        training.backward(X)
+                training.step()
+                training.average()
+    with guard.context("inference"):
+        guard.module(X)
+
+
 def evaluation(guard, odd=plainly):
     """Only in evaluation."""
     training = Training(guard, odd)

@@ -338,6 +338,40 @@ class TestNames:
         assert made_of(run(tmp_path).stdout).shared_submodules == ("0",)
 
 
+class Generator(nn.Linear):
+    @torch.no_grad()
+    def generate(self, x, times):
+        for _ in range(times):
+            x = self(x)
+        return x
+
+
+class TestMethods:
+    def test_of_the_module_are_its_own_business(self, tmp_path):
+        """Who calls the method is named; and that the method may be what counts."""
+        guard = guard_module(Generator(3, 3), mode="observe", log=tmp_path)
+
+        def generate(times):
+            guard.module.generate(X, times)
+
+        with guard.context("training"):
+            for step in range(3):
+                with guard.micro_step(step):
+                    generate(1 + step)
+        guard.end_log()
+        found, _ = suggested(tmp_path)
+        assert [(scope.name, scope.calls) for scope in found.scopes] == [("generate", (1, 3))]
+        assert found.scopes[0].caller.endswith(".<locals>.generate")
+        assert found.remarks == (
+            "6 calls of generate inside the module's own method `generate`, which decides how "
+            'many: `methods=("generate",)` counts each of its runs as one',
+        )
+        assert found.stricter == (
+            "no number of calls of generate is usual: 1 in 1 micro-step; 2 in 1 micro-step; 3 in "
+            "1 micro-step",
+        )
+
+
 class Other:
     def ask(self, guard):
         guard.module(X)

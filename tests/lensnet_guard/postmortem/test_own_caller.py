@@ -2,10 +2,12 @@
 
 import pytest
 
-from lensnet_guard.postmortem.own_caller import own_caller
+from lensnet_guard.boundary import entrances
+from lensnet_guard.postmortem.own_caller import entered_method, own_caller
 
 SCRIPT = "__main__:<module>"
 LOSS = "__main__:Trainer.compute_loss"
+ENTRANCES = "lensnet_guard.boundary.entrances"
 DPO = "trl.trainer.dpo_trainer:DPOTrainer.compute_ref_log_probs"
 
 
@@ -53,6 +55,11 @@ DPO = "trl.trainer.dpo_trainer:DPOTrainer.compute_ref_log_probs"
             f"{LOSS}.<locals>.score",
             id="a function in a function has one",
         ),
+        pytest.param(
+            ["teacher:M.step", "teacher:M.generate", f"{ENTRANCES}:_enter", f"{ENTRANCES}:f", LOSS],
+            LOSS,
+            id="the module's own methods, which are its own business",
+        ),
         pytest.param(["m:<lambda>", LOSS], LOSS, id="a lambda at module level has none"),
         pytest.param([SCRIPT, "runpy:_run_code", "some_runner:run"], None, id="module level"),
         pytest.param([":f", LOSS], LOSS, id="code of no module"),
@@ -66,6 +73,21 @@ def test_who_is_named(callers, named):
     assert found == named
     if named is not None:
         assert callers[frame] == named
+
+
+@pytest.mark.parametrize(
+    ("callers", "method"),
+    [
+        (["m:M.step", "m:M.generate", "torch.x:f", f"{ENTRANCES}:_enter", LOSS], "generate"),
+        ([LOSS, SCRIPT], None),
+        ([f"{ENTRANCES}:_enter", LOSS], None),
+        ([], None),
+    ],
+)
+def test_which_of_its_methods_a_module_is_in(callers, method):
+    """The outermost one, that was called from outside."""
+    assert entered_method(callers) == method
+    assert entrances.__name__ == ENTRANCES
 
 
 def test_from_a_frame_on():

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.lensnet_guard.postmortem import programs
+from torch import nn
 
 from lensnet_guard import (
     BudgetExceeded,
@@ -97,6 +98,27 @@ class TestWhatWasKept:
         guard = enforce(policy, program)
         assert guard.count("training") == 0 or scopes
         assert guard.count() > 0
+
+    def test_of_a_method(self, tmp_path):
+        """An average of the weights, taken by a method once per optimizer step."""
+
+        def make():
+            return torch.optim.swa_utils.AveragedModel(nn.Linear(4, 4))
+
+        observed_by = CallPolicy({"any": (0, None)}, methods=("update_parameters",))
+        observe(tmp_path, programs.ema, module=make(), policy=observed_by)
+        code = suggested(tmp_path)
+        policy = made_of(code)
+        caller = f"{programs.__name__}:EMA.average"
+        assert policy.scopes == {"average": Scope(1, per="step", caller=caller)}
+        assert policy.methods == ("update_parameters",)
+        assert '        "update_parameters",  # 3 calls of it\n' in code
+        assert '# 3 calls, 1 in each of 3 windows "step"; the first at' in code
+        assert not policy.ensures  # it returns nothing
+        enforce(policy, programs.ema, module=make())
+        for odd, error in ((programs.twice, BudgetExceeded), (programs.never, BudgetUnmet)):
+            with pytest.raises(error):
+                enforce(policy, programs.ema, module=make(), odd=odd)
 
     @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of one another
     def test_of_one_model_with_and_without_adapters(self, tmp_path):
