@@ -1,6 +1,5 @@
 """Windows, budgets with a least and a most, methods and conditions, as logs of today tell them."""
 
-
 import pytest
 from click.testing import CliRunner
 from tests.lensnet_guard.helpers import FILE, X, read
