@@ -206,15 +206,19 @@ def adapters(guard, odd=plainly):
             optimizer.step()
 
 
-class Bare:
-    """A script that knows nothing of contexts and steps."""
+def f(guard):
+    return guard.module(X)
 
-    def __init__(self, guard):
-        self.training = Training(guard)
 
-    def run(self, steps=3):
-        for _ in range(steps):
-            with torch.no_grad():
-                target = self.training.score()
-            self.training.backward(target)
-            self.training.step()
+def g(guard):
+    return guard.module(X)
+
+
+def moving(guard):
+    """Weights that move between the calls of two functions, and never before those of the first."""
+    with guard.context("training"):
+        for step in range(3):
+            with guard.micro_step(step), torch.no_grad():
+                f(guard)
+                next(guard.module.parameters()).add_(1)
+                g(guard)

@@ -150,6 +150,14 @@ class TestWhatWasKept:
         with pytest.raises(ConditionUnmet, match="no_grad"):
             enforce(policy, programs.adapters, module=make(), odd=programs.with_grad)
 
+    def test_frozen_is_asked_of_all_calls_or_of_none(self, tmp_path):
+        """It compares with the call before: of one scope alone it would compare with another."""
+        observe(tmp_path, programs.moving)
+        policy = made_of(suggested(tmp_path))
+        assert [*policy.scopes] == ["f", "g"]
+        assert not any(scope.requires for scope in policy.scopes.values())
+        enforce(policy, programs.moving)
+
 
 class TestIsStrict:
     @pytest.mark.parametrize(
@@ -264,14 +272,6 @@ CALLS = st.lists(
 )
 
 
-def f(guard):
-    return guard.module(programs.X)
-
-
-def g(guard):
-    return guard.module(programs.X)
-
-
 def drawn(data):
     """A training that a strategy has made up."""
     plan = data.draw(
@@ -285,7 +285,7 @@ def drawn(data):
     def call(guard, caller, block):
         scope = guard.sanctioned("kl") if caller == "kl" else contextlib.nullcontext()
         with BLOCKS[block](), scope:
-            {"f": f, "g": g, "kl": f}[caller](guard)
+            {"f": programs.f, "g": programs.g, "kl": programs.f}[caller](guard)
 
     def program(guard):
         with guard.context("training"):
@@ -299,6 +299,6 @@ def drawn(data):
                     for caller, block in between:
                         call(guard, caller, block)
         with guard.context("inference"):
-            f(guard)
+            programs.f(guard)
 
     return program
