@@ -1,7 +1,5 @@
 """Windows, budgets with a least and a most, methods and conditions, as logs of today tell them."""
 
-import sys
-
 import pytest
 from click.testing import CliRunner
 from tests.lensnet_guard.helpers import FILE, X, read
@@ -133,23 +131,29 @@ class TestWindows:
         assert "window with violations: the end of generation" in page
 
 
+class Teacher(nn.Linear):
+    def generate(self, x):
+        return self(x)
+
+    def score(self, x):
+        return self(x)
+
+
 class TestMethods:
     @pytest.fixture
     def log(self, tmp_path):
         """Calls of two methods, and one that raised."""
-        guard = observed(tmp_path, teacher=2)
-
-        def call(method, x=X):
-            run = guard._admission.run
-            return run(guard._admission._module.forward, (x,), {}, sys._getframe(), method)
-
+        policy = CallPolicy({"teacher": 2}, methods=("generate", "score"))
+        guard = guard_module(
+            Teacher(3, 2), policy=policy, mode="observe", log=tmp_path, name="critic"
+        )
         with guard.context("training"), guard.micro_step(), guard.sanctioned("teacher"):
-            call("generate")
-            call("score")
+            guard.module.generate(X)
+            guard.module.score(X)
         with guard.context("training"):
-            call("score")
+            guard.module.score(X)
             with pytest.raises(RuntimeError):
-                call("score", X[:, :1])
+                guard.module.score(X[:, :1])
         guard.end_log()
         return tmp_path
 
