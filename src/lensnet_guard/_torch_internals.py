@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from inspect import signature
+from operator import attrgetter
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -289,3 +290,40 @@ def eager_only(reason: str) -> Callable[[_Function], _Function]:
         return function
 
     return mark
+
+
+# What modules are made of, and who has written to it ----------------------------------------------
+
+
+def _unknown_writes(_: torch.Tensor) -> int:
+    _tell("whether a tensor was written to (Tensor._version is gone)")
+    return 0
+
+
+# How often a tensor was written to in place, as torch counts it for backward: the same for all of
+# its views. Raises for one that was made in inference mode. Read from torch 2.7 to 2.15,
+# torch/csrc/autograd/python_variable.cpp.
+writes_to: Callable[[torch.Tensor], int] = (
+    attrgetter("_version") if hasattr(torch.Tensor, "_version") else _unknown_writes
+)
+
+
+def holders(module: torch.nn.Module) -> tuple[Mapping[str, Any], ...] | None:
+    """Return the dicts in which a module keeps parameters, buffers and submodules; None if unknown.
+
+    One of TorchScript's may have none. Read from torch 2.7 to 2.15, torch/nn/modules/module.py.
+    """
+    found = vars(module)
+    kept = tuple(found.get(name) for name in ("_parameters", "_buffers", "_modules"))
+    return None if None in kept else kept  # type: ignore[return-value]
+
+
+def _named_children(module: torch.nn.Module) -> Mapping[str, torch.nn.Module]:
+    return dict(module.named_children())
+
+
+# A module's submodules by name, and None where one is missing: the dict itself, because `modules()`
+# costs eight times as much. Read from torch 2.7 to 2.15, torch/nn/modules/module.py.
+submodules: Callable[[torch.nn.Module], Mapping[str, torch.nn.Module | None]] = (
+    attrgetter("_modules") if hasattr(torch.nn.Module(), "_modules") else _named_children
+)

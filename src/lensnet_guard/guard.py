@@ -4,7 +4,7 @@ import copy
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, cast
 
@@ -16,14 +16,13 @@ from lensnet_guard.boundary.blocks import (
     context_block,
     micro_step_block,
     scope_block,
-    window_block,
 )
 from lensnet_guard.boundary.doors import check_doors
 from lensnet_guard.boundary.inside import Inside
 from lensnet_guard.boundary.keeper import GuardKeeper
 from lensnet_guard.boundary.observing import teller
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
-from lensnet_guard.boundary.settlement import opened
+from lensnet_guard.boundary.settlement import WindowBlock, opened
 from lensnet_guard.boundary.tripwire import Tripwire, guard_behind
 from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.context import P, R
@@ -119,8 +118,7 @@ class Guard(Generic[M]):
         with opened(self._admission, block):
             yield ledger
 
-    @contextmanager
-    def window(self, name: str) -> Iterator[Window]:
+    def window(self, name: str) -> AbstractContextManager[Window]:
         """Open a window, in which budgets count that are given ``per`` it.
 
         It may hold micro-steps, or be held by one; and hold stretches of inference, whose calls are
@@ -132,13 +130,12 @@ class Guard(Generic[M]):
 
         Raises:
             ValueError: No scope of the policy counts in such a window.
+            RuntimeError: The same block is opened or closed twice.
             ContextSwitchRefused: A window of that name is open already.
             BudgetUnmet: At the end, when the body did not raise and made too few calls.
             LensNetViolation: At the end, any violation that the body swallowed.
         """
-        block, ledger = window_block(self._admission, name)
-        with opened(self._admission, block):
-            yield ledger
+        return WindowBlock(self._admission, name)
 
     @contextmanager
     def sanctioned(self, scope: str) -> Iterator[Window]:

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lensnet_guard import UntestedTorch, _torch_internals
+from lensnet_guard import (
+    CallPolicy,
+    ConditionUnmet,
+    UntestedTorch,
+    _torch_internals,
+    frozen,
+    guard_module,
+)
+from lensnet_guard.calls import frozen as frozen_module
 
 
 class TestStillThere:
@@ -230,3 +238,50 @@ class TestGone:
             return 1
 
         assert module.eager_only("why")(function)() == 1
+
+
+class TestModules:
+    """What a module is made of, and who has written to it."""
+
+    def test_is_what_torch_tells(self):
+        """By its public names, where it has some."""
+        module = nn.Sequential(nn.Linear(3, 2, bias=False), nn.BatchNorm1d(2))
+        parameters, buffers, parts = _torch_internals.holders(module[1])
+        assert parameters == dict(module[1].named_parameters())
+        assert buffers == dict(module[1].named_buffers())
+        assert parts == {}
+        assert _torch_internals.submodules(module) == dict(module.named_children())
+        before = _torch_internals.writes_to(module[0].weight)
+        with torch.no_grad():
+            module[0].weight.zero_()
+        assert _torch_internals.writes_to(module[0].weight) == before + 1
+
+    def test_a_module_that_keeps_them_elsewhere(self):
+        """Is told as unknown."""
+        module = nn.Linear(3, 2)
+        del module.__dict__["_buffers"]
+        assert _torch_internals.holders(module) is None
+
+    def test_without_the_dict_of_submodules(self):
+        """The public way finds the same."""
+        module = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+        assert _torch_internals._named_children(module) == _torch_internals.submodules(module)
+
+    def test_without_the_counter(self, monkeypatch):
+        """`frozen` sees no writes in place any more, stops no training, and says so once."""
+        monkeypatch.setattr(frozen_module, "writes_to", _torch_internals._unknown_writes)
+        module = nn.Linear(3, 2)
+        policy = CallPolicy({"kl": (0, None)}, requires=(frozen,))
+        guard = guard_module(module, policy=policy)
+        calls = 0
+        with pytest.raises(ConditionUnmet, match="the parameter weight was replaced"):
+            with guard.context("training"), guard.sanctioned("kl"):
+                with pytest.warns(UntestedTorch, match="cannot tell whether a tensor was written"):
+                    guard.module(torch.ones(3))
+                with torch.no_grad():
+                    module.weight.zero_()
+                guard.module(torch.ones(3))
+                calls = guard.count()
+                module.weight = nn.Parameter(torch.ones(2, 3))
+                guard.module(torch.ones(3))
+        assert calls == 2

@@ -164,15 +164,40 @@ class TestBlocks:
             "was asked for."
         )
 
-    def test_closed_twice(self):
-        """One window object is one block."""
+    def test_opened_or_closed_twice(self):
+        """One window object is one block, whoever opens and closes it; nothing is settled twice."""
         guard = windowed(mode="observe")
         window = guard.window("generation")
-        with window:
-            pass
-        with pytest.raises((AttributeError, RuntimeError)), window:
-            pytest.fail("entered twice")
+        with pytest.raises(
+            RuntimeError, match=r"^this window 'generation' of Linear is not open, "
+        ):
+            window.__exit__(None, None, None)
+        window.__enter__()
+        with pytest.raises(
+            RuntimeError, match="^this window 'generation' of Linear is opened alre"
+        ):
+            window.__enter__()
+        window.__exit__(None, None, None)
+        with pytest.raises(
+            RuntimeError, match="^this window 'generation' of Linear is closed alre"
+        ):
+            window.__exit__(None, None, None)
         assert guard._admission.open.position().blocks == ()
+        assert [r.reason for r in guard.violations] == ["BudgetUnmet"]
+
+    def test_refused_it_is_not_open(self):
+        """What could not be opened can be opened later."""
+        guard = windowed()
+        later = guard.window("generation")
+        with guard.window("generation") as first:
+            with pytest.raises(ContextSwitchRefused):
+                later.__enter__()
+            first.violations.clear()
+            with guard.context("training"):
+                score(guard)
+        with later, guard.context("training"):
+            score(guard)
+        assert guard.violation_count == 1
 
     @pytest.mark.parametrize("name", ["generatoin", "micro_step", "", None, 3])
     def test_a_name_that_no_scope_counts_in(self, name):

@@ -1,10 +1,12 @@
 """Blocks are held open here; as one ends, its window is settled and nothing stays swallowed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 
 from lensnet_guard._text import budget_text, count
 from lensnet_guard.boundary.admission import Admission
+from lensnet_guard.boundary.blocks import window_block
 from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.context import Block, Position
 from lensnet_guard.calls.errors import LensNetViolation
@@ -50,6 +52,50 @@ def opened(admission: Admission, block: Block) -> Iterator[None]:
                 else:
                     sink.window(admission.history.module, ending)
             ending.forget_tracebacks()
+
+
+class WindowBlock(AbstractContextManager[Window]):
+    """A block that is a window. A trainer may close it in another hook than it opened it in.
+
+    Args:
+        admission: Of the module whose window it is.
+        name: The window's name.
+
+    Raises:
+        RuntimeError: It is opened or closed for a second time, or closed before it was opened.
+    """
+
+    def __init__(self, admission: Admission, name: str) -> None:
+        self._admission = admission
+        self._name = name
+        self._block: AbstractContextManager[None] | None = None
+        self._closed = False
+
+    def __enter__(self) -> Window:
+        if self._block is not None:
+            raise self._wrong("opened already; open another, guard.window(...)")
+        block, ledger = window_block(self._admission, self._name)
+        held = opened(self._admission, block)
+        held.__enter__()
+        self._block = held
+        return ledger
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        if self._block is None or self._closed:
+            raise self._wrong(
+                "closed already" if self._closed else "not open, and was to be closed"
+            )
+        self._closed = True
+        return self._block.__exit__(kind, error, traceback)
+
+    def _wrong(self, what: str) -> RuntimeError:
+        module = self._admission.history.module
+        return RuntimeError(f"this window {self._name!r} of {module} is {what}")
 
 
 def _settle(admission: Admission, here: Position, ending: Window) -> None:

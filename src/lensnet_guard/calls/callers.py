@@ -9,7 +9,15 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    MethodDescriptorType,
+    ModuleType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
 from lensnet_guard._text import short_path
@@ -114,7 +122,15 @@ def check_caller_exists(name: str, *, early: bool = False) -> CodeType | None:
             f"the caller {name!r} is a class, and no function: name one of its methods, such as "
             f"'{found.__module__}:{found.__qualname__}.__init__'"
         )
+    if isinstance(found, _BUILT_IN):
+        raise ValueError(
+            f"the caller {name!r} is no function of Python, so it is never on a stack; name the "
+            "one that calls it"
+        )
     return None  # something else that can be called: what runs then cannot be told from here
+
+
+_BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
 
 
 def _as_main(module: str) -> str | None:

@@ -9,19 +9,17 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import nn
 
 from lensnet_guard._text import count
+from lensnet_guard._torch_internals import holders, writes_to
 from lensnet_guard.calls.call import Call
 from lensnet_guard.calls.checksum import checksums
 from lensnet_guard.calls.record import CallRecord
 from lensnet_guard.calls.scope import Condition
-
-_version = attrgetter("_version")  # public by its name in torch's own documents, Tensor._version
 
 
 @overload
@@ -161,7 +159,7 @@ def _tensor_item(kind: str, tensor: torch.Tensor, bits: tuple[int, ...] | str | 
     if isinstance(bits, str):
         untold = bits
     try:
-        version = _version(tensor)
+        version = writes_to(tensor)
     except Exception as error:  # of whatever kind of tensor
         if bits is None:
             untold = f"has no counter of writes ({type(error).__name__})"
@@ -202,18 +200,18 @@ def _quick_look(module: nn.Module) -> Callable[[], list[torch.Tensor] | None]:
         written in place and everything is what it was; else None, and always where a part has no
         such dicts, or a tensor no counter.
     """
-    parts = [vars(part) for _, part in module.named_modules(remove_duplicate=False)]
-    if any("_parameters" not in part for part in parts):  # TorchScript's
+    kept = [holders(part) for _, part in module.named_modules(remove_duplicate=False)]
+    dicts = [held for own in kept if own is not None for held in own[:2]]
+    trees = [own[2] for own in kept if own is not None]
+    if len(trees) < len(kept):
         return _nothing
-    dicts = [part[kept] for part in parts for kept in ("_parameters", "_buffers")]
-    holders = tuple(filter(None, dicts))
-    parents = tuple(part["_modules"] for part in parts if part["_modules"])
-    empty = [d for d in (*dicts, *(part["_modules"] for part in parts)) if not d]
-    things = [thing for holder in holders for thing in holder.values()]  # None: no such bias
+    full, parents = tuple(filter(None, dicts)), tuple(filter(None, trees))
+    empty = [held for held in (*dicts, *trees) if not held]
+    things = [thing for held in full for thing in held.values()]  # None: no such bias
     children = [child for parent in parents for child in parent.values()]
     tensors = [thing for thing in things if thing is not None]
     try:
-        versions = sum(map(_version, tensors))
+        versions = sum(map(writes_to, tensors))
     except Exception:  # of whatever kind of tensor
         return _nothing
     find = [weakref.ref(thing) if thing is not None else _nothing for thing in things]
@@ -224,14 +222,14 @@ def _quick_look(module: nn.Module) -> Callable[[], list[torch.Tensor] | None]:
         # What dicts refer to is their values: in one step, where `values()` would take one each.
         if any(empty) or gc.get_referents(*parents) != children:
             return None
-        found = gc.get_referents(*holders)
+        found = gc.get_referents(*full)
         if len(found) != len(find):
             return None
         for ref, thing in zip(find, found, strict=True):
             if ref() is not thing:
                 return None
         now = found if all_there else [thing for thing in found if thing is not None]
-        return now if sum(map(_version, now)) == versions else None
+        return now if sum(map(writes_to, now)) == versions else None
 
     return look if look() is not None else _nothing
 

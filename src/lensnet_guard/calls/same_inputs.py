@@ -3,7 +3,6 @@
 import inspect
 import weakref
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdRef
 
 from lensnet_guard._torch_checkpoints import may_be_recomputing, recomputed_checkpoint
-from lensnet_guard._torch_internals import eager_only
+from lensnet_guard._torch_internals import eager_only, writes_to
 from lensnet_guard.calls.call import Call
 from lensnet_guard.calls.record import frame_up
 from lensnet_guard.calls.tensors import describe
 
-_counter = attrgetter("_version")
 _EAGER = (
     "same_inputs of lensnet_guard notes in Python what a module is given: leave fullgraph=True out "
     "around that module, which runs with one graph break"
@@ -48,7 +46,7 @@ class same_inputs:  # noqa: N801  # it is written where it is asked for, as a fu
         ValueError: The other model's forward cannot be given an argument of that name.
     """
 
-    other: nn.Module
+    other: Any  # from then on the raw module
     name: str
     values: bool = False
     _last: "_LastInput" = field(init=False, compare=False)
@@ -74,8 +72,8 @@ class same_inputs:  # noqa: N801  # it is written where it is asked for, as a fu
             call: The call as it begins.
         """
         last, who = self._last, type(self.other).__name__
-        checked = call.memory.get(self, 0)
-        call.memory[self] = last.calls
+        checked = call.memory.get(last, 0)
+        call.memory[last] = last.calls
         if last.calls == checked:
             return f"{who} has not been called since {self.name} was last compared; call it first"
         try:
@@ -222,7 +220,7 @@ def _place(value: object) -> tuple[object, ...] | None:
 def _version(value: object) -> int | None:
     """Return a tensor's counter of writes; None where it has none."""
     try:
-        return int(_counter(value))
+        return writes_to(value) if isinstance(value, torch.Tensor) else None
     except Exception:  # made in inference mode, or of some other kind
         return None
 

@@ -151,12 +151,18 @@ def checked_conditions(kind: str, conditions: object) -> tuple[Condition, ...]:
     """Return conditions as a tuple.
 
     Raises:
-        TypeError: They are no tuple or list of functions.
+        TypeError: They are no tuple or list of functions, or one is a class.
     """
     if not isinstance(conditions, (tuple, list)) or not all(map(callable, conditions)):
         raise TypeError(
             f"{kind} must be a tuple of conditions, such as (no_grad,), not {conditions!r}"
         )
+    for condition in conditions:
+        if isinstance(condition, type):
+            raise TypeError(
+                f"{kind}: {condition.__name__} is a class; make a condition of it, "
+                f"{condition.__name__}(...)"
+            )
     return tuple(conditions)
 
 

@@ -107,7 +107,9 @@ class RunLog(Sink):
             training = record.context == "training"
             counted = _schema.CALLS if training else _schema.INFERENCE_CALLS
         fields = record.to_log()
-        if self._observes:
+        if self._observes and not self.closed:
+            with self._lock:
+                self._keep_up()  # a worker counts from where it opens its file
             fields[_schema.OPTIMIZER_STEP] = optimizer_steps.taken() - self._steps_before
             if backward_pass() is not None:
                 fields[_schema.IN_BACKWARD] = True

@@ -259,6 +259,16 @@ class TestCheckCallerExists:
         with pytest.raises(ValueError, match=expected):
             guard_module(nn.Linear(1, 1), policy=policy)
 
+    @pytest.mark.parametrize("name", ["builtins:print", "torch:add", "builtins:list.append"])
+    def test_what_is_not_written_in_python(self, name):
+        """It is on no stack, so nothing could ever reach the scope."""
+        message = (
+            f"the caller {name!r} is no function of Python, so it is never on a stack; name the "
+            "one that calls it"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            check_caller_exists(name)
+
     def test_a_module_that_cannot_be_imported(self):
         """The message has what the import said."""
         with pytest.raises(ValueError, match=r"importing no_such_package\.x raised ModuleNot"):

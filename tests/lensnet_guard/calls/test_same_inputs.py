@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lensnet_guard import (
     CallPolicy,
     ConditionUnmet,
+    Scope,
     guard_module,
     guard_of,
     inference_too,
@@ -200,6 +201,15 @@ class TestCalls:
         call(one, ids)
         call(other, ids)
         assert "has not been called" in refusal(one, ids)
+
+    def test_asked_twice_of_one_call(self, policy, ids):
+        """By the policy and by its scope: neither uses up the other's."""
+        scope = Scope(1, requires=(same_inputs(policy, "input_ids"),))
+        contract = CallPolicy({"kl": scope}, requires=(same_inputs(policy, "input_ids"),))
+        guard = guard_module(Model(), policy=contract)
+        policy(ids)
+        call(guard, ids)
+        assert guard.violations == ()
 
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy])
     def test_of_copies_are_none_of_its(self, make, policy, ids, duplicate):

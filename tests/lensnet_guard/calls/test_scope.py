@@ -111,6 +111,7 @@ class TestScope:
                 "requires must be a tuple of conditions, such as (no_",
             ),
             ({"requires": ("no_grad",)}, TypeError, "requires must be a tuple of conditions"),
+            ({"requires": (About,)}, TypeError, "requires: About is a class; make a condition of"),
             ({"ensures": still}, TypeError, "ensures must be a tuple of conditions"),
         ],
     )

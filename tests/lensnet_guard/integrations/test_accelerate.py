@@ -105,12 +105,19 @@ class TestPrepare:
         assert guarded.verdict.calls == {"value": 10}
         assert not weight.equal(critic.blocks[0].weight)
 
-    def test_a_guard_put_on_before_refuses_mixed_precision(self):
-        """What happens without the helper: an error, not a lost guard."""
+    def test_a_guard_put_on_before_keeps_in_mixed_precision(self):
+        """Accelerate replaces ``forward``: what it puts there runs inside the call, and counts."""
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         guard = guard_module(Critic(), policy=VALUE, name="critic")
-        with pytest.raises(AttributeError, match="the forward of critic is guarded and cannot"):
-            accelerator.prepare(guard.module)
+        prepared = accelerator.prepare(guard.module)
+        assert guard_of(prepared) is guard
+        dtypes = []
+        hook = prepared.blocks[0].register_forward_hook(lambda *a: dtypes.append(a[2].dtype))
+        with guard.context("training"), guard.sanctioned("value"):
+            assert prepared(torch.ones(2, 3)).dtype is torch.float32
+        hook.remove()
+        assert dtypes == [torch.bfloat16]
+        assert guard.count("training", "value") == 1
 
     # Torch's own, of the second block's input, which is no leaf
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

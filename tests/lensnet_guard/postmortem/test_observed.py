@@ -217,6 +217,21 @@ class TestNoWindow:
         assert to_do.startswith("1 call of ask outside of any micro-step, the first at ")
         assert to_do.endswith(" in ask: make them inside one, or in inference")
 
+    def test_of_one_caller_alone(self, tmp_path):
+        """Whoever calls outside of all windows is told, and the others have a policy."""
+        guard = guard_module(nn.Linear(3, 2), mode="observe", log=tmp_path)
+        with guard.context("training"):
+            Other().ask(guard)
+            with guard.micro_step(), torch.no_grad():
+                ask(guard)
+        guard.end_log()
+        found, _ = suggested(tmp_path)
+        assert [(scope.name, scope.calls) for scope in found.scopes] == [("ask", 1)]
+        assert [rested.name for rested in found.requires] == ["no_grad", "frozen"]
+        (to_do,) = found.to_do
+        assert to_do.startswith("1 call of Other.ask outside of any window, the first at ")
+        assert to_do.endswith("ask: make them inside one, or in inference")
+
     def test_a_call_at_module_level(self, run_python, tmp_path):
         """No policy can name it, and the program is told what to open."""
         done = run_python(
