@@ -121,6 +121,45 @@ class TestPostmortem:
         assert result.stdout.endswith("1 False\n")
 
 
+class TestSuggest:
+    def test_for_people(self, folder):
+        """Python, and what the run would have broken."""
+        result = run("suggest", folder)
+        assert result.exit_code == 1  # a call outside of any micro-step
+        assert result.stdout.startswith("from lensnet_guard import CallPolicy")
+        assert '        "preference_scorer": 1,\n' in result.stdout
+        assert "# Before this holds:\n# - " in result.stdout
+
+    def test_for_programs(self, folder):
+        """The same as JSON."""
+        result = run("suggest", folder, "--json")
+        found = json.loads(result.stdout)
+        assert (result.exit_code, found["exit_code"]) == (1, 1)
+        assert found["code"] == run("suggest", folder).stdout
+        assert found["modules"][0]["scopes"][0]["name"] == "preference_scorer"
+
+    def test_help(self):
+        """With an example."""
+        result = run("suggest", "--help")
+        assert result.exit_code == 0
+        assert "Example: lensnet-guard suggest runs/42 > policy.py" in result.stdout
+
+    def test_needs_no_torch(self, run_python, folder):
+        """A log is read where nothing is installed but the command."""
+        result = run_python(
+            """
+            import runpy, sys
+            sys.argv = ["lensnet-guard", "suggest", sys.argv[1]]
+            try:
+                runpy.run_module("lensnet_guard", run_name="__main__")
+            except SystemExit as end:
+                print(end.code, "torch" in sys.modules)
+            """,
+            folder,
+        )
+        assert result.stdout.endswith("1 False\n"), result.stderr
+
+
 class TestNarrowOutputs:
     """Standard output that lacks characters, room or a reader."""
 
@@ -163,22 +202,26 @@ class TestNarrowOutputs:
         assert output.exists()
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-    @pytest.mark.parametrize("options", [("postmortem",), ("postmortem", "--json"), ("report",)])
-    def test_a_full_device(self, command, odd, options):
+    @pytest.mark.parametrize(
+        "options", [("postmortem",), ("postmortem", "--json"), ("report",), ("suggest",)]
+    )
+    def test_a_full_device(self, command, folder, options):
         """Exit code 2: nobody has heard the verdict."""
         with open("/dev/full", "wb") as full:
-            done = command(full, *options, odd)
+            done = command(full, *options, folder)
         told = b"lensnet-guard: cannot write to standard output: No space left on device\n"
         assert (done.returncode, done.stderr) == (2, told)
 
-    @pytest.mark.parametrize("options", [("postmortem",), ("postmortem", "--json"), ("report",)])
+    @pytest.mark.parametrize(
+        "options", [("postmortem",), ("postmortem", "--json"), ("report",), ("suggest",)]
+    )
     def test_a_pipe_that_was_closed(self, command, folder, options):
         """`| head -1` has the exit code of the verdict, and no word on stderr."""
         reading, writing = os.pipe()
         os.close(reading)
         done = command(writing, *options, folder)
         os.close(writing)
-        assert (done.returncode, done.stderr) == (int("postmortem" in options), b"")
+        assert (done.returncode, done.stderr) == (int("report" not in options), b"")
 
 
 class TestFilesThatAreWritten:
@@ -248,7 +291,10 @@ class TestFilesThatAreWritten:
 class TestUsage:
     @pytest.mark.parametrize(
         "arguments",
-        [("nonsense",), ("postmortem",), ("postmortem", "--nonsense"), ("report", "a", "b")],
+        [
+            *(("nonsense",), ("postmortem",), ("postmortem", "--nonsense"), ("report", "a", "b")),
+            *(("suggest",), ("suggest", "--nonsense")),
+        ],
     )
     def test_it_is_wrong(self, arguments):
         """Exit code 2, with a word on how it is used."""

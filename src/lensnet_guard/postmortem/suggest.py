@@ -103,7 +103,10 @@ def suggest(observed: Observed) -> Suggestion:
         nothing = f"no call of {observed.module} was seen: is guard.module in its place?"
         return replace(found, scopes=None, to_do=(nothing, *to_do))
     budgets = budgets_of(observed, mine)
-    names = _names(mine)
+    names = _names(dict(sorted(mine.items(), key=lambda one: budgets[one[0]] is None)))
+    if any(budgets.values()):  # whoever calls outside of all windows has no scope then
+        to_do += words.strays({names[w]: t for w, t in mine.items() if budgets[w] is None})
+        mine = {who: tally for who, tally in mine.items() if budgets[who] is not None}
     requires = _of_all([tally.held for tally in mine.values()], "call")
     ensures = _of_all([tally.held_of_results for tally in mine.values()], "result")
     common = {rested.name for rested in (*requires, *ensures)} | {_REMEMBERS}
@@ -117,7 +120,7 @@ def suggest(observed: Observed) -> Suggestion:
     to_do += words.unused_windows(observed, filter(None, budgets.values()))
     return replace(
         found,
-        scopes=tuple(scopes) if all(budgets.values()) else None,
+        scopes=tuple(scopes) if all(budgets[who] for who in mine) else None,
         requires=requires,
         ensures=ensures,
         to_do=tuple(dict.fromkeys(to_do)),

@@ -113,6 +113,15 @@ def never_legal(observed: Observed) -> Iterator[str]:
         )
 
 
+def strays(tallies: Mapping[str, Tally]) -> Iterator[str]:
+    """Yield who calls outside of all windows, by the name that a scope of theirs would have."""
+    for name, tally in tallies.items():
+        yield (
+            f"{count(tally.calls, 'call')} of {name} outside of any window, the first {tally.first}"
+            ": make them inside one, or in inference"
+        )
+
+
 def changes(who: Who, tally: Tally, budget: Budget | None, name: str) -> Iterator[str]:
     """Yield what must change before somebody's calls can be counted.
 

@@ -43,10 +43,9 @@ class Owner:
     def ask(self):
         return ask(self.guard)
 
-    @staticmethod
     @torch.no_grad()
-    def ask_without_grad(guard):
-        return [ask(guard) for _ in range(1)]
+    def ask_without_grad(self):
+        return ask(self.guard)
 
 
 class TestCallers:
@@ -54,7 +53,7 @@ class TestCallers:
         """Each of a function of ours is one that a policy may name, and applies."""
         guard = observed(tmp_path)
         Owner(guard).ask()
-        Owner.ask_without_grad(guard)
+        Owner(guard).ask_without_grad()
         first, second = noted(guard, tmp_path)
         assert first["callers"][:2] == [f"{HERE}:ask", f"{HERE}:Owner.ask"]
         assert f"{HERE}:Owner.ask_without_grad" in second["callers"]
@@ -62,7 +61,8 @@ class TestCallers:
             assert len(line["callers"]) == len(line["stack"])
             functions = [frame["code.function.name"] for frame in line["stack"]]
             named = [name.partition(":")[2] for name in line["callers"]]
-            assert named == functions
+            # Before Python 3.11 a frame does not tell its function's whole name.
+            assert all(name.endswith(f) for name, f in zip(named, functions, strict=True))
             for name in line["callers"]:
                 if name.startswith(f"{HERE}:") and "<" not in name:
                     check_caller_exists(name)

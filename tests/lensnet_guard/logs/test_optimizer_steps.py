@@ -68,6 +68,17 @@ class TestNumbers:
         (other,) = optimizers()
         assert before + steps(other, other) == 3
 
+    def test_who_watches_anew_begins_anew(self):
+        """The first step of a second training was taken for another optimizer's of the first."""
+        one, other = optimizers(2)
+        first, second = Watcher(), Watcher()
+        no_more = optimizer_steps.watch(first)
+        assert steps(one) == 1
+        no_more()
+        no_more = optimizer_steps.watch(second)
+        assert steps(other, other) == 2
+        no_more()
+
     def test_nothing_while_nobody_watches(self):
         """The number stays where it is."""
         assert steps(*optimizers(2)) == 0

@@ -1,7 +1,9 @@
 """Small trainings as other people write them, to be observed, and run again under a contract.
 
-Each is a function of a guard of its module. ``odd`` is what to do once, instead of a usual call.
+Each is a function of a guard of its module. ``odd`` is what happens once, instead of a usual call.
 """
+
+import contextlib
 
 import torch
 import torch.nn.functional as F
@@ -10,42 +12,24 @@ from torch import nn
 X = torch.ones(2, 4)
 
 
-def plainly(call, _):
-    """No odd call: each is as usual."""
-    return call()
+def times(odd, usual=1):
+    """How often to call."""
+    return {"twice": usual + 1, "never": 0}.get(odd, usual)
 
 
-def twice(call, _):
-    """Once, one call more."""
-    call()
-    return call()
-
-
-def never(*_):
-    """Once, no call."""
-    return torch.zeros(2, 4)
-
-
-def in_train_mode(call, guard):
-    """Once, with dropout."""
-    guard.module.train()
-    try:
-        return call()
-    finally:
-        guard.module.eval()
-
-
-def with_grad(call, _):
-    """Once, with gradients."""
-    with torch.enable_grad():
-        return call()
-
-
-def after_a_change(call, guard):
-    """Once, with other weights."""
-    with torch.no_grad():
-        next(guard.module.parameters()).add_(1)
-    return call()
+@contextlib.contextmanager
+def oddly(odd, guard):
+    """The state in which to call."""
+    module = guard.module
+    if odd == "in train mode":
+        module.train()
+    if odd == "after a change":
+        with torch.no_grad():
+            next(module.parameters()).add_(1)
+    with torch.enable_grad() if odd == "with grad" else contextlib.nullcontext():
+        yield
+    if odd == "in train mode":
+        module.eval()
 
 
 def reference():
@@ -57,7 +41,7 @@ def reference():
 class Training:
     """Micro-steps of a policy, and its optimizer."""
 
-    def __init__(self, guard, odd=plainly):
+    def __init__(self, guard, odd=None):
         self.guard, self.odd = guard, odd
         self.policy = nn.Linear(4, 4)
         self.optimizer = torch.optim.SGD(self.policy.parameters(), lr=0.1)
@@ -66,8 +50,11 @@ class Training:
     def score(self, x=X):
         """The function that calls the reference."""
         self.calls += 1
-        odd = self.odd if self.calls == 3 else plainly
-        return odd(lambda: self.guard.module(x), self.guard)
+        odd, scores = self.odd if self.calls == 3 else None, torch.zeros(2, 4)
+        with oddly(odd, self.guard):
+            for _ in range(times(odd)):
+                scores = self.guard.module(x)
+        return scores
 
     def backward(self, target):
         F.mse_loss(self.policy(X), target).backward()
@@ -77,7 +64,7 @@ class Training:
         self.optimizer.zero_grad()
 
 
-def dpo(guard, odd=plainly, steps=4):
+def dpo(guard, odd=None, steps=4):
     """The reference once per micro-step, without gradients; and in evaluation."""
     training = Training(guard, odd)
     with guard.context("training"):
@@ -102,7 +89,7 @@ class KTO(Training):
             return self.guard.module(X * 2)
 
 
-def kto(guard, odd=plainly):
+def kto(guard, odd=None):
     """Two calls in each micro-step, from two functions."""
     training = KTO(guard, odd)
     with guard.context("training"):
@@ -111,7 +98,7 @@ def kto(guard, odd=plainly):
                 training.pairs()
 
 
-def kto_of_one_function(guard, odd=plainly):
+def kto_of_one_function(guard, odd=None):
     """Two calls in each micro-step, from one."""
     training = Training(guard, odd)
     with guard.context("training"):
@@ -121,7 +108,7 @@ def kto_of_one_function(guard, odd=plainly):
                 training.score(X * 2)
 
 
-def grpo(guard, odd=plainly):
+def grpo(guard, odd=None):
     """In chunks in the first micro-step of a generation batch, and not at all in the others."""
     training = Training(guard, odd)
     with guard.context("training"):
@@ -134,7 +121,7 @@ def grpo(guard, odd=plainly):
                                 training.score(chunk)
 
 
-def opened(guard, odd=plainly):
+def opened(guard, odd=None):
     """In a scope that is opened in code, from one to two times."""
     training = Training(guard, odd)
     with guard.context("training"):
@@ -144,7 +131,7 @@ def opened(guard, odd=plainly):
                     training.score()
 
 
-def unwatched(guard, odd=plainly):
+def unwatched(guard, odd=None):
     """With a window around each optimizer step, and no micro-steps."""
     training = Training(guard, odd)
     with guard.context("training"):
@@ -160,11 +147,11 @@ class EMA(Training):
 
     def average(self):
         self.calls += 1
-        odd = self.odd if self.calls == 2 else plainly
-        odd(lambda: self.guard.module.update_parameters(self.policy), self.guard)
+        for _ in range(times(self.odd if self.calls == 2 else None)):
+            self.guard.module.update_parameters(self.policy)
 
 
-def ema(guard, odd=plainly):
+def ema(guard, odd=None):
     """Two micro-steps a step, and then the average takes the weights; it is run in evaluation."""
     training = EMA(guard, odd)
     with guard.context("training"):
@@ -179,7 +166,7 @@ def ema(guard, odd=plainly):
         guard.module(X)
 
 
-def evaluation(guard, odd=plainly):
+def evaluation(guard, odd=None):
     """Only in evaluation."""
     training = Training(guard, odd)
     for step in range(3):
@@ -189,32 +176,43 @@ def evaluation(guard, odd=plainly):
             training.score()
 
 
-def adapters(guard, odd=plainly):
-    """One model with PEFT's adapters: with them it is the policy, without them the reference."""
-    ids = torch.arange(8).reshape(2, 4)
-    optimizer = torch.optim.SGD(guard.module.parameters(), lr=0.1)
+class OneModel:
+    """A model with PEFT's adapters: with them it is the policy, without them the reference."""
 
-    def logits():
-        return guard.module(input_ids=ids).logits
+    def __init__(self, guard):
+        self.guard = guard
+        self.optimizer = torch.optim.SGD(guard.module.parameters(), lr=0.1)
 
+    def logits(self):
+        return self.guard.module(input_ids=torch.arange(8).reshape(2, 4)).logits
+
+
+def adapters(guard, odd=None):
+    """Both of it in each micro-step."""
+    training = OneModel(guard)
     with guard.context("training"):
         for step in range(3):
             with guard.micro_step(step):
                 with guard.module.disable_adapter(), torch.no_grad():
-                    target = (odd if step == 1 else plainly)(logits, guard)
-                F.mse_loss(logits(), target).backward()
-            optimizer.step()
+                    with oddly(odd if step == 1 else None, guard):
+                        target = training.logits()
+                F.mse_loss(training.logits(), target.detach()).backward()
+            training.optimizer.step()
 
 
-class Bare:
-    """A script that knows nothing of contexts and steps."""
+def f(guard):
+    return guard.module(X)
 
-    def __init__(self, guard):
-        self.training = Training(guard)
 
-    def run(self, steps=3):
-        for _ in range(steps):
-            with torch.no_grad():
-                target = self.training.score()
-            self.training.backward(target)
-            self.training.step()
+def g(guard):
+    return guard.module(X)
+
+
+def moving(guard):
+    """Weights that move between the calls of two functions, and never before those of the first."""
+    with guard.context("training"):
+        for step in range(3):
+            with guard.micro_step(step), torch.no_grad():
+                f(guard)
+                next(guard.module.parameters()).add_(1)
+                g(guard)

@@ -1,23 +1,19 @@
 """What logs of observed runs tell: of several ranks and modules, broken off, numbered or not."""
 
 import contextlib
-import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from tests.lensnet_guard.helpers import FILE, X, read
+from tests.lensnet_guard.helpers import FILE, X
 from tests.lensnet_guard.postmortem import programs
 from tests.lensnet_guard.postmortem.test_suggest import GENERATION, SCORE, made_of, observe
 from torch import nn
 
 from lensnet_guard import CallPolicy, Scope, guard_module, guard_modules
 from lensnet_guard.cli import main
-from lensnet_guard.logs import log_file
-from lensnet_guard.postmortem.observed import NotObserved, read_observed
+from lensnet_guard.postmortem.observed import read_observed
 from lensnet_guard.postmortem.suggest import suggest
 
 BEFORE = Path(__file__).parents[1] / "before" / "run"
@@ -45,7 +41,7 @@ def average(guard):
 class TestRanks:
     def test_are_taken_together(self, tmp_path, monkeypatch):
         """What one of them has not kept, the policy does not ask for."""
-        for rank, odd in (("0", programs.plainly), ("1", programs.twice)):
+        for rank, odd in (("0", None), ("1", "twice")):
             monkeypatch.setenv("RANK", rank)
             observe(tmp_path, programs.dpo, odd=odd)
         found, faults = suggested(tmp_path)
@@ -54,14 +50,18 @@ class TestRanks:
         assert "1 to 2 in each of 16 micro-steps" in found.scopes[0].on
         assert faults == []
 
-    def test_one_that_never_calls(self, tmp_path, monkeypatch):
-        """Its windows are windows without a call."""
-        observe(tmp_path, programs.dpo)
-        monkeypatch.setenv("RANK", "1")
-        observe(tmp_path, programs.evaluation)
+    @pytest.mark.parametrize("ranks", ["01", "10"])
+    def test_one_that_never_calls(self, tmp_path, monkeypatch, ranks):
+        """Its windows are windows without a call, whether they come before or after the calls."""
+        for rank, program in zip(ranks, (programs.dpo, programs.evaluation), strict=True):
+            monkeypatch.setenv("RANK", rank)
+            observe(tmp_path, program)
         found, _ = suggested(tmp_path)
         assert found.scopes[0].calls == (0, 1)
-        assert "(none)" in found.stricter[0]
+        assert found.stricter[0].endswith(
+            "broken 3 times: step 0, micro-step 0 (none); step 1, micro-step 0 (none); step 2, "
+            "micro-step 0 (none)"
+        )
 
 
 class TestSeveralModules:
@@ -161,6 +161,15 @@ class TestOptimizerSteps:
         assert found.scopes[0].calls == 1
         assert faults == [f"{tmp_path}/lensnet.rank0: it stops before the end of the run"]
 
+    def test_a_killed_run_says_nothing_of_what_would_have_followed(self, tmp_path):
+        """As the average that was to be taken after its last step."""
+        self.bare(tmp_path, then=average)
+        lines = (tmp_path / FILE).read_text().splitlines(keepends=True)
+        last = max(n for n, line in enumerate(lines) if '"violation"' in line)
+        (tmp_path / FILE).write_text("".join(lines[:last]))
+        found, _ = suggested(tmp_path)
+        assert {scope.name: scope.calls for scope in found.scopes} == {"score": 1, "average": 1}
+
     def test_without_a_context(self, tmp_path):
         """A script that declares none is told where to; who calls and how often is told."""
         self.bare(tmp_path, blocks=False)
@@ -207,6 +216,21 @@ class TestNoWindow:
         (to_do,) = found.to_do
         assert to_do.startswith("1 call of ask outside of any micro-step, the first at ")
         assert to_do.endswith(" in ask: make them inside one, or in inference")
+
+    def test_of_one_caller_alone(self, tmp_path):
+        """Whoever calls outside of all windows is told, and the others have a policy."""
+        guard = guard_module(nn.Linear(3, 2), mode="observe", log=tmp_path)
+        with guard.context("training"):
+            Other().ask(guard)
+            with guard.micro_step(), torch.no_grad():
+                ask(guard)
+        guard.end_log()
+        found, _ = suggested(tmp_path)
+        assert [(scope.name, scope.calls) for scope in found.scopes] == [("ask", 1)]
+        assert [rested.name for rested in found.requires] == ["no_grad", "frozen"]
+        (to_do,) = found.to_do
+        assert to_do.startswith("1 call of Other.ask outside of any window, the first at ")
+        assert to_do.endswith("ask: make them inside one, or in inference")
 
     def test_a_call_at_module_level(self, run_python, tmp_path):
         """No policy can name it, and the program is told what to open."""
@@ -295,6 +319,22 @@ class TestWindows:
         found, _ = suggested(tmp_path)
         assert {scope.name: scope.calls for scope in found.scopes} == {"kl": 2, "ask": 1}
 
+    def test_a_scope_that_stands_alone_after_micro_steps_without_it(self, tmp_path):
+        """Those would have owed its calls."""
+        guard = guard_module(
+            nn.Linear(3, 2), mode="observe", log=tmp_path, policy=CallPolicy({"kl": (0, None)})
+        )
+        with guard.context("training"):
+            for step in range(2):
+                with guard.micro_step(step):
+                    pass
+            for _ in range(3):
+                with guard.sanctioned("kl"):
+                    ask(guard, 2)
+        guard.end_log()
+        found, _ = suggested(tmp_path)
+        assert found.scopes[0].calls == (0, 2)
+
 
 class TestNames:
     def test_are_those_of_the_observed_policy(self, tmp_path):
@@ -346,28 +386,27 @@ class Generator(nn.Linear):
         return x
 
 
+def distil(guard, times):
+    guard.module.generate(X, times)
+
+
 class TestMethods:
     def test_of_the_module_are_its_own_business(self, tmp_path):
         """Who calls the method is named; and that the method may be what counts."""
         guard = guard_module(Generator(3, 3), mode="observe", log=tmp_path)
-
-        def generate(times):
-            guard.module.generate(X, times)
-
         with guard.context("training"):
             for step in range(3):
                 with guard.micro_step(step):
-                    generate(1 + step)
+                    distil(guard, 1 + step)
         guard.end_log()
         found, _ = suggested(tmp_path)
-        assert [(scope.name, scope.calls) for scope in found.scopes] == [("generate", (1, 3))]
-        assert found.scopes[0].caller.endswith(".<locals>.generate")
+        assert [(scope.name, scope.calls) for scope in found.scopes] == [("distil", (1, 3))]
         assert found.remarks == (
-            "6 calls of generate inside the module's own method `generate`, which decides how "
+            "6 calls of distil inside the module's own method `generate`, which decides how "
             'many: `methods=("generate",)` counts each of its runs as one',
         )
         assert found.stricter == (
-            "no number of calls of generate is usual: 1 in 1 micro-step; 2 in 1 micro-step; 3 in "
+            "no number of calls of distil is usual: 1 in 1 micro-step; 2 in 1 micro-step; 3 in "
             "1 micro-step",
         )
 
@@ -375,6 +414,30 @@ class TestMethods:
 class Other:
     def ask(self, guard):
         guard.module(X)
+
+
+class TestConditions:
+    def test_one_that_did_not_hold_at_first(self, tmp_path):
+        """The call that lacked it came before anybody knew of it."""
+        guard = guard_module(nn.Linear(3, 2), mode="observe", log=tmp_path)
+        with guard.context("training"):
+            for step in range(4):
+                with guard.micro_step(step), torch.set_grad_enabled(step == 0):
+                    ask(guard)
+        guard.end_log()
+        found, _ = suggested(tmp_path)
+        assert [text.partition(" at ")[0] for text in found.stricter] == [
+            "`no_grad` did not hold of 1 of 4 calls of ask: step 0, micro-step 0",
+            "`detached` did not hold of 1 of 4 results of ask: step 0, micro-step 0",
+        ]
+
+    def test_code_of_a_stranger(self, tmp_path):
+        """A log's conditions are code, and only such as have the form of one come into it."""
+        observe(tmp_path, programs.dpo)
+        path = tmp_path / FILE
+        path.write_text(path.read_text().replace('"no_grad"', "\"__import__('os').abort()\""))
+        found, _ = suggested(tmp_path)
+        assert [rested.name for rested in found.requires] == ["eval_mode", "frozen"]
 
 
 class TestNeverLegal:
@@ -406,104 +469,3 @@ class TestNeverLegal:
         guard.end_log()
         found, _ = suggested(tmp_path)
         assert found.remarks == ("1 call of ask inside a backward pass",)
-
-
-class TestNothingToSuggest:
-    def test_no_call(self, tmp_path):
-        """Exit code 1, and a question."""
-        guard_module(nn.Linear(3, 2), mode="observe", log=tmp_path, name="critic").end_log()
-        result = run(tmp_path)
-        assert (result.exit_code, result.stdout) == (
-            1,
-            "# critic: 0 calls in training, 0 in inference\n\n# Before this holds:\n"
-            "# - no call of critic was seen: is guard.module in its place?\n",
-        )
-
-    @pytest.mark.parametrize(
-        ("log", "message"),
-        [
-            (
-                BEFORE / "lensnet.rank0.jsonl",
-                f"lensnet-guard: {BEFORE}/lensnet.rank0 is of a run in mode 'enforce', and only "
-                "one that observes shows how its modules are called: run it once with "
-                'mode="observe" or LENSNET_GUARD=observe, and a log\n',
-            ),
-            (
-                BEFORE / "lensnet.rank1.jsonl",
-                f"lensnet-guard: {BEFORE}/lensnet.rank1 was written by a lensnet-guard that did "
-                "not note who makes a call and in what state; observe the run once more, with this "
-                "version\n",
-            ),
-            ("missing", "lensnet-guard: no such file or folder: missing\n"),
-        ],
-    )
-    def test_wrong_logs(self, log, message):
-        """Exit code 2, and what to do."""
-        result = run(log)
-        assert (result.exit_code, result.stdout, result.stderr) == (2, "", message)
-        result = run(log, "--json")
-        assert (result.exit_code, json.loads(result.stdout)["exit_code"]) == (2, 2)
-
-    def test_from_memory(self, tmp_path):
-        """What was kept until a training raised tells of its last calls alone."""
-        guard = guard_module(nn.Linear(3, 2), mode="observe")
-        ask(guard)
-        guard.evidence(tmp_path)
-        with pytest.raises(NotObserved, match="was written from memory, as a training ended"):
-            read_observed([tmp_path])
-
-    def test_an_observed_run_beside_others(self, tmp_path):
-        """It is taken, and the others are told."""
-        observe(tmp_path, programs.dpo)
-        shutil.copy(BEFORE / "lensnet.rank0.jsonl", tmp_path / "lensnet.rank7.jsonl")
-        found, faults = suggested(tmp_path)
-        assert found.scopes[0].calls == 1
-        assert [fault.partition(" is of a run in mode ")[2][:9] for fault in faults] == [
-            "'enforce'"
-        ]
-
-
-class TestDamage:
-    def test_a_log_cut_anywhere(self, tmp_path):
-        """Each prefix ends in a suggestion or in words; none of them asks for more calls."""
-        observe(tmp_path, programs.dpo)
-        lines = (tmp_path / FILE).read_text().splitlines(keepends=True)
-        for number in range(1, len(lines)):
-            (tmp_path / FILE).write_text("".join(lines[:number]) + lines[number][:30])
-            found, faults = suggested(tmp_path)
-            assert f"{tmp_path}/lensnet.rank0: it stops before the end of the run" in faults
-            assert found.scopes in (None, ()) or [s.calls for s in found.scopes] in ([1], [(0, 1)])
-
-    def test_a_log_without_its_beginning(self, tmp_path, monkeypatch):
-        """The first window of what is left is not whole, and it is told."""
-        monkeypatch.setattr(log_file, "SEGMENT_BYTES", 4_000)
-        observe(tmp_path, programs.dpo, steps=12)
-        files = sorted(tmp_path.glob("*.seg*"))
-        assert len(files) > 2
-        for file in files[: len(files) // 2]:
-            os.unlink(file)
-        first = read(files[len(files) // 2])
-        assert [line["event"] for line in first[1:4] if line["event"] != "violation"] != [
-            *("call.begin", "call.end", "micro_step.end"),
-        ]  # it begins within one
-        found, faults = suggested(tmp_path)
-        assert [scope.calls for scope in found.scopes] == [1]
-        assert f"{tmp_path}/lensnet.rank0: its first lines are gone" in faults
-
-    def test_lines_that_are_none(self, tmp_path):
-        """They are counted."""
-        observe(tmp_path, programs.dpo)
-        path = tmp_path / FILE
-        path.write_text("nonsense\n" + path.read_text())
-        _, faults = suggested(tmp_path)
-        assert faults == [f"{tmp_path}/lensnet.rank0: 1 line cannot be read"]
-
-    def test_a_killed_micro_step(self, tmp_path):
-        """Its calls may be fewer than were due, and not more than were made."""
-        observe(tmp_path, programs.kto_of_one_function)
-        lines = read(tmp_path / FILE)
-        ends = [n for n, line in enumerate(lines) if line["event"] == "micro_step.end"]
-        text = (tmp_path / FILE).read_text().splitlines(keepends=True)
-        (tmp_path / FILE).write_text("".join(text[: ends[2] - 2]))
-        found, _ = suggested(tmp_path)
-        assert found.scopes[0].calls == 2

@@ -116,7 +116,7 @@ class TestWhatWasKept:
         assert '# 3 calls, 1 in each of 3 windows "step"; the first at' in code
         assert not policy.ensures  # it returns nothing
         enforce(policy, programs.ema, module=make())
-        for odd, error in ((programs.twice, BudgetExceeded), (programs.never, BudgetUnmet)):
+        for odd, error in (("twice", BudgetExceeded), ("never", BudgetUnmet)):
             with pytest.raises(error):
                 enforce(policy, programs.ema, module=make(), odd=odd)
 
@@ -137,7 +137,7 @@ class TestWhatWasKept:
 
         observe(tmp_path, programs.adapters, module=make())
         policy = made_of(suggested(tmp_path))
-        caller = f"{programs.__name__}:adapters.<locals>.logits"
+        caller = f"{programs.__name__}:OneModel.logits"
         assert policy.to_json()["scopes"] == {
             "logits_adapters_on": {"calls": 1, "caller": caller, "when": "adapters_on"},
             "logits_adapters_off": {
@@ -148,7 +148,15 @@ class TestWhatWasKept:
         assert policy.to_json()["requires"] == ["eval_mode"]
         enforce(policy, programs.adapters, module=make())
         with pytest.raises(ConditionUnmet, match="no_grad"):
-            enforce(policy, programs.adapters, module=make(), odd=programs.with_grad)
+            enforce(policy, programs.adapters, module=make(), odd="with grad")
+
+    def test_frozen_is_asked_of_all_calls_or_of_none(self, tmp_path):
+        """It compares with the call before: of one scope alone it would compare with another."""
+        observe(tmp_path, programs.moving)
+        policy = made_of(suggested(tmp_path))
+        assert [*policy.scopes] == ["f", "g"]
+        assert not any(scope.requires for scope in policy.scopes.values())
+        enforce(policy, programs.moving)
 
 
 class TestIsStrict:
@@ -157,9 +165,9 @@ class TestIsStrict:
         [
             ("twice", BudgetExceeded, "score: 1 of 1 spent"),
             ("never", BudgetUnmet, "score made 0 of 1 calls"),
-            ("in_train_mode", ConditionUnmet, "eval_mode"),
-            ("with_grad", ConditionUnmet, "no_grad"),
-            ("after_a_change", ConditionUnmet, "frozen"),
+            ("in train mode", ConditionUnmet, "eval_mode"),
+            ("with grad", ConditionUnmet, "no_grad"),
+            ("after a change", ConditionUnmet, "frozen"),
         ],
     )
     def test_what_was_never_seen_is_refused(self, tmp_path, odd, error, message):
@@ -167,7 +175,7 @@ class TestIsStrict:
         observe(tmp_path, programs.dpo)
         policy = made_of(suggested(tmp_path))
         with pytest.raises(error, match=message):
-            enforce(policy, programs.dpo, odd=getattr(programs, odd))
+            enforce(policy, programs.dpo, odd=odd)
 
     def test_another_caller(self, tmp_path):
         """Whoever else calls in training has no scope."""
@@ -182,7 +190,7 @@ class TestIsStrict:
         observe(tmp_path, programs.grpo, policy=GENERATION)
         policy = made_of(suggested(tmp_path))
         with pytest.raises(error):
-            enforce(policy, programs.grpo, odd=getattr(programs, odd))
+            enforce(policy, programs.grpo, odd=odd)
 
     def test_inference_only(self, tmp_path):
         """Any call in training."""
@@ -200,7 +208,7 @@ class TestWhatWasMissed:
             (
                 "twice",
                 "exactly 1 per micro-step of score would have been broken 1 time: step 1, "
-                "micro-step 0 (2 calls, the last at programs.py in Training.score)",
+                "micro-step 0 (2 calls, the last at programs.py in score)",
             ),
             (
                 "never",
@@ -208,30 +216,32 @@ class TestWhatWasMissed:
                 "micro-step 0 (none)",
             ),
             (
-                "in_train_mode",
+                "in train mode",
                 "`eval_mode` did not hold of 1 of 8 calls of score: step 1, micro-step 0 at "
-                "programs.py in Training.score",
+                "programs.py in score",
             ),
             (
-                "with_grad",
+                "with grad",
                 "`no_grad` did not hold of 1 of 8 calls of score: step 1, micro-step 0 at "
-                "programs.py in Training.score",
+                "programs.py in score",
             ),
             (
-                "after_a_change",
+                "after a change",
                 "`frozen` did not hold of 1 of 8 calls of score: step 1, micro-step 0 at "
-                "programs.py in Training.score",
+                "programs.py in score",
             ),
         ],
     )
     def test_is_told_with_its_place(self, tmp_path, odd, lines):
         """What would have broken a stricter contract; the one that is printed holds."""
-        observe(tmp_path, programs.dpo, odd=getattr(programs, odd))
+        observe(tmp_path, programs.dpo, odd=odd)
         code = suggested(tmp_path)
         told = " ".join(code.partition("# A stricter contract would have been broken:")[2].split())
-        told = re.sub(r"\S*programs\.py:\d+", "programs.py", told.replace(" # ", " "))
+        told = re.sub(
+            r"\S*programs\.py:\d+ in (Training\.)?", "programs.py in ", told.replace(" # ", " ")
+        )
         assert told == f"# - {lines}"
-        enforce(made_of(code), programs.dpo, odd=getattr(programs, odd))
+        enforce(made_of(code), programs.dpo, odd=odd)
 
 
 class TestAnyProgram:
@@ -264,14 +274,6 @@ CALLS = st.lists(
 )
 
 
-def f(guard):
-    return guard.module(programs.X)
-
-
-def g(guard):
-    return guard.module(programs.X)
-
-
 def drawn(data):
     """A training that a strategy has made up."""
     plan = data.draw(
@@ -285,7 +287,7 @@ def drawn(data):
     def call(guard, caller, block):
         scope = guard.sanctioned("kl") if caller == "kl" else contextlib.nullcontext()
         with BLOCKS[block](), scope:
-            {"f": f, "g": g, "kl": f}[caller](guard)
+            {"f": programs.f, "g": programs.g, "kl": programs.f}[caller](guard)
 
     def program(guard):
         with guard.context("training"):
@@ -299,6 +301,6 @@ def drawn(data):
                     for caller, block in between:
                         call(guard, caller, block)
         with guard.context("inference"):
-            f(guard)
+            programs.f(guard)
 
     return program
