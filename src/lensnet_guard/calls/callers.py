@@ -146,10 +146,10 @@ def _as_main(module: str) -> str | None:
         return None
     try:
         found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
+        origin = found.origin if found is not None else None
+        same = origin is not None and os.path.samefile(origin, file)
+    except (ImportError, ValueError, OSError):  # no file at all, as of what came by a pipe
         return None
-    origin = found.origin if found is not None else None
-    same = origin is not None and os.path.exists(origin) and os.path.samefile(origin, file)
     return str(main.__name__) if same else None
 
 

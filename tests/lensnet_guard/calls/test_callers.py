@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -297,6 +298,24 @@ class TestCheckCallerExists:
             "runs, and on the stack it is '__main__:step'. Name that, or start the training from "
             "another file that imports it"
         )
+
+    def test_a_script_that_has_no_file(self, tmp_path):
+        """Code that comes by a pipe runs as a file that there is not."""
+        (tmp_path / "scoring.py").write_text("def score():\n    pass\n")
+        code = (
+            "from lensnet_guard.calls.callers import check_caller_exists as check\n"
+            "print(check('scoring:score').co_name)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-"],
+            input=code,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout == "score\n", done.stderr
 
     def test_a_function_that_is_still_to_come(self, run_python):
         """A guard made at the top of a script may name a function that is defined further down."""
