@@ -168,19 +168,14 @@ class TestBlocks:
         """One window object is one block, whoever opens and closes it; nothing is settled twice."""
         guard = windowed(mode="observe")
         window = guard.window("generation")
-        with pytest.raises(
-            RuntimeError, match=r"^this window 'generation' of Linear is not open, "
-        ):
+        this = r"^this window 'generation' of Linear is "
+        with pytest.raises(RuntimeError, match=f"{this}not open, and was to be closed$"):
             window.__exit__(None, None, None)
         window.__enter__()
-        with pytest.raises(
-            RuntimeError, match="^this window 'generation' of Linear is opened alre"
-        ):
+        with pytest.raises(RuntimeError, match=f"{this}opened already; open another, "):
             window.__enter__()
         window.__exit__(None, None, None)
-        with pytest.raises(
-            RuntimeError, match="^this window 'generation' of Linear is closed alre"
-        ):
+        with pytest.raises(RuntimeError, match=f"{this}closed already$"):
             window.__exit__(None, None, None)
         assert guard._admission.open.position().blocks == ()
         assert [r.reason for r in guard.violations] == ["BudgetUnmet"]

@@ -5,12 +5,13 @@ is called by it, is a part of that call. None of the objects here is a function:
 with a deep copy as it is, and the copy would run the original's weights.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
 import operator
 from collections.abc import Callable
-from types import FrameType, MethodType
+from types import CellType, FrameType, FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
@@ -68,7 +69,8 @@ class OwnMethod:
         return _of_what_it_runs(self, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OwnMethod":
-        part, run = copy.deepcopy((self.part, self.__wrapped__), memo)
+        run = _behind_the_door(self.__wrapped__, self.part)
+        part, run = copy.deepcopy((self.part, run), memo)
         return OwnMethod(self.tripwire, part, run, self.method)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -111,16 +113,17 @@ class FetchedForward:
     Attributes:
         module: The same; of a copy of the module, the copy.
         own: What stood on the instance when it was fetched; None for the class's forward.
+        behind: The raw module's own forward of then, which is no door.
     """
 
-    __slots__ = ("_find", "_inside", "_run", "module", "own")
+    __slots__ = ("_find", "_inside", "behind", "module", "own")
 
     def __init__(
         self, module: Any, inside: Inside, find: Callable[[nn.Module], Admits | None]
     ) -> None:
         self.module = module
         self.own = own_forward(module)
-        self._run = module.forward
+        self.behind = module.forward
         self._inside = inside
         self._find = find
 
@@ -129,21 +132,23 @@ class FetchedForward:
         inside = self._inside
         # A forward that was compiled as it was fetched comes this way, and no other.
         if torch.compiler.is_compiling() and inside.here and inside.running is not self.own:
-            return self._run(*args, **kwargs)
+            return self.behind(*args, **kwargs)
         return self._enter(args, kwargs)
 
     @eager_only(EAGER)
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         who, frame = self._find(self.module), frame_up(2)
         if who is None:
-            return self._run(*args, **kwargs)
+            return self.behind(*args, **kwargs)
         self._inside = inside = who.inside  # of a copy's own guard
         if inside.here:
             now = own_forward(self.module)
             is_part = inside.running is not self.own or now is not self.own
         else:
             is_part = who.replaced and recomputed_checkpoint(frame) is not None
-        return self._run(*args, **kwargs) if is_part else who.run(self._run, args, kwargs, frame)
+        if is_part:
+            return self.behind(*args, **kwargs)
+        return who.run(self.behind, args, kwargs, frame)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -161,7 +166,7 @@ class FetchedForward:
         copied: FetchedForward = object.__new__(FetchedForward)
         copied._inside, copied._find = self._inside, self._find
         copied.module = copy.deepcopy(self.module, memo)
-        copied.own, copied._run = copy.deepcopy((self.own, self._run), memo)
+        copied.own, copied.behind = copy.deepcopy((self.own, self.behind), memo)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,6 +179,29 @@ def _of_what_it_runs(shown: "OwnMethod | FetchedForward", name: str) -> Any:
     if name in ("__dict__", "__wrapped__") or name.startswith("_torchdynamo"):
         raise AttributeError(name)
     return getattr(shown.__wrapped__, name)
+
+
+def _behind_the_door(run: Any, part: nn.Module, around: tuple[object, ...] = ()) -> Any:
+    """Return a function that a copy takes over as it is, without what lets it call the original.
+
+    It runs the original, as it does without a guard; but that shall be seen for what it is.
+    """
+    if not isinstance(run, FunctionType) or run.__closure__ is None or run in around:
+        return run
+    cells = []
+    for cell in run.__closure__:
+        with contextlib.suppress(ValueError):  # a cell that is empty
+            held: Any = cell.cell_contents
+            fetched = type(held) is FetchedForward and held.module is part
+            raw = held.behind if fetched else _behind_the_door(held, part, (*around, run))
+            cell = cell if raw is held else CellType(raw)
+        cells.append(cell)
+    if all(map(operator.is_, cells, run.__closure__)):
+        return run
+    code, closure = run.__code__, tuple(cells)
+    copied = FunctionType(code, run.__globals__, run.__name__, run.__defaults__, closure)
+    copied.__kwdefaults__ = run.__kwdefaults__
+    return functools.update_wrapper(copied, run)
 
 
 def own_forward(module: nn.Module) -> Any:

@@ -28,6 +28,8 @@ class Net(Base):
 
     generate.flag = "kept"
 
+    as_torch_does = nn.Module._call_impl
+
     def by_parts(self, x):
         return self.linear(x)
 

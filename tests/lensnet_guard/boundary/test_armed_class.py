@@ -178,6 +178,14 @@ class TestPatchedForAWhile:
             assert torch.equal(cls()(X), X + 1)
         assert dict(vars(cls)) == own
 
+    def test_the_original_is_patched_after_the_armed_one_was(self, cls, guard):
+        """What was put back on the guarded module's class follows the original again."""
+        with mock.patch.object(type(guard.module.__wrapped__), "forward", zeros):
+            pass
+        with mock.patch.object(cls, "forward", lambda self, x: x + 7):
+            with guard.context("inference"):
+                assert torch.equal(guard.module(X), X + 7)
+
     def test_deleted_for_a_while(self, guard):
         """`monkeypatch.delattr`, of what the class has itself."""
         cls = type(guard.module.__wrapped__)._lensnet_original
@@ -225,7 +233,7 @@ class TestPatchedForAWhile:
         armed = type(guard.module.__wrapped__)
         for number in range(1_000):
             armed.number = number
-        assert len(armed._lensnet_patches) < 100
+        assert sum(map(len, armed._lensnet_patches.values())) < 100
         del guard.module.__wrapped__.__class__._lensnet_original.number
 
 

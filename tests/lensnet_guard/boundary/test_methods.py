@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from tests.lensnet_guard.boundary.lens import guard_free
 from tests.lensnet_guard.boundary.methods import Net
 from tests.lensnet_guard.helpers import X
@@ -19,6 +20,7 @@ from lensnet_guard import (
     BypassedGuard,
     CallPolicy,
     NoContext,
+    Scope,
     UnsanctionedCall,
     guard_module,
     guard_of,
@@ -88,6 +90,8 @@ class TestFetchedThroughTheProxy:
         """`_call_impl` is how torch calls a module, and `apply` runs nothing of it."""
         with pytest.raises(BypassedGuard), guard.context("inference"):
             guard.module._call_impl(X)
+        with pytest.raises(BypassedGuard), guard.context("inference"):
+            guard.module.as_torch_does(X)
         with pytest.raises(BypassedGuard), guard.context("inference"):
             guard.module.apply(lambda module: module(X))
 
@@ -358,3 +362,42 @@ class TestThatGoOn:
                 guard.carry(guard.module.stream)
         in_thread(lambda: asyncio.run(run(X)))
         assert guard.count("inference") == 2
+
+
+class TestGenerate:
+    """Of Hugging Face's models, which TRL calls on teachers and references."""
+
+    @pytest.fixture
+    def model(self):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        return transformers.LlamaForCausalLM(config).eval()
+
+    @pytest.mark.parametrize("beams", [1, 2])
+    def test_works_without_configuration(self, model, beams):
+        """Each forward in it is a call of the inference context."""
+        ids = torch.randint(1, 64, (2, 5))
+        options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+        expected = model.generate(ids, **options)
+        guard = guard_module(model, policy=CallPolicy({"s": 1}))
+        with guard.context("inference"):
+            assert torch.equal(guard.module.generate(ids, **options), expected)
+        assert (guard.count("inference"), guard.violations) == (4, ())
+        with pytest.raises(UnsanctionedCall), guard.context("training"):
+            guard.module.generate(ids, **options)
+
+    def test_is_one_call_where_the_policy_says_so(self, model):
+        """With all its forwards."""
+        policy = CallPolicy({"s": Scope((0, 4))}, methods=("generate",))
+        guard = guard_module(model, policy=policy)
+        with guard.context("training"), guard.sanctioned("s"):
+            guard.module.generate(torch.randint(1, 64, (2, 5)), max_new_tokens=4)
+        assert [call.method for call in guard.calls] == ["generate"]

@@ -144,6 +144,17 @@ class TestPartsThatAreCalls:
         assert guard.count() == 2
         torch._dynamo.reset()
 
+    def test_of_a_module_with_cuda_graphs(self, guard, reward):
+        """A part alone runs no graph of the module, and writes over none of its outputs."""
+        torch._dynamo.reset()
+        reward.compile(backend="eager")
+        reward._compiled_call_impl.get_compiler_config = lambda: {"triton.cudagraphs": True}
+        with guard.context("inference"), torch.no_grad():
+            kept = guard.module(X)
+            guard.module.score(kept.expand(2, 3))
+        assert [call.compiled is None for call in guard.calls] == [False, True]
+        torch._dynamo.reset()
+
 
 @pytest.mark.parametrize("reentrant", [False, True])
 class TestRecomputes:

@@ -196,14 +196,17 @@ class TestTakenAway:
         assert "forward" not in lens.__dict__
         assert (guard.count(), guard.violations) == (3, ())
 
-    def test_one_that_stood_there_before_it_was_guarded(self, lens):
+    @pytest.mark.parametrize("way", WAYS)
+    def test_one_that_stood_there_before_it_was_guarded(self, lens, way):
         """Is what is put back, as the same object."""
         older = lens.forward = functools.partial(Lens.forward, lens)
         guard = guard_module(lens)
-        saved = guard.module.forward
-        guard.module.forward = lambda x: saved(x) + 1
+        module = WAYS[way](guard)
+        saved = module.forward
+        module.forward = lambda x: saved(x) + 1
         call(guard)
-        guard.module.forward = saved
+        module.forward = saved
+        assert lens.forward.__wrapped__ is older
         guard.uninstall()
         assert lens.__dict__["forward"] is older
 
@@ -257,6 +260,25 @@ class TestSavedForwards:
             call(guard, redirected)
         assert (guard.count(), guard.violations) == (2, ())
         assert torch.equal(seen[0], call(guard))
+
+    def test_replaced_inside_a_running_call(self, lens):
+        """As in a method that is a call: what stands there now is what has replaced it."""
+
+        class Redirects(Lens):
+            def redirect(self, x, proxy):
+                original = proxy.forward
+                proxy.forward = lambda x: original(x) + 1
+                try:
+                    return self(x)
+                finally:
+                    proxy.forward = original
+
+        module = Redirects()
+        expected = module(X) + 1
+        guard = guard_module(module, policy=CallPolicy({"s": 1}, methods=("redirect",)))
+        with guard.context("inference"):
+            assert torch.equal(guard.module.redirect(X, guard.module), expected)
+        assert (guard.count(), guard.violations) == (1, ())
 
     def test_after_uninstall(self, guard, lens):
         """One that was saved runs freely; one that is fetched anew from the proxy is checked."""
@@ -354,6 +376,32 @@ class TestCopies:
         guard.uninstall()
         assert torch.allclose(call(mine), expected + 100, atol=1e-4)
         assert torch.equal(lens(X), expected)
+
+    @pytest.mark.parametrize("decorate", [lambda run: run, torch.no_grad()])
+    @pytest.mark.parametrize("mode", ["enforce", "observe"])
+    @pytest.mark.parametrize("way", WAYS)
+    def test_of_a_function_run_the_original_and_are_seen_to(self, lens, way, mode, decorate):
+        """Python copies a closure as it is: refused, also where both could be called."""
+        guard = guard_module(lens, mode=mode)
+        module = WAYS[way](guard)
+        original = module.forward
+
+        def forward(x, run=True, *, scale=1):  # it refers to itself, too
+            return scale * (original(x) if run else forward(x))
+
+        module.forward = decorate(forward)
+        expected = call(guard)
+        copied = copy.deepcopy(guard.module)
+        with torch.no_grad():
+            copied.extras["norm"].bias.add_(100)
+        with guard.context("inference"):
+            if mode == "enforce":
+                with pytest.raises(BypassedGuard):
+                    call(guard_of(copied))
+            else:
+                assert torch.equal(call(guard_of(copied)), expected)
+        assert [record.reason for record in guard.violations] == ["BypassedGuard"]
+        assert torch.equal(call(guard), expected)
 
     def test_pickled(self, guard, lens):
         """What the class has itself is not saved, nor what the guard has put around it."""
