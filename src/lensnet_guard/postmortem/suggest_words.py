@@ -86,7 +86,7 @@ def _exact(budget: Budget, name: str) -> str:
         others += 1
     if others > budget.made[usual]:
         each = [f"{n} in {_in(budget.kind, budget.made[n])}" for n in sorted(budget.made)]
-        return f"no number of calls of {name} is usual: {_first(each, len(each))}"
+        return f"calls of {name} vary: {_first(each, len(each))}"
     text = f"exactly {usual} per {_one(budget.kind)} of {name} would have been broken"
     return f"{text} {count(others, 'time')}: {_first(told, others)}"
 
