@@ -105,12 +105,24 @@ class TestPrepare:
         assert guarded.verdict.calls == {"value": 10}
         assert not weight.equal(critic.blocks[0].weight)
 
-    def test_a_guard_put_on_before_refuses_mixed_precision(self):
-        """What happens without the helper: an error, not a lost guard."""
+    def test_a_guard_put_on_before_keeps_mixed_precision(self):
+        """Without the helper: accelerate replaces the forward of the guarded module."""
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-        guard = guard_module(Critic(), policy=VALUE, name="critic")
-        with pytest.raises(AttributeError, match="the forward of critic is guarded and cannot"):
-            accelerator.prepare(guard.module)
+        critic, plain, x = Critic(), Critic(), torch.randn(4, 3)
+        plain.load_state_dict(critic.state_dict())
+        exact, expected = plain(x), accelerator.prepare(plain)(x)
+        guard = guard_module(critic, policy=VALUE, name="critic")
+        prepared = accelerator.prepare(guard.module)
+        with guard.context("inference"):
+            found = prepared(x)
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, exact)
+        with pytest.raises(BypassedGuard):
+            critic(x)
+        assert (guard.count(), guard.violation_count) == (1, 1)
+        assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is guard.module
+        with guard.context("inference"):
+            assert torch.equal(guard.module(x), exact)
 
     # Torch's own, of the second block's input, which is no leaf
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
