@@ -105,19 +105,24 @@ class TestPrepare:
         assert guarded.verdict.calls == {"value": 10}
         assert not weight.equal(critic.blocks[0].weight)
 
-    def test_a_guard_put_on_before_keeps_in_mixed_precision(self):
-        """Accelerate replaces ``forward``: what it puts there runs inside the call, and counts."""
+    def test_a_guard_put_on_before_keeps_mixed_precision(self):
+        """Without the helper: accelerate replaces the forward of the guarded module."""
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-        guard = guard_module(Critic(), policy=VALUE, name="critic")
+        critic, plain, x = Critic(), Critic(), torch.randn(4, 3)
+        plain.load_state_dict(critic.state_dict())
+        exact, expected = plain(x), accelerator.prepare(plain)(x)
+        guard = guard_module(critic, policy=VALUE, name="critic")
         prepared = accelerator.prepare(guard.module)
-        assert guard_of(prepared) is guard
-        dtypes = []
-        hook = prepared.blocks[0].register_forward_hook(lambda *a: dtypes.append(a[2].dtype))
-        with guard.context("training"), guard.sanctioned("value"):
-            assert prepared(torch.ones(2, 3)).dtype is torch.float32
-        hook.remove()
-        assert dtypes == [torch.bfloat16]
-        assert guard.count("training", "value") == 1
+        with guard.context("inference"):
+            found = prepared(x)
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, exact)
+        with pytest.raises(BypassedGuard):
+            critic(x)
+        assert (guard.count(), guard.violation_count) == (1, 1)
+        assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is guard.module
+        with guard.context("inference"):
+            assert torch.equal(guard.module(x), exact)
 
     # Torch's own, of the second block's input, which is no leaf
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
