@@ -4,6 +4,7 @@ Every name is taken away in turn; training of every kind must still pass, every 
 refused, and what cannot be told any more is said once.
 """
 
+import gc
 import warnings
 
 import pytest
@@ -166,6 +167,10 @@ class TestCorrectTraining:
             model = DistributedDataParallel(nn.Sequential(guard.module, nn.Linear(2, 2)))
             train(guard, model)
         finally:
+            # Before the group: what is left of the model would end it, and hold Python's lock while
+            # it waits for the group's threads, which may want that lock.
+            model = None
+            gc.collect()
             torch.distributed.destroy_process_group()
 
     def test_profiled(self, told, scorer):
