@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import re
 import subprocess
 import sys
@@ -310,7 +309,6 @@ class TestCheckCallerExists:
             [sys.executable, "-"],
             input=code,
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
             capture_output=True,
             text=True,
             check=False,
