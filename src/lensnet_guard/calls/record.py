@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import repeat
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -21,6 +20,7 @@ import wrapt
 
 from lensnet_guard import _schema
 from lensnet_guard._text import short_path
+from lensnet_guard.calls.tensors import tensor_text
 
 if TYPE_CHECKING:
     from lensnet_guard.calls.compiled import CompileState
@@ -293,19 +293,14 @@ def _describe_key(key: object) -> str:
     return str(key) if isinstance(key, (str, int)) else type(key).__name__
 
 
-@lru_cache(maxsize=1_024)
-def _tensor_text(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)} {device}"
-
-
 def _input_text(described: object) -> str:
     if isinstance(described, _Named):
         return f"{described.name}={_input_text(described.described)}"
     if isinstance(described, tuple):
         try:
-            return _tensor_text(*described)
+            return tensor_text(*described)
         except TypeError:  # a symbolic shape, while torch traces
-            return _tensor_text.__wrapped__(*described)
+            return tensor_text.__wrapped__(*described)
     if isinstance(described, list):
         return f"({', '.join(map(_input_text, described))})"
     return str(described)

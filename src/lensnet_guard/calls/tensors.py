@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -77,5 +78,10 @@ def read(scalars: Sequence[torch.Tensor]) -> list[Any]:
 
 def describe(tensor: torch.Tensor) -> str:
     """Return dtype, shape and device in words: ``"int64[2, 31] cpu"``."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return f"{dtype}{list(tensor.shape)} {tensor.device}"
+    return tensor_text(tensor.shape, tensor.dtype, tensor.device)
+
+
+@lru_cache(maxsize=1_024)
+def tensor_text(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    """Return in words what was noted of a tensor."""
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)} {device}"
