@@ -166,6 +166,7 @@ class TestCorrectTraining:
             guard = guard_module(scorer)
             model = DistributedDataParallel(nn.Sequential(guard.module, nn.Linear(2, 2)))
             train(guard, model)
+            assert guard.violations == ()
         finally:
             # Before the group: what is left of the model would end it, and hold Python's lock while
             # it waits for the group's threads, which may want that lock.

@@ -85,7 +85,9 @@ class TestSpending:
 class TestSwallowed:
     def test_nothing_to_raise(self):
         """Without violations nothing happens."""
-        MicroStep(0, 0, {}).raise_swallowed()
+        ledger = MicroStep(0, 0, {})
+        ledger.raise_swallowed()
+        assert ledger.violations == []
 
     def test_raises_the_first_violation_itself(self):
         """The very same object comes out, not a copy, however often."""

@@ -496,9 +496,13 @@ class TestContradictions:
 
     def test_that_are_none(self):
         """The same twice, asked in inference or not; and two scopes of two kinds."""
-        CallPolicy(requires=(BF16, autocast(torch.bfloat16), adapters_on))
-        CallPolicy({"kl": Scope(requires=(adapters_on,))}, requires=inference_too(adapters_on))
-        CallPolicy({"a": Scope(when=adapters_on), "b": Scope(when=adapters_off)})
+        twice = CallPolicy(requires=(BF16, autocast(torch.bfloat16), adapters_on))
+        assert len(twice.requires) == 3
+        everywhere = inference_too(adapters_on)
+        policy = CallPolicy({"kl": Scope(requires=(adapters_on,))}, requires=everywhere)
+        assert policy.requires == everywhere
+        two = CallPolicy({"a": Scope(when=adapters_on), "b": Scope(when=adapters_off)})
+        assert list(two.in_full) == ["a", "b"]
 
 
 class TestTogether:

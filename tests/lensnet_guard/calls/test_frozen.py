@@ -272,7 +272,9 @@ class TestFrozen:
         call(copied, X)
         call(loaded, X)
         guard.uninstall()
-        call(guarded(net, frozen), X)
+        second = guarded(net, frozen)
+        call(second, X)
+        assert second.violations == ()
 
     def test_a_part_in_two_places(self, net):
         """Is looked at in both."""
