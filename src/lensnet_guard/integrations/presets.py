@@ -1,0 +1,275 @@
+"""What the trainers of TRL call, and how often: the contract of each kind of trainer, as data.
+
+`PRESETS` has one for each; every one was read from the sources of the version that it names, and
+real trainings keep it, in the tests. `contracts_of` in ``_preset`` makes the policies of them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lensnet_guard import Condition, adapters_off, adapters_on, eval_mode, frozen, no_grad
+
+Calls = int | tuple[int, int | None] | None
+"""A budget, as `lensnet_guard.Scope` takes it; None: there is no such call."""
+
+Setting = Callable[[Any], Any]
+"""What a trainer's settings say: a function of the trainer."""
+
+GENERATION = "generation"  # the window from asking for completions until they are scored
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Calls of one kind that a trainer makes of a module; a scope of its policy.
+
+    Args:
+        scope: The scope's name.
+        by: The trainer's method that makes them; or ``"module:qualname"`` of a function.
+        calls: How many are due in each window, or what says so of a trainer.
+        per: The window, as of `lensnet_guard.Scope`.
+        when: The condition that tells them from others of the same method.
+        requires: What must hold of each, besides what must hold of all of the module.
+    """
+
+    scope: str
+    by: str
+    calls: Calls | Setting = 1
+    per: str = "micro_step"
+    when: Condition | None = None
+    requires: tuple[Condition, ...] = ()
+
+
+@dataclass(frozen=True)
+class Held:
+    """A module that a trainer holds, and the calls of it that are legal in training.
+
+    Args:
+        place: The trainer's attribute; of a list, each item that is a module.
+        passes: The calls.
+        requires: What must hold of each.
+        syncs: Says of a trainer whether it moves the module's weights, so that they are not frozen.
+        given: Says of a trainer whether the module is to be guarded.
+        methods: As of `lensnet_guard.CallPolicy`.
+        parts: As of `lensnet_guard.CallPolicy`; ``"*"`` is the backbone of a model of transformers.
+    """
+
+    place: str
+    passes: tuple[Pass, ...]
+    requires: tuple[Condition, ...] = ()
+    syncs: Setting = lambda trainer: False
+    given: Setting = lambda trainer: True
+    methods: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What one kind of trainer holds, and how it calls it.
+
+    Args:
+        read_from: The library and the version that it was read from.
+        held: The modules that are guarded.
+        otherwise: What is guarded where the trainer holds none of them.
+        windows: The name of a window -> the trainer's method of which each run is one.
+        evaluates: Methods that evaluate in the midst of training.
+        own_loop: Whether its loop tells callbacks of nothing but the end of an update. An update is
+            one micro-step then.
+    """
+
+    read_from: str
+    held: tuple[Held, ...]
+    otherwise: Held | None = None
+    windows: Mapping[str, str] = field(default_factory=dict)
+    evaluates: tuple[str, ...] = ()
+    own_loop: bool = False
+
+
+# What settings say --------------------------------------------------------------------------------
+
+
+def _synced(trainer: Any) -> bool:
+    """Whether the reference follows the policy."""
+    return bool(getattr(trainer.args, "sync_ref_model", False))
+
+
+def _adapters_are_the_difference(trainer: Any) -> bool:
+    """Whether the reference is the policy itself without its adapters."""
+    return trainer.ref_model is None and hasattr(trainer.model, "peft_config")
+
+
+def _unless_precomputed(trainer: Any) -> Calls:
+    """One call, unless the reference has scored the whole data set beforehand."""
+    return None if trainer.precompute_ref_logps else 1
+
+
+def _kto_reference(trainer: Any) -> Calls:
+    """The completions, and the mismatched ones that estimate the KL where the loss has one."""
+    return None if trainer.precompute_ref_logps else _kto_policy(trainer)
+
+
+def _kto_policy(trainer: Any) -> int:
+    return 2 if trainer.calculate_KL else 1
+
+
+def _chunks(trainer: Any) -> int:
+    """A generation batch is scored in chunks of the size of a micro-batch."""
+    return int(trainer.args.steps_per_generation)
+
+
+def _reference_chunks(trainer: Any) -> Calls:
+    return _chunks(trainer) if trainer.beta != 0.0 else None
+
+
+def _grpo_old_chunks(trainer: Any) -> Calls:
+    """The policy scores its own completions where it has moved before all of them are used."""
+    every = trainer.args.steps_per_generation * trainer.num_iterations
+    aligned = trainer.args.gradient_accumulation_steps % every == 0
+    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    return None if aligned and not corrected else _chunks(trainer)
+
+
+def _teacher_generations(trainer: Any) -> Calls:
+    """The teacher writes what the student does not, where ``seq_kd`` says so; by lot."""
+    if not trainer.seq_kd or trainer.lmbda >= 1:
+        return None
+    return 1 if trainer.lmbda <= 0 else (0, 1)
+
+
+def _rollout_parts(trainer: Any) -> int:
+    """The backbone and the head of each chunk of an update's completions."""
+    args = trainer.args
+    return 2 * int(-(-args.local_batch_size // args.local_rollout_forward_batch_size))
+
+
+def _rollouts(trainer: Any) -> int:
+    return _rollout_parts(trainer) // 2
+
+
+def _value_parts(trainer: Any) -> int:
+    """Those of the completions, and those of each micro-batch that is trained on."""
+    args = trainer.args
+    of_a_mini_batch = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
+    trained = args.num_ppo_epochs * args.num_mini_batches * of_a_mini_batch
+    return _rollout_parts(trainer) + 2 * int(trained)
+
+
+# What the trainers hold ---------------------------------------------------------------------------
+
+_STILL = (no_grad, eval_mode, frozen)
+
+
+def _preference(reference: Setting, policy: Calls | Setting) -> tuple[tuple[Held, ...], Held]:
+    """Return what a trainer holds that compares a policy and its reference on the same batch."""
+    by = "_compute_loss"
+    base = Pass("reference", by, reference, when=adapters_off, requires=(no_grad,))
+    held = (
+        Held("ref_model", (Pass("reference", by, reference),), _STILL, syncs=_synced),
+        Held(
+            "model",
+            (base, Pass("policy", by, policy, when=adapters_on)),
+            given=_adapters_are_the_difference,
+        ),
+    )
+    return held, Held("model", (Pass("policy", by, policy),))
+
+
+def _online(old: Setting) -> tuple[tuple[Held, ...], Held]:
+    """Return what a trainer holds that scores completions of its own, generation by generation."""
+    by = "_generate_and_score_completions"
+    writes = Pass("generation", "_generate", (1, None), per=GENERATION)
+    before = Pass("before", by, old, per=GENERATION, when=adapters_on, requires=(no_grad,))
+    policy = Pass("policy", "_compute_loss")
+    reference = Pass("reference", by, _reference_chunks, per=GENERATION)
+    base = Pass("reference", by, _reference_chunks, GENERATION, adapters_off, (no_grad,))
+    held = (
+        Held("ref_model", (reference,), _STILL, syncs=_synced),
+        Held("reward_funcs", (Pass("reward", "_calculate_rewards", per=GENERATION),), _STILL),
+        Held(
+            "model",
+            (writes, before, base, policy),
+            given=_adapters_are_the_difference,
+            methods=("generate",),
+        ),
+    )
+    before = Pass("before", by, old, per=GENERATION, requires=(no_grad,))
+    return held, Held("model", (writes, before, policy), methods=("generate",))
+
+
+def _preset(read_from: str, held: tuple[tuple[Held, ...], Held], **options: Any) -> Preset:
+    return Preset(read_from, *held, **options)
+
+
+_EACH_GENERATION = {GENERATION: "_generate_and_score_completions"}
+_REWARDED = "trl.experimental.utils:get_reward"
+
+PRESETS: Mapping[str, Preset] = {
+    "trl.trainer.dpo_trainer:DPOTrainer": _preset(
+        "trl 1.16.0", _preference(_unless_precomputed, 1)
+    ),
+    "trl.trainer.kto_trainer:KTOTrainer": _preset(
+        "trl 1.16.0", _preference(_kto_reference, _kto_policy)
+    ),
+    "trl.trainer.grpo_trainer:GRPOTrainer": _preset(
+        "trl 1.16.0", _online(_grpo_old_chunks), windows=_EACH_GENERATION
+    ),
+    "trl.trainer.rloo_trainer:RLOOTrainer": _preset(
+        "trl 1.16.0", _online(_chunks), windows=_EACH_GENERATION
+    ),
+    "trl.experimental.online_dpo.online_dpo_trainer:OnlineDPOTrainer": Preset(
+        "trl 1.16.0",
+        (
+            Held("ref_model", (Pass("reference", "training_step"),), _STILL),
+            Held("reward_funcs", (Pass("reward", "_calculate_rewards_from_functions"),), _STILL),
+            Held(
+                "model",
+                (
+                    Pass("generation", "_generate"),
+                    Pass("reference", "training_step", when=adapters_off, requires=(no_grad,)),
+                    Pass("policy", "training_step", when=adapters_on),
+                ),
+                given=_adapters_are_the_difference,
+                methods=("generate",),
+            ),
+        ),
+    ),
+    "trl.experimental.gkd.gkd_trainer:GKDTrainer": Preset(
+        "trl 1.16.0",
+        (
+            Held(
+                "teacher_model",
+                (
+                    Pass("distillation", "compute_loss", requires=(no_grad,)),
+                    Pass("generation", "generate_on_policy_outputs", _teacher_generations),
+                ),
+                (eval_mode, frozen),
+                methods=("generate",),
+            ),
+        ),
+    ),
+    "trl.trainer.distillation_trainer:DistillationTrainer": Preset(
+        "trl 1.16.0", (Held("teacher_model", (Pass("distillation", "_compute_loss"),), _STILL),)
+    ),
+    "trl.trainer.reward_trainer:RewardTrainer": Preset(
+        "trl 1.16.0", (Held("model", (Pass("reward", "compute_loss"),)),)
+    ),
+    "trl.experimental.ppo.ppo_trainer:PPOTrainer": Preset(
+        "trl 1.12.0",
+        (
+            Held(
+                "ref_model",
+                (Pass("reference", "trl.experimental.ppo.ppo_trainer:forward", _rollouts),),
+                _STILL,
+            ),
+            Held(
+                "reward_model",
+                (Pass("reward", _REWARDED, _rollout_parts),),
+                _STILL,
+                parts=("*", "score"),
+            ),
+            Held("value_model", (Pass("values", "train", _value_parts),), parts=("*", "score")),
+        ),
+        evaluates=("generate_completions",),
+        own_loop=True,
+    ),
+}
