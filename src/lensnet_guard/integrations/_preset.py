@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lensnet_guard import CallPolicy, Scope, frozen
+from lensnet_guard.integrations._place import getattr_path
 from lensnet_guard.integrations.presets import PRESETS, Held, Pass, Preset
 
 
@@ -63,11 +64,11 @@ def contracts_of(trainer: Any) -> dict[str, CallPolicy]:
             f"{type(trainer).__name__} holds nothing to guard: its {places} is no module here.\n"
             "  what to do   Train it without guarded_trainer, or name what it calls."
         )
-    return {held.place: _policy(trainer, preset, held, getattr(trainer, held.place))}
+    return {held.place: _policy(trainer, preset, held, getattr_path(trainer, held.place))}
 
 
 def _modules_at(trainer: Any, place: str) -> Iterator[tuple[str, nn.Module]]:
-    found = getattr(trainer, place, None)
+    found = getattr_path(trainer, place)
     if isinstance(found, nn.Module):
         yield place, found
     elif isinstance(found, (list, tuple)):

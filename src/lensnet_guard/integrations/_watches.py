@@ -136,7 +136,7 @@ class Watches:
         """
         with ExitStack() as blocks:
             for guard in self.guards.values():
-                if name in guard.policy.windows:
+                if name in guard.policy.windows or guard.mode == "observe":
                     blocks.enter_context(guard.window(name))
             yield
 

@@ -5,7 +5,7 @@ real trainings keep it, in the tests. `contracts_of` in ``_preset`` makes the po
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lensnet_guard import Condition, adapters_off, adapters_on, eval_mode, frozen, no_grad
@@ -95,7 +95,11 @@ def _synced(trainer: Any) -> bool:
 
 def _adapters_are_the_difference(trainer: Any) -> bool:
     """Whether the reference is the policy itself without its adapters."""
-    return trainer.ref_model is None and hasattr(trainer.model, "peft_config")
+    return trainer.ref_model is None and hasattr(_policy_of(trainer), "peft_config")
+
+
+def _policy_of(trainer: Any) -> Any:
+    return getattr(trainer, "policy_model", trainer.model)  # PPO trains it beside the value model
 
 
 def _unless_precomputed(trainer: Any) -> Calls:
@@ -103,13 +107,13 @@ def _unless_precomputed(trainer: Any) -> Calls:
     return None if trainer.precompute_ref_logps else 1
 
 
-def _kto_reference(trainer: Any) -> Calls:
-    """The completions, and the mismatched ones that estimate the KL where the loss has one."""
-    return None if trainer.precompute_ref_logps else _kto_policy(trainer)
+def _kl(trainer: Any) -> Calls:
+    """The mismatched completions that estimate the KL, where the loss has one."""
+    return 1 if trainer.calculate_KL else None
 
 
-def _kto_policy(trainer: Any) -> int:
-    return 2 if trainer.calculate_KL else 1
+def _kl_unless_precomputed(trainer: Any) -> Calls:
+    return None if trainer.precompute_ref_logps else _kl(trainer)
 
 
 def _chunks(trainer: Any) -> int:
@@ -136,22 +140,27 @@ def _teacher_generations(trainer: Any) -> Calls:
     return 1 if trainer.lmbda <= 0 else (0, 1)
 
 
-def _rollout_parts(trainer: Any) -> int:
-    """The backbone and the head of each chunk of an update's completions."""
-    args = trainer.args
-    return 2 * int(-(-args.local_batch_size // args.local_rollout_forward_batch_size))
-
-
 def _rollouts(trainer: Any) -> int:
-    return _rollout_parts(trainer) // 2
+    """The completions of an update are made and scored in chunks."""
+    args = trainer.args
+    return int(-(-args.local_batch_size // args.local_rollout_forward_batch_size))
+
+
+def _rollout_parts(trainer: Any) -> int:
+    """The backbone and the head of each chunk."""
+    return 2 * _rollouts(trainer)
+
+
+def _trained(trainer: Any) -> int:
+    """The micro-batches that an update trains on."""
+    args = trainer.args
+    of_a_mini_batch = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
+    return int(args.num_ppo_epochs * args.num_mini_batches * of_a_mini_batch)
 
 
 def _value_parts(trainer: Any) -> int:
-    """Those of the completions, and those of each micro-batch that is trained on."""
-    args = trainer.args
-    of_a_mini_batch = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
-    trained = args.num_ppo_epochs * args.num_mini_batches * of_a_mini_batch
-    return _rollout_parts(trainer) + 2 * int(trained)
+    """The backbone and the head of each chunk, and of each micro-batch."""
+    return 2 * (_rollouts(trainer) + _trained(trainer))
 
 
 # What the trainers hold ---------------------------------------------------------------------------
@@ -159,19 +168,25 @@ def _value_parts(trainer: Any) -> int:
 _STILL = (no_grad, eval_mode, frozen)
 
 
-def _preference(reference: Setting, policy: Calls | Setting) -> tuple[tuple[Held, ...], Held]:
+def _preference(*, estimates_kl: bool) -> tuple[tuple[Held, ...], Held]:
     """Return what a trainer holds that compares a policy and its reference on the same batch."""
-    by = "_compute_loss"
-    base = Pass("reference", by, reference, when=adapters_off, requires=(no_grad,))
+    by, kl_by = "_compute_loss", "_compute_kl_logps" if estimates_kl else None
+    reference = _twice(Pass("reference", by, _unless_precomputed), kl_by, _kl_unless_precomputed)
+    policy = _twice(Pass("policy", by), kl_by, _kl)
+    base = tuple(replace(one, when=adapters_off, requires=(no_grad,)) for one in reference)
+    tuned = tuple(replace(one, when=adapters_on) for one in policy)
     held = (
-        Held("ref_model", (Pass("reference", by, reference),), _STILL, syncs=_synced),
-        Held(
-            "model",
-            (base, Pass("policy", by, policy, when=adapters_on)),
-            given=_adapters_are_the_difference,
-        ),
+        Held("ref_model", reference, _STILL, syncs=_synced),
+        Held("model", (*base, *tuned), given=_adapters_are_the_difference),
     )
-    return held, Held("model", (Pass("policy", by, policy),))
+    return held, Held("model", policy)
+
+
+def _twice(one: Pass, kl_by: str | None, kl: Setting) -> tuple[Pass, ...]:
+    """Return the calls for the loss, and those for its estimate of the KL."""
+    if kl_by is None:
+        return (one,)
+    return one, Pass(f"{one.scope}_kl", kl_by, kl)
 
 
 def _online(old: Setting) -> tuple[tuple[Held, ...], Held]:
@@ -180,7 +195,9 @@ def _online(old: Setting) -> tuple[tuple[Held, ...], Held]:
     writes = Pass("generation", "_generate", (1, None), per=GENERATION)
     before = Pass("before", by, old, per=GENERATION, when=adapters_on, requires=(no_grad,))
     policy = Pass("policy", "_compute_loss")
-    reference = Pass("reference", by, _reference_chunks, per=GENERATION)
+    reference = Pass(
+        "reference", "_get_per_token_logps_and_entropies", _reference_chunks, per=GENERATION
+    )
     base = Pass("reference", by, _reference_chunks, GENERATION, adapters_off, (no_grad,))
     held = (
         Held("ref_model", (reference,), _STILL, syncs=_synced),
@@ -202,14 +219,11 @@ def _preset(read_from: str, held: tuple[tuple[Held, ...], Held], **options: Any)
 
 _EACH_GENERATION = {GENERATION: "_generate_and_score_completions"}
 _REWARDED = "trl.experimental.utils:get_reward"
+_PPO = "trl.experimental.ppo.ppo_trainer"
 
 PRESETS: Mapping[str, Preset] = {
-    "trl.trainer.dpo_trainer:DPOTrainer": _preset(
-        "trl 1.16.0", _preference(_unless_precomputed, 1)
-    ),
-    "trl.trainer.kto_trainer:KTOTrainer": _preset(
-        "trl 1.16.0", _preference(_kto_reference, _kto_policy)
-    ),
+    "trl.trainer.dpo_trainer:DPOTrainer": _preset("trl 1.16.0", _preference(estimates_kl=False)),
+    "trl.trainer.kto_trainer:KTOTrainer": _preset("trl 1.16.0", _preference(estimates_kl=True)),
     "trl.trainer.grpo_trainer:GRPOTrainer": _preset(
         "trl 1.16.0", _online(_grpo_old_chunks), windows=_EACH_GENERATION
     ),
@@ -253,14 +267,10 @@ PRESETS: Mapping[str, Preset] = {
     "trl.trainer.reward_trainer:RewardTrainer": Preset(
         "trl 1.16.0", (Held("model", (Pass("reward", "compute_loss"),)),)
     ),
-    "trl.experimental.ppo.ppo_trainer:PPOTrainer": Preset(
+    f"{_PPO}:PPOTrainer": Preset(
         "trl 1.12.0",
         (
-            Held(
-                "ref_model",
-                (Pass("reference", "trl.experimental.ppo.ppo_trainer:forward", _rollouts),),
-                _STILL,
-            ),
+            Held("ref_model", (Pass("reference", f"{_PPO}:forward", _rollouts),), _STILL),
             Held(
                 "reward_model",
                 (Pass("reward", _REWARDED, _rollout_parts),),
@@ -268,6 +278,16 @@ PRESETS: Mapping[str, Preset] = {
                 parts=("*", "score"),
             ),
             Held("value_model", (Pass("values", "train", _value_parts),), parts=("*", "score")),
+            Held(
+                "model.policy",
+                (
+                    Pass("generation", f"{_PPO}:generate", _rollouts),
+                    Pass("reference", f"{_PPO}:forward", _rollouts, when=adapters_off),
+                    Pass("policy", f"{_PPO}:PolicyAndValueWrapper.forward", _trained),
+                ),
+                given=_adapters_are_the_difference,
+                methods=("generate",),
+            ),
         ),
         evaluates=("generate_completions",),
         own_loop=True,
