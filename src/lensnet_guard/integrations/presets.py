@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lensnet_guard import Condition, adapters_off, adapters_on, eval_mode, frozen, no_grad
+from lensnet_guard import Call, Condition, adapters_off, adapters_on, eval_mode, frozen, no_grad
 
 Calls = int | tuple[int, int | None] | None
 """A budget, as `lensnet_guard.Scope` takes it; None: there is no such call."""
@@ -83,6 +83,44 @@ class Preset:
     windows: Mapping[str, str] = field(default_factory=dict)
     evaluates: tuple[str, ...] = ()
     own_loop: bool = False
+
+
+# What tells a policy from its reference -----------------------------------------------------------
+
+
+def as_reference(call: Call) -> str | None:
+    """The adapters are off, or the one named "ref" is active: the policy is its own reference.
+
+    TRL loads a copy by that name where an adapter is trained that was there before.
+
+    Args:
+        call: The call as it begins.
+
+    Returns:
+        None, or the first layer whose adapter is on.
+    """
+    return None if _active(call) == _REFERENCE else adapters_off(call)
+
+
+def as_policy(call: Call) -> str | None:
+    """The adapters are on, and the one that is active is not the reference's.
+
+    Args:
+        call: The call as it begins.
+
+    Returns:
+        None, or what was found.
+    """
+    if _active(call) == _REFERENCE:
+        return 'the adapter "ref" is active; leave the block that has made it so'
+    return adapters_on(call)
+
+
+_REFERENCE = "ref"
+
+
+def _active(call: Call) -> Any:
+    return getattr(call.module, "active_adapter", None)
 
 
 # What settings say --------------------------------------------------------------------------------
@@ -173,8 +211,8 @@ def _preference(*, estimates_kl: bool) -> tuple[tuple[Held, ...], Held]:
     by, kl_by = "_compute_loss", "_compute_kl_logps" if estimates_kl else None
     reference = _twice(Pass("reference", by, _unless_precomputed), kl_by, _kl_unless_precomputed)
     policy = _twice(Pass("policy", by), kl_by, _kl)
-    base = tuple(replace(one, when=adapters_off, requires=(no_grad,)) for one in reference)
-    tuned = tuple(replace(one, when=adapters_on) for one in policy)
+    base = tuple(replace(one, when=as_reference, requires=(no_grad,)) for one in reference)
+    tuned = tuple(replace(one, when=as_policy) for one in policy)
     held = (
         Held("ref_model", reference, _STILL, syncs=_synced),
         Held("model", (*base, *tuned), given=_adapters_are_the_difference),
@@ -193,12 +231,12 @@ def _online(old: Setting) -> tuple[tuple[Held, ...], Held]:
     """Return what a trainer holds that scores completions of its own, generation by generation."""
     by = "_generate_and_score_completions"
     writes = Pass("generation", "_generate", (1, None), per=GENERATION)
-    before = Pass("before", by, old, per=GENERATION, when=adapters_on, requires=(no_grad,))
+    before = Pass("before", by, old, per=GENERATION, when=as_policy, requires=(no_grad,))
     policy = Pass("policy", "_compute_loss")
     reference = Pass(
         "reference", "_get_per_token_logps_and_entropies", _reference_chunks, per=GENERATION
     )
-    base = Pass("reference", by, _reference_chunks, GENERATION, adapters_off, (no_grad,))
+    base = Pass("reference", by, _reference_chunks, GENERATION, as_reference, (no_grad,))
     held = (
         Held("ref_model", (reference,), _STILL, syncs=_synced),
         Held("reward_funcs", (Pass("reward", "_calculate_rewards", per=GENERATION),), _STILL),
@@ -239,8 +277,8 @@ PRESETS: Mapping[str, Preset] = {
                 "model",
                 (
                     Pass("generation", "_generate"),
-                    Pass("reference", "training_step", when=adapters_off, requires=(no_grad,)),
-                    Pass("policy", "training_step", when=adapters_on),
+                    Pass("reference", "training_step", when=as_reference, requires=(no_grad,)),
+                    Pass("policy", "training_step", when=as_policy),
                 ),
                 given=_adapters_are_the_difference,
                 methods=("generate",),
@@ -282,7 +320,7 @@ PRESETS: Mapping[str, Preset] = {
                 "model.policy",
                 (
                     Pass("generation", f"{_PPO}:generate", _rollouts),
-                    Pass("reference", f"{_PPO}:forward", _rollouts, when=adapters_off),
+                    Pass("reference", f"{_PPO}:forward", _rollouts, when=as_reference),
                     Pass("policy", f"{_PPO}:PolicyAndValueWrapper.forward", _trained),
                 ),
                 given=_adapters_are_the_difference,

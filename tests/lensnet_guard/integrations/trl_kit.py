@@ -1,9 +1,15 @@
 """Small random models with a tokenizer, data and trainers of TRL, made here and used offline."""
 
+import os
 import random
+from functools import partial
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
+import trl
 from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +23,24 @@ from transformers import (
 
 disable_progress_bars()
 
-WORDS = "the quick brown fox jumps over lazy dog what is capital of france paris hello test".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dog",
+    "what",
+    "is",
+    "capital",
+    "of",
+    "france",
+    "paris",
+    "hello",
+    "test",
+]
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|eos|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -66,7 +89,12 @@ def save_models(folder):
 
 
 class Kit:
-    """Models, data and trainers from a folder that `save_models` has written."""
+    """Trainers of TRL from a folder that `save_models` has written; each is made as a user would.
+
+    Args:
+        folder: Where the models are.
+        output: Where trainings write.
+    """
 
     def __init__(self, folder, output):
         self.folder, self.output = folder, output
@@ -80,8 +108,97 @@ class Kit:
             self.folder / "judge", num_labels=1, dtype=torch.float32
         )
 
-    def arguments(self, config, **options):
-        return config(output_dir=str(self.output), **(ARGUMENTS | options))
+    def make(self, kind, cls=None, **options):
+        """Return a trainer of a kind, from the same random numbers each time.
+
+        Args:
+            kind: One of this class's methods below.
+            cls: A class that is derived from the library's.
+            options: Of its configuration; ``peft=True`` for adapters in place of a reference.
+        """
+        torch.manual_seed(0)
+        random.seed(0)
+        return getattr(self, kind)(cls, **options)
+
+    def dpo(self, cls, *, peft=False, reference=True, **options):
+        reference = self.model("reference") if reference and not peft else None
+        return self._made(cls or trl.DPOTrainer, trl.DPOConfig, preferences, peft, options)(
+            self.model(), reference
+        )
+
+    def kto(self, cls, *, peft=False, **options):
+        reference = None if peft else self.model("reference")
+        return self._made(cls or trl.KTOTrainer, trl.KTOConfig, judged, peft, options)(
+            self.model(), reference
+        )
+
+    def grpo(self, cls, *, peft=False, judge=True, **options):
+        return self._online(cls or trl.GRPOTrainer, trl.GRPOConfig, peft, judge, options)
+
+    def rloo(self, cls, *, peft=False, judge=True, **options):
+        return self._online(cls or trl.RLOOTrainer, trl.RLOOConfig, peft, judge, options)
+
+    def online_dpo(self, cls, *, peft=False, **options):
+        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+        options = {"max_new_tokens": 6} | options
+        made = self._made(cls or OnlineDPOTrainer, OnlineDPOConfig, prompts, peft, options)
+        return made(
+            self.model(),
+            None if peft else self.model("reference"),
+            reward_funcs=self.judge(),
+            reward_processing_classes=self.tokenizer,
+        )
+
+    def gkd(self, cls, **options):
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        options = {"max_new_tokens": 6} | options
+        return self._made(cls or GKDTrainer, GKDConfig, chats, False, options)(
+            self.model(), self.model("reference")
+        )
+
+    def distillation(self, cls, **options):
+        options = {"max_completion_length": 6} | options
+        cls = cls or trl.DistillationTrainer
+        return self._made(cls, trl.DistillationConfig, prompts, False, options)(
+            self.model(), self.model("reference")
+        )
+
+    def reward(self, cls, **options):
+        return self._made(cls or trl.RewardTrainer, trl.RewardConfig, preferences, False, options)(
+            self.judge()
+        )
+
+    def sft(self, cls, **options):
+        return self._made(cls or trl.SFTTrainer, trl.SFTConfig, chats, False, options)(self.model())
+
+    def _online(self, cls, config, peft, judge, options):
+        options = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1} | options
+        return self._made(cls, config, prompts, peft, options)(
+            self.model(), self.judge() if judge else _length
+        )
+
+    def _made(self, cls, config, data, peft, options):
+        """What makes a trainer of the models that it is given."""
+        arguments = config(output_dir=str(self.output), **(ARGUMENTS | options))
+        return partial(
+            cls,
+            args=arguments,
+            train_dataset=data(),
+            eval_dataset=data(4),
+            processing_class=self.tokenizer,
+            **({"peft_config": adapters()} if peft else {}),
+        )
+
+
+def adapters():
+    """Adapters that differ from the model without them from the first step on."""
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
+def _length(completions, **_):
+    return [float(len(text) % 5) for text in completions]
 
 
 def _text(rng, words):
@@ -93,7 +210,11 @@ def preferences(number=32):
     rng = random.Random(0)
     return Dataset.from_list(
         [
-            {"prompt": _text(rng, 4), "chosen": " " + _text(rng, 5), "rejected": " " + _text(rng, 6)}
+            {
+                "prompt": _text(rng, 4),
+                "chosen": " " + _text(rng, 5),
+                "rejected": " " + _text(rng, 6),
+            }
             for _ in range(number)
         ]
     )
