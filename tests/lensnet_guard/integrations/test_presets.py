@@ -5,7 +5,9 @@ import re
 
 import pytest
 
-trl = pytest.importorskip("trl", reason="TRL comes with the extra trl")
+pytest.importorskip("trl", reason="TRL comes with the extra trl")
+
+import trl
 
 from lensnet_guard import CallPolicy, eval_mode, frozen, no_grad
 from lensnet_guard.integrations import NoContract

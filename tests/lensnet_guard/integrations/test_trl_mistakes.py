@@ -11,8 +11,9 @@ import torch
 
 from lensnet_guard import BudgetExceeded, BudgetUnmet, ConditionUnmet, UnsanctionedCall
 
-trl = pytest.importorskip("trl", reason="TRL comes with the extra trl")
+pytest.importorskip("trl", reason="TRL comes with the extra trl")
 
+import trl
 from transformers import TrainerCallback
 
 from lensnet_guard.integrations import NothingChecked

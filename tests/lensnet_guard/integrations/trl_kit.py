@@ -24,22 +24,8 @@ from transformers import (
 disable_progress_bars()
 
 WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dog",
-    "what",
-    "is",
-    "capital",
-    "of",
-    "france",
-    "paris",
-    "hello",
-    "test",
+    *("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "what", "is"),
+    *("capital", "of", "france", "paris", "hello", "test"),
 ]
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|eos|>{% endfor %}"
