@@ -207,31 +207,40 @@ def guarded_trainer(
         LensNetViolation: The violations of the contract. The log is named on an exception; without
             a log the last calls are written to ``trainer.args.output_dir``.
     """
-    if target is None:
-        if policy is not None:
-            raise TypeError(
-                "guarded_trainer: a policy is given, and no attribute that it is for; name the one "
-                'that holds the module, guarded_trainer(trainer, "ref_model", policy=...)'
-            )
-        target = dict[str, CallPolicy | None](contracts_of(trainer))
-    watch = watches_for(contracts_for(target, policy, mode, log), trainer)
-    preset = preset_of(trainer)
+    found = _found(trainer, policy) if target is None else target
+    watch = watches_for(contracts_for(found, policy, mode, log), trainer)
     try:
-        guard = watch.open()
-        kind = UpdatesCallback if preset is not None and preset.own_loop else LensNetGuardCallback
-        callback = kind(guard, watch=watch)
-        callback.guards = watch.guards
-        trainer.add_callback(callback)
-        with ExitStack() as added:
-            added.callback(trainer.remove_callback, callback)
-            if preset is not None:
-                opens = {by: partial(watch.window, name) for name, by in preset.windows.items()}
-                added.enter_context(around(trainer, opens))
-                frees = dict.fromkeys(preset.evaluates, callback.evaluation)
-                added.enter_context(around(trainer, frees))
+        with _told(trainer, watch, watch.open()) as callback:
             yield callback
     except BaseException as error:
         watch.leave_evidence(error, trainer.args.output_dir)
         watch.close(error)
         raise
     watch.close()
+
+
+def _found(trainer: Trainer, policy: CallPolicy | None) -> dict[str, CallPolicy | None]:
+    """Return what a trainer holds, with the contract of its preset."""
+    if policy is not None:
+        raise TypeError(
+            "guarded_trainer: a policy is given, and no attribute that it is for; name the one "
+            'that holds the module, guarded_trainer(trainer, "ref_model", policy=...)'
+        )
+    return {**contracts_of(trainer)}
+
+
+@contextmanager
+def _told(trainer: Trainer, watch: Watches, guard: Guard) -> Iterator[LensNetGuardCallback]:
+    """Have a trainer tell a callback of its micro-steps and windows, while the block is open."""
+    preset = preset_of(trainer)
+    kind = UpdatesCallback if preset is not None and preset.own_loop else LensNetGuardCallback
+    callback = kind(guard, watch=watch)
+    callback.guards = watch.guards
+    trainer.add_callback(callback)
+    with ExitStack() as added:
+        added.callback(trainer.remove_callback, callback)
+        if preset is not None:
+            opens = {by: partial(watch.window, name) for name, by in preset.windows.items()}
+            frees = dict.fromkeys(preset.evaluates, callback.evaluation)
+            added.enter_context(around(trainer, {**opens, **frees}))
+        yield callback
