@@ -1,10 +1,12 @@
-"""A pytest plugin that guards what TRL's trainers train against; `trl_suite.py` puts it in.
+"""A pytest plugin that runs TRL's tests with and without a guard; `trl_suite.py` puts it in.
 
-Example: PYTHONPATH=benchmarks pytest -p trl_guard_plugin --trl-guard enforce --trl-results FILE ...
+Example: PYTHONPATH=benchmarks pytest -p trl_guard_plugin --trl-results FILE tests/...
 
-Every ``train`` of a trainer runs inside `guarded_trainer`, in the mode that is asked for. The file
-gets a JSON line a test: its outcome, the first line of its error and whether that is the guard's,
-and of every ``train`` what was guarded, the verdict and the losses that were logged.
+Each test that trains is run three times in a row: as it is, and with each trainer's ``train``
+inside ``guarded_trainer(trainer)``, in enforce and in observe mode. The guarded ones are left out
+where nothing was trained that has a contract. The file gets a JSON line for each run: its outcome,
+the first line of its error and whether that is the guard's, and of each ``train`` what was guarded,
+the verdict and what was logged. Runs that the file has already are not made again.
 """
 
 import functools
@@ -20,9 +22,11 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
+from lensnet_guard.integrations import NoContract
 from lensnet_guard.integrations.transformers import guarded_trainer
 
-TIMES = re.compile(r"time|per_second|flos|tps")  # logged, and never the same twice
+MODES = ("none", "enforce", "observe")
+TIMES = re.compile(r"time|per_second|flos")  # logged, and never the same twice
 
 
 @dataclass
@@ -31,13 +35,15 @@ class Training:
 
     Attributes:
         trainer: Its class.
-        guarded: What was guarded: the attributes of the trainer that hold the modules.
-        verdict: Of those modules, line by line; empty where nothing was.
-        violations: How many, in observe mode.
-        logged: Losses and metrics as the trainer logged them, without times.
+        nothing: Why nothing was guarded; empty where something was, or would have been.
+        guarded: What was, by the trainer's attributes that hold the modules.
+        verdict: Of those modules, line by line.
+        violations: How many there were.
+        logged: Losses and metrics, as the trainer logged them, without times.
     """
 
     trainer: str
+    nothing: str = ""
     guarded: list[str] = field(default_factory=list)
     verdict: list[str] = field(default_factory=list)
     violations: int = 0
@@ -45,10 +51,11 @@ class Training:
 
 
 @dataclass
-class Test:
-    """One test; its outcome is that of its set-up, its call and what follows, the worst of them."""
+class Run:
+    """A test in one mode; its outcome is the worst of set-up, call and what follows."""
 
     name: str
+    mode: str
     outcome: str = "passed"
     error: str = ""
     ours: bool = False
@@ -57,106 +64,151 @@ class Test:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("TRL under a guard")
-    group.addoption("--trl-guard", choices=("none", "enforce", "observe"), default="none")
-    group.addoption("--trl-results", type=Path, required=True)
+    parser.addoption("--trl-results", type=Path, required=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(
-        Session(config.getoption("--trl-guard"), config.getoption("--trl-results"))
-    )
+    config.pluginmanager.register(Session(config.getoption("--trl-results")))
+
+
+@pytest.fixture(autouse=True)
+def trl_guard(request: pytest.FixtureRequest) -> Any:
+    """The mode, as a parameter of each test."""
+    return request.param
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("trl_guard", MODES, indirect=True)
 
 
 class Session:
-    """Guards the trainers and writes what comes of it."""
+    """Chooses the tests, guards the trainers, and writes what comes of it."""
 
-    def __init__(self, mode: str, results: Path) -> None:
-        self.mode = mode
+    def __init__(self, results: Path) -> None:
         self.results = results
-        self.tests: dict[str, Test] = {}
-        self.running = Test("")
-        self.depth = 0
+        self.running = Run("", "none")
+        self.written: set[tuple[str, str]] = set()
+        self.nothing: set[str] = set()  # tests that train nothing with a contract
+        if results.exists():
+            for line in results.read_text().splitlines():
+                self.note(Run(**json.loads(line)))
+
+    def note(self, run: Run) -> None:
+        self.written.add((run.name, run.mode))
+        if run.mode == "none" and all(dict_of(one)["nothing"] for one in run.trainings):
+            self.nothing.add(run.name)
 
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        """Leave what trains, and has not been run yet when the file holds results already."""
-        done = set()
-        if self.results.exists():
-            done = {json.loads(line)["name"] for line in self.results.read_text().splitlines()}
-        chosen = [item for item in items if item.nodeid not in done and trains(item)]
+        chosen = [item for item in items if trains(item) and name_of(item) not in self.written]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
 
     def pytest_collection_finish(self) -> None:
         """Wrap ``train`` of every trainer that the tests have imported, and train on the CPU."""
-        from trl.trainer import base_config
+        from trl.trainer.base_config import _BaseConfig
 
-        asked = base_config._BaseConfig.__post_init__
+        asked = _BaseConfig.__post_init__
 
         def on_cpu(arguments: Any) -> None:
-            arguments.use_cpu = True  # as TRL's own conftest does since 1.10
+            arguments.use_cpu = True  # as TRL's own conftest does, after 1.9
             asked(arguments)
 
-        base_config._BaseConfig.__post_init__ = on_cpu
+        _BaseConfig.__post_init__ = on_cpu
         for owner in every(Trainer):
             if "train" in vars(owner):
                 owner.train = self.wrapped(owner.train)
 
     def wrapped(self, train: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(train)
-        def guarded(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-            if self.depth:  # a trainer's own train calls that of its base
+        def recorded(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+            if getattr(trainer, "_trl_suite", False):  # some call train of the class below
                 return train(trainer, *args, **kwargs)
+            trainer._trl_suite = True
             training = Training(type(trainer).__name__)
             self.running.trainings.append(training)
-            self.depth += 1
             try:
-                with ExitStack() as stack:
-                    callback = self.guard(trainer, stack) if self.mode != "none" else None
-                    try:
-                        return train(trainer, *args, **kwargs)
-                    finally:
-                        if callback is not None:
-                            training.guarded = list(callback.guards)
-                            training.verdict = str(callback.verdict).splitlines()
-                            training.violations = sum(
-                                guard.violation_count for guard in callback.guards.values()
-                            )
+                if self.running.mode != "none":
+                    return guarded(trainer, training, self.running.mode, train, *args, **kwargs)
+                try:
+                    return train(trainer, *args, **kwargs)
+                finally:
+                    training.nothing = nothing_in(trainer)
             finally:
-                self.depth -= 1
-                training.logged = losses(trainer)
+                trainer._trl_suite = False
+                training.logged = logged_by(trainer)
 
-        return guarded
+        return recorded
 
-    def guard(self, trainer: Trainer, stack: ExitStack) -> Any:
-        raise NotImplementedError
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self.running = Run(*name_of(item))
+        if self.running.mode != "none" and self.running.name in self.nothing:
+            pytest.skip("nothing to guard")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Iterator[None]:
         report = yield
-        test = self.tests.setdefault(item.nodeid, Test(item.nodeid))
-        test.seconds += call.duration
-        if report.failed or (report.skipped and test.outcome == "passed"):
-            test.outcome = report.outcome
-        if report.failed and call.excinfo is not None and not test.error:
-            test.error = call.excinfo.exconly().partition("\n")[0]
-            test.ours = is_ours(call.excinfo.value)
+        run = self.running
+        run.seconds += call.duration
+        if report.failed or (report.skipped and run.outcome == "passed"):
+            run.outcome = report.outcome
+        if report.failed and call.excinfo is not None and not run.error:
+            run.error = call.excinfo.exconly().partition("\n")[0]
+            run.ours = is_ours(call.excinfo.value)
         return report
 
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        self.running = self.tests.setdefault(item.nodeid, Test(item.nodeid))
+    def pytest_runtest_logfinish(self) -> None:
+        if self.running.mode == "none" or self.running.name not in self.nothing:
+            self.note(self.running)
+            with self.results.open("a") as file:
+                file.write(json.dumps(asdict(self.running)) + "\n")
 
-    def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        with self.results.open("a") as file:
-            file.write(json.dumps(asdict(self.tests[nodeid])) + "\n")
+
+def guarded(
+    trainer: Trainer, training: Training, mode: Any, train: Callable[..., Any], *args: Any, **kw: Any
+) -> Any:
+    """Train under a guard, where there is a contract."""
+    with ExitStack() as stack:
+        try:
+            callback = stack.enter_context(guarded_trainer(trainer, mode=mode))
+        except NoContract as why:
+            training.nothing = str(why).partition("\n")[0]
+            return train(trainer, *args, **kw)
+        training.guarded = list(callback.guards)
+        try:
+            return train(trainer, *args, **kw)
+        finally:
+            training.verdict = str(callback.verdict).splitlines()
+            training.violations = sum(one.violation_count for one in callback.guards.values())
+
+
+def nothing_in(trainer: Trainer) -> str:
+    """Why there is nothing to guard; empty where there is, or where the guard itself fails."""
+    try:
+        with guarded_trainer(trainer, mode="off"):
+            return ""
+    except NoContract as why:
+        return str(why).partition("\n")[0]
+    except Exception:
+        return ""
 
 
 def trains(item: pytest.Item) -> bool:
     return ".train(" in inspect.getsource(item.function)
+
+
+def name_of(item: pytest.Item) -> tuple[str, str]:
+    """A test's name as TRL has it, and its mode."""
+    mode = item.callspec.params["trl_guard"]
+    return item.nodeid.replace(f"[{mode}]", "").replace(f"-{mode}]", "]"), mode
+
+
+def dict_of(training: Any) -> dict[str, Any]:
+    return training if isinstance(training, dict) else asdict(training)
 
 
 def every(owner: type) -> list[type]:
@@ -168,7 +220,7 @@ def every(owner: type) -> list[type]:
 
 
 def is_ours(error: BaseException | None) -> bool:
-    """Whether it was the guard that raised, or what the error came from."""
+    """Whether it was the guard that raised, or raised what the error came from."""
     while error is not None:
         if type(error).__module__.startswith("lensnet_guard"):
             return True
@@ -176,7 +228,7 @@ def is_ours(error: BaseException | None) -> bool:
     return False
 
 
-def losses(trainer: Trainer) -> str:
+def logged_by(trainer: Trainer) -> str:
     history = [
         {key: value for key, value in entry.items() if not TIMES.search(key)}
         for entry in trainer.state.log_history
