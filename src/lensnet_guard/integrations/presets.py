@@ -271,14 +271,14 @@ PRESETS: Mapping[str, Preset] = {
     "trl.experimental.online_dpo.online_dpo_trainer:OnlineDPOTrainer": Preset(
         "trl 1.16.0",
         (
-            Held("ref_model", (Pass("reference", "training_step"),), _STILL),
+            Held("ref_model", (Pass("reference", "_forward"),), _STILL),
             Held("reward_funcs", (Pass("reward", "_calculate_rewards_from_functions"),), _STILL),
             Held(
                 "model",
                 (
                     Pass("generation", "_generate"),
-                    Pass("reference", "training_step", when=as_reference, requires=(no_grad,)),
-                    Pass("policy", "training_step", when=as_policy),
+                    Pass("reference", "_forward", when=as_reference, requires=(no_grad,)),
+                    Pass("policy", "_forward", when=as_policy),
                 ),
                 given=_adapters_are_the_difference,
                 methods=("generate",),

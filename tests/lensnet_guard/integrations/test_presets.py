@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,9 @@ pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),  # TRL's own
 ]
+
+
+ROOT = Path(__file__).parents[3]
 
 
 class Mine(trl.DPOTrainer):
@@ -110,6 +114,17 @@ class TestContracts:
         )
         with pytest.raises(NoContract, match=f"^{re.escape(message)}"):
             contracts_of(trainer)
+
+
+def test_the_page_has_a_row_of_each():
+    """With what it holds, and the version that it was read from."""
+    rows = (ROOT / "docs" / "trl.md").read_text().split("\n| `")[1:]
+    page = {row.partition("`")[0]: row for row in rows}
+    assert {name.rpartition(":")[2] for name in PRESETS} == page.keys()
+    for name, preset in PRESETS.items():
+        row = page[name.rpartition(":")[2]]
+        assert preset.read_from in row
+        assert all(f"`{held.place}`" in row for held in preset.held)
 
 
 class TestUnknown:
