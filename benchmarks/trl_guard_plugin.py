@@ -169,7 +169,12 @@ class Session:
 
 
 def guarded(
-    trainer: Trainer, training: Training, mode: Any, train: Callable[..., Any], *args: Any, **kw: Any
+    trainer: Trainer,
+    training: Training,
+    mode: Any,
+    train: Callable[..., Any],
+    *args: Any,
+    **kw: Any,
 ) -> Any:
     """Train under a guard, where there is a contract."""
     with ExitStack() as stack:

@@ -31,7 +31,9 @@ OURS = "trl-internal-testing/"
 REVISION = "0" * 40
 DATA_SCRIPTS = "generate_*_dataset.py"
 MODEL_SCRIPTS = "generate_tiny_models/for_*/*.py"
-SPECIAL = re.compile(r"<\|[\w ]+\|>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn)>")
+SPECIAL = re.compile(
+    r"<\|[\w ]+\|>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn)>"
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ ORIGINALS = (
     Original("openai/gpt-oss", "gpt_oss", "gptoss", eos="<|return|>", pad="<|endoftext|>"),
     Original("microsoft/Phi-3.5", "phi3", "phi3_5", eos="<|end|>", pad="<|endoftext|>"),
     Original("microsoft/Phi-3", "phi3", "phi3", eos="<|end|>", pad="<|endoftext|>"),
-    Original("deepseek-ai", "deepseek_v3", "deepseekv3", eos="<|end|>", pad="<|pad|>", bos="<|bos|>"),
+    Original(
+        "deepseek-ai", "deepseek_v3", "deepseekv3", eos="<|end|>", pad="<|pad|>", bos="<|bos|>"
+    ),
     Original("CohereLabs/tiny-aya", "cohere2", "cohere2", eos="<|END_OF_TURN_TOKEN|>", pad="<PAD>"),
     Original("CohereLabs/aya", "cohere", "cohere", eos="<|END_OF_TURN_TOKEN|>", pad="<PAD>"),
     Original("LiquidAI/LFM2.5", "lfm2", "lfm2_2_5", eos="<|im_end|>", pad="<|pad|>"),
@@ -324,7 +328,9 @@ def main() -> None:
     arguments = parser.parse_args()
     checkout, folder = arguments.checkout.resolve(), arguments.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
-    os.environ.update(HF_HOME=str(folder), HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    os.environ.update(
+        HF_HOME=str(folder), HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+    )
     sys.path.insert(0, str(checkout))  # for its folder of scripts
 
     def say(text: str) -> None:

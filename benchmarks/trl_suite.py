@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "compatibility.md"
+PAGE = HERE.parent / "docs" / "trl.md"
 BEGIN, END = "<!-- TRL's tests: benchmarks/trl_suite.py -->", "<!-- end of TRL's tests -->"
 LIBRARIES = ("trl", "transformers", "peft", "accelerate", "torch")
 FIRST = ("dpo", "kto", "gkd", "ppo", "grpo", "rloo", "online_dpo", "reward")  # with a contract

@@ -87,7 +87,7 @@ class TestComparing:
 class TestPage:
     def test_has_both_markers(self, suite: ModuleType) -> None:
         """That a run of hours does not end in an error."""
-        page = (ROOT / "docs" / "compatibility.md").read_text()
+        page = (ROOT / "docs" / "trl.md").read_text()
         assert page.index(suite.BEGIN) < page.index(suite.END)
 
     def test_between_them(self, suite: ModuleType) -> None:
