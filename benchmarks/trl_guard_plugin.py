@@ -13,6 +13,7 @@ import functools
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -91,19 +92,19 @@ class Session:
         self.nothing: set[str] = set()  # tests that train nothing with a contract
         if results.exists():
             for line in results.read_text().splitlines():
-                self.note(Run(**json.loads(line)))
+                self.note(json.loads(line))
 
-    def note(self, run: Run) -> None:
-        self.written.add((run.name, run.mode))
-        if run.mode == "none" and all(dict_of(one)["nothing"] for one in run.trainings):
-            self.nothing.add(run.name)
+    def note(self, row: dict[str, Any]) -> None:
+        self.written.add((row["name"], row["mode"]))
+        if row["mode"] == "none" and all(one["nothing"] for one in row["trainings"]):
+            self.nothing.add(row["name"])
 
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         chosen = [item for item in items if trains(item) and name_of(item) not in self.written]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+        items[:] = in_turns(chosen)
 
     def pytest_collection_finish(self) -> None:
         """Wrap ``train`` of every trainer that the tests have imported, and train on the CPU."""
@@ -163,9 +164,10 @@ class Session:
 
     def pytest_runtest_logfinish(self) -> None:
         if self.running.mode == "none" or self.running.name not in self.nothing:
-            self.note(self.running)
+            row = asdict(self.running)
+            self.note(row)
             with self.results.open("a") as file:
-                file.write(json.dumps(asdict(self.running)) + "\n")
+                file.write(json.dumps(row) + "\n")
 
 
 def guarded(
@@ -212,8 +214,25 @@ def name_of(item: pytest.Item) -> tuple[str, str]:
     return item.nodeid.replace(f"[{mode}]", "").replace(f"-{mode}]", "]"), mode
 
 
-def dict_of(training: Any) -> dict[str, Any]:
-    return training if isinstance(training, dict) else asdict(training)
+def in_turns(items: list[pytest.Item]) -> list[pytest.Item]:
+    """All files take turns, each function's first parameters before its others.
+
+    So a run that is stopped has seen every trainer, and as many of its settings as it could. The
+    modes of a test stay together.
+    """
+    of_function: Counter[str] = Counter()
+    of_file: Counter[tuple[int, str]] = Counter()
+    turns: dict[str, tuple[int, int]] = {}
+    for item in items:
+        name, _ = name_of(item)
+        if name not in turns:
+            function = name.partition("[")[0]
+            nth = of_function[function]
+            of_function[function] += 1
+            file = (nth, name.partition("::")[0])
+            turns[name] = (nth, of_file[file])
+            of_file[file] += 1
+    return sorted(items, key=lambda item: turns[name_of(item)[0]])
 
 
 def every(owner: type) -> list[type]:

@@ -127,3 +127,17 @@ class TestPlugin:
                 log_history = [{"loss": 0.5, "train_runtime": 3.1, "step_time": 2.0}]  # noqa: RUF012
 
         assert plugin.logged_by(Trained()) == '[{"loss": 0.5}]'
+
+    def test_files_take_turns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """First parameters before others, and the modes of a test together."""
+        plugin = script("trl_guard_plugin", monkeypatch)
+
+        class Item:
+            def __init__(self, name: str, mode: str) -> None:
+                self.nodeid, self.callspec = name, self
+                self.params = {"trl_guard": mode}
+
+        tests = ["a::x[1-none]", "a::x[1-observe]", "a::x[2-none]", "a::y[none]", "b::z[none]"]
+        items = [Item(name, name.rpartition("[")[2].rpartition("-")[2][:-1]) for name in tests]
+        found = [item.nodeid for item in plugin.in_turns(items)]
+        assert found == [tests[0], tests[1], tests[4], tests[3], tests[2]]
