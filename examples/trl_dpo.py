@@ -1,8 +1,8 @@
 """TRL's DPO trainer under the contract that it keeps, with nothing named.
 
-A small random model and its tokenizer are made here, so that nothing is downloaded. Run me, and then
-with --break-it, where a metric asks the reference model a second time in each micro-batch: a third
-more time per step, and nothing in the loss curve shows it.
+A small random model and its tokenizer are made here, so that nothing is downloaded. Run me, and
+then with --break-it, where a metric asks the reference model a second time in each micro-batch: a
+quarter more time per step, and nothing in the loss curve shows it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from lensnet_guard import LensNetViolation
 from lensnet_guard.integrations.transformers import guarded_trainer
 
-WORDS = "[PAD] [EOS] what is the capital of france ? paris rome".split()
+WORDS = ["[PAD]", "[EOS]", "what", "is", "the", "capital", "of", "france", "?", "paris", "rome"]
 
 
 class MeasuredTrainer(DPOTrainer):

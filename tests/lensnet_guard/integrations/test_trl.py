@@ -15,7 +15,7 @@ from tests.lensnet_guard.integrations.trl_kit import losses
 from lensnet_guard.integrations.transformers import guarded_trainer
 
 pytestmark = [
-    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.usefixtures("still_heap", "fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),  # TRL's own
 ]
 
@@ -49,6 +49,17 @@ CASES = [
     ("gkd", {"seq_kd": True, "lmbda": 0.0, **STEPWISE}, {"teacher_model": 6}),
     ("gkd", {"seq_kd": False, "lmbda": 1.0, **OFTEN}, {"teacher_model": 16}),
     ("distillation", {"gradient_accumulation_steps": 4}, {"teacher_model": 12}),
+    ("reward", {"gradient_accumulation_steps": 4, **STEPWISE}, {"model": 12}),
+    ("reward", {"gradient_checkpointing": True, **REENTRANT}, {"model": 3}),
+    ("dpo", {"peft": True, "gradient_accumulation_steps": 4, **STEPWISE}, {"model": 24}),
+    ("dpo", {"peft": True, "gradient_checkpointing": True}, {"model": 6}),
+    ("dpo", {"peft": True, "gradient_checkpointing": True, **REENTRANT}, {"model": 6}),
+    ("dpo", {"reference": False, "precompute_ref_log_probs": True}, {"model": 3}),
+    ("kto", {"peft": True}, {"model": 12}),
+    ("grpo", {"peft": True, **OFTEN, "num_iterations": 2}, {"reward_funcs.0": 2, "model": 34}),
+    ("grpo", {"judge": False, "beta": 0.0}, {"model": 6}),
+    ("rloo", {"peft": True, **STEPWISE}, {"reward_funcs.0": 3, "model": 12}),
+    ("online_dpo", {"peft": True}, {"reward_funcs.0": 3, "model": 9}),
     ("distillation", {"gradient_checkpointing": True, **REENTRANT}, {"teacher_model": 3}),
 ]
 
@@ -82,6 +93,16 @@ def held(trainer):
     """Every module that a trainer holds."""
     values = [*vars(trainer).values(), *getattr(trainer, "reward_funcs", [])]
     return [value for value in values if isinstance(value, nn.Module)]
+
+
+def test_an_adapter_that_was_there_before(make):
+    """TRL loads a copy of it by the name "ref", which is the reference."""
+    trainers = [make("dpo", tuned=True) for _ in range(2)]
+    assert set(trainers[0].model.peft_config) == {"default", "ref"}
+    trainers[0].train()
+    verdict = trained(trainers[1])["model"]
+    assert losses(trainers[1]) == losses(trainers[0])
+    assert verdict.calls == {"reference": 3, "policy": 3}
 
 
 def test_a_teacher_that_writes_by_lot(make):

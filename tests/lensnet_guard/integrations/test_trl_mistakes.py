@@ -3,8 +3,11 @@
 Each is what somebody writes into a trainer of their own, and is named at its line.
 """
 
+import importlib
 import linecache
+import math
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,13 +17,14 @@ from lensnet_guard import BudgetExceeded, BudgetUnmet, ConditionUnmet, Unsanctio
 pytest.importorskip("trl", reason="TRL comes with the extra trl")
 
 import trl
+from tests.lensnet_guard.integrations.trl_kit import losses
 from transformers import TrainerCallback
 
 from lensnet_guard.integrations import NothingChecked
 from lensnet_guard.integrations.transformers import guarded_trainer
 
 pytestmark = [
-    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.usefixtures("still_heap", "fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),  # TRL's own
 ]
 
@@ -153,6 +157,10 @@ def trains(module):
     module.train()
 
 
+def puts_off(model):
+    model.base_model.disable_adapter_layers()
+
+
 PLACES = [
     ("dpo", "ref_model"),
     ("kto", "ref_model"),
@@ -198,6 +206,30 @@ def test_a_reference_with_gradients(make):
     assert type(error) is ConditionUnmet
     assert "no_grad" in str(error)
     assert "# PLANTED" in line_of(error)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_reference_that_is_the_policy(make, monkeypatch, kind):
+    """Nobody has put the adapters off: the loss is that of two equal models, for ever."""
+    module = importlib.import_module(f"trl.trainer.{kind}_trainer")
+    monkeypatch.setattr(module, "use_adapter", lambda *_, **__: nullcontext())
+    bare = make(kind, peft=True)
+    bare.train()
+    if kind == "dpo":
+        assert losses(bare) == pytest.approx([math.log(2)] * 3, abs=1e-6)
+    error = refused(make(kind, peft=True))
+    assert type(error) is BudgetExceeded
+    assert "model was called in training more often than its budget allows" in str(error)
+    assert "log_probs" in line_of(error) or "ref_outputs" in line_of(error)
+
+
+def test_a_policy_without_its_adapters(make):
+    """Somebody has left them off: it would be trained against itself."""
+    trainer = make("dpo", peft=True)
+    trainer.add_callback(Disturbs(trainer.model, puts_off))
+    error = refused(trainer)
+    assert type(error) is ConditionUnmet  # as the reference, which is run without gradients
+    assert "no_grad" in str(error)
 
 
 def test_a_training_of_no_step(make):

@@ -34,16 +34,17 @@ def told(trl_models, tmp_path_factory):
 def test_each_rank_logs_what_it_logs_without_a_guard(told):
     """The losses are gathered from both; the first rank alone logs them."""
     ranks, _, _ = told
-    for kind in ("dpo", "grpo"):
+    for kind in ("dpo", "grpo", "tuned"):
         assert ranks[0][kind]["guarded"] == ranks[0][kind]["bare"]
         assert len(ranks[0][kind]["bare"]) == 3
 
 
 def test_each_rank_has_kept_the_contract(told):
-    """Each calls its own reference, once for each of its own micro-batches."""
+    """Each calls its own reference, or its model through DDP, for each of its own micro-batches."""
     ranks, _, _ = told
     for rank in ranks:
         assert rank["dpo"]["calls"] == {"ref_model": 12}
+        assert rank["tuned"]["calls"] == {"model": 6}
         assert rank["grpo"]["calls"] == {"ref_model": 4, "reward_funcs.0": 2}
 
 
@@ -54,3 +55,4 @@ def test_each_rank_has_a_log_and_one_a_word(told):
         names = sorted(path.name for path in (output / kind).iterdir())
         assert names == ["lensnet.rank0.jsonl", "lensnet.rank1.jsonl"]
     assert printed.count("lensnet_guard: ref_model:") == 2
+    assert printed.count("lensnet_guard: model:") == 1

@@ -9,7 +9,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 import trl
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -100,16 +100,18 @@ class Kit:
         Args:
             kind: One of this class's methods below.
             cls: A class that is derived from the library's.
-            options: Of its configuration; ``peft=True`` for adapters in place of a reference.
+            options: Of its configuration; ``peft=True`` for new adapters in place of a reference,
+                ``tuned=True`` for some that were there before.
         """
         torch.manual_seed(0)
         random.seed(0)
         return getattr(self, kind)(cls, **options)
 
-    def dpo(self, cls, *, peft=False, reference=True, **options):
-        reference = self.model("reference") if reference and not peft else None
+    def dpo(self, cls, *, peft=False, tuned=False, reference=True, **options):
+        reference = self.model("reference") if reference and not peft and not tuned else None
+        model = get_peft_model(self.model(), adapters()) if tuned else self.model()
         return self._made(cls or trl.DPOTrainer, trl.DPOConfig, preferences, peft, options)(
-            self.model(), reference
+            model, reference
         )
 
     def kto(self, cls, *, peft=False, **options):

@@ -36,6 +36,7 @@ if __name__ == "__main__":
     kit = Kit(models, output)
     told = {
         "dpo": said(kit, "dpo", {"gradient_accumulation_steps": 4}),
+        "tuned": said(kit, "dpo", {"peft": True}),
         "grpo": said(kit, "grpo", {"num_iterations": 2, "gradient_accumulation_steps": 2}),
     }
     (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(told))
