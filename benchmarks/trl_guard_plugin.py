@@ -78,6 +78,7 @@ def trl_guard(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+@pytest.hookimpl(tryfirst=True)  # the mode is the first of a test's parameters
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("trl_guard", MODES, indirect=True)
 
@@ -211,7 +212,9 @@ def trains(item: pytest.Item) -> bool:
 def name_of(item: pytest.Item) -> tuple[str, str]:
     """A test's name as TRL has it, and its mode."""
     mode = item.callspec.params["trl_guard"]
-    return item.nodeid.replace(f"[{mode}]", "").replace(f"-{mode}]", "]"), mode
+    function, _, parameters = item.nodeid.partition("[")
+    own = parameters.removeprefix(mode).removeprefix("-")
+    return function if own == "]" else f"{function}[{own}", mode
 
 
 def in_turns(items: list[pytest.Item]) -> list[pytest.Item]:

@@ -137,7 +137,14 @@ class TestPlugin:
                 self.nodeid, self.callspec = name, self
                 self.params = {"trl_guard": mode}
 
-        tests = ["a::x[1-none]", "a::x[1-observe]", "a::x[2-none]", "a::y[none]", "b::z[none]"]
-        items = [Item(name, name.rpartition("[")[2].rpartition("-")[2][:-1]) for name in tests]
-        found = [item.nodeid for item in plugin.in_turns(items)]
-        assert found == [tests[0], tests[1], tests[4], tests[3], tests[2]]
+        tests = {"a::x[none-none]": "none", "a::x[none-2]": "none", "a::x[observe-none]": "observe"}
+        tests |= {"a::y[none]": "none", "b::z[none]": "none"}
+        items = [Item(name, mode) for name, mode in tests.items()]
+        found = [plugin.name_of(item) for item in plugin.in_turns(items)]
+        assert found == [
+            ("a::x[none]", "none"),
+            ("a::x[none]", "observe"),
+            ("b::z", "none"),
+            ("a::y", "none"),
+            ("a::x[2]", "none"),
+        ]
