@@ -220,8 +220,6 @@ def _works_in_layer(layer: Any, rows: list[str] | None) -> _Works:
 
 def _rows_of(layer: nn.Module, rows: list[str] | None) -> list[str] | None:
     """Return the adapter of each row as a layer is given them; None where it is not."""
-    if not hasattr(type(layer), "_mixed_batch_forward"):
-        return None
     for hook in layer._forward_pre_hooks.values():  # noqa: SLF001  # in a call of the PeftModel around
         if isinstance(hook, partial) and "adapter_names" in hook.keywords:
             rows = hook.keywords["adapter_names"]

@@ -8,6 +8,7 @@ import torch
 from packaging.version import Version
 from tests.lensnet_guard.adapted import IDS, lora, make_model, peft
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lensnet_guard import BypassedGuard, CallPolicy, adapters_off, guard_module
 from lensnet_guard.boundary.peft_models import prompts_of, unloading_methods, whole_methods
@@ -81,6 +82,23 @@ class TestGenerate:
         with guard.context("inference"):
             generate(guard.module)
         assert [call.method for call in guard.calls] == ["generate"]
+
+    def test_opens_no_way_for_checkpoints(self, lora_model):
+        """A method that the policy counts may hide what is recomputed; this one hides nothing."""
+        guard = guard_module(lora_model)
+        runs = []
+
+        def only_when_recomputed(x):
+            if runs:
+                lora_model(IDS)
+            runs.append(1)
+            return x.sin()
+
+        out = checkpoint(
+            only_when_recomputed, torch.ones(2, requires_grad=True), use_reentrant=True
+        )
+        with pytest.raises(BypassedGuard), guard.context("inference"):
+            out.sum().backward()
 
     def test_of_a_model_of_transformers(self):
         """Runs the model itself: each forward is a call, as without adapters."""
@@ -167,6 +185,14 @@ class TestUnloaded:
         merged.lm_head(torch.ones(1, 8))
         merged.model.layers[0].self_attn.q_proj(torch.ones(1, 8))
         assert guard.violations == ()
+
+    def test_forwards_of_its_parts(self, lora_model):
+        """What somebody has put there stands there as it was put."""
+        norm = lora_model.get_base_model().model.norm
+        norm.forward = own = torch.nn.Identity().forward
+        guard = guard_module(lora_model)
+        merged = guard.module.unload()
+        assert merged.model.norm.__dict__["forward"] is own
 
     def test_what_it_was_a_part_of(self, lora_model):
         """Is guarded as before, and has no adapters any more."""

@@ -316,16 +316,22 @@ class TestRows:
 
     BASE, OWN, MIXED = ["__base__"] * 2, ["default"] * 2, ["__base__", "default"]
 
-    def test_all_without(self, lora_model):
+    @pytest.mark.parametrize(
+        "beside",
+        [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [2]}],
+        ids=["alone", "a whole module", "tokens"],
+    )
+    def test_all_without(self, beside):
         """The call is one of the base model, in PEFT and for the conditions."""
-        lora_model.eval()
+        if "trainable_token_indices" in beside and Version(peft.__version__) < Version("0.18"):
+            pytest.skip(f"PEFT {peft.__version__} has no tokens for this transformers")
+        model = peft.get_peft_model(make_model(), lora(**beside)).eval()
         expected = make_model()(IDS).logits
-        assert torch.equal(lora_model(input_ids=IDS, adapter_names=self.BASE).logits, expected)
-        assert holds(lora_model, adapters_off, adapter_names=self.BASE)
-        assert refusal(lora_model, adapters_on, adapter_names=self.BASE) == (
-            f"the adapter of {PEFT_LAYER.format(0)} (Linear) is off, as 2 of 2 are; leave "
-            "disable_adapter(), or name an adapter for each row."
-        )
+        assert torch.equal(model(input_ids=IDS, adapter_names=self.BASE).logits, expected)
+        assert holds(model, adapters_off, adapter_names=self.BASE)
+        found = refusal(model, adapters_on, adapter_names=self.BASE)
+        assert " is off" in found
+        assert found.endswith("leave disable_adapter(), or name an adapter for each row.")
 
     def test_all_with(self, lora_model):
         """As without names."""
@@ -358,13 +364,12 @@ class TestRows:
 
     def test_of_adapters_that_have_no_rows(self):
         """PEFT takes the names, and runs the adapter for every row all the same."""
-        model = peft.get_peft_model(
-            make_model(),
-            peft.IA3Config(
-                target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM"
-            ),
-        ).eval()
-        assert " is on" in refusal(model, adapters_off, adapter_names=self.BASE)
+        config = peft.IA3Config(
+            target_modules=["q_proj"], feedforward_modules=[], modules_to_save=["lm_head"]
+        )
+        model = peft.get_peft_model(make_model(), config).eval()
+        found = refusal(model, adapters_off, adapter_names=self.BASE)
+        assert " is on, as 3 of 3 are; make" in found
         assert holds(model, adapters_on, adapter_names=self.BASE)
 
     def test_and_disabled(self, lora_model):
