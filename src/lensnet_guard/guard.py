@@ -77,7 +77,7 @@ class Guard(Generic[M]):
             )
             tell_untested([*_torch_checkpoints.losses(), *_torch_internals.losses()])
             admission, tell = self._admission, teller() if mode == "observe" else None
-            names = policy.shared_submodules, policy.methods
+            names = policy.shared_submodules, admission.doors.methods
             self._tripwire = Tripwire(
                 module, self, admission.inside, admission.run_behind, *names, tell
             )
