@@ -160,8 +160,8 @@ class TestTold:
         (warning,) = (one for one in caught if one.category is RuntimeWarning)
         assert str(warning.message) == (
             "lensnet_guard: Block is guarded by lensnet_guard and cannot be scripted: TorchScript "
-            "would run it unguarded. Script it before it is guarded, or not at all. In observe mode "
-            "it is let through"
+            "would run it unguarded. Script it before it is guarded, or not at all. In observe "
+            "mode it is let through"
         )
 
     def test_a_forward_that_goes_on_after_it_has_returned(self):
