@@ -31,6 +31,7 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # or they starve where much else runs
         patch.delenv("RAY_ADDRESS", raising=False)
         try:
             ray.init(

@@ -4,13 +4,10 @@ What they train is in two_ranks.py: every wrapper, without checkpointing and wit
 guarded and not, with gradients gathered over two micro-steps.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.lensnet_guard.plumbing.processes import on_two_ranks
 from tests.lensnet_guard.plumbing.two_ranks import (
     ACCUMULATED,
     AROUND,
@@ -27,29 +24,11 @@ SCRIPT = Path(__file__).with_name("two_ranks.py")
 def ranks(tmp_path_factory):
     """What each rank saw, by wrapper and kind of checkpointing: (guarded, unguarded)."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = []
-    for rank in range(2):
-        env = {**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(SCRIPT), str(folder)]
-        with (folder / f"{rank}.err").open("w") as err:
-            processes.append(subprocess.Popen(command, env=env, stdout=err, stderr=err))
-    try:
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=300) == 0, (folder / f"{rank}.err").read_text()[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-    found = []
-    for rank in range(2):
-        results = json.loads((folder / f"{rank}.json").read_text())
-        found.append(
-            {
-                (name, kind): [results[f"{name}, {kind}, {on}"] for on in ("guarded", "plain")]
-                for name in (*WRAPPERS, *AROUND)
-                for kind in (None, False, True)
-            }
-        )
-    return found
+    keys = [(name, kind) for name in (*WRAPPERS, *AROUND) for kind in (None, False, True)]
+    return [
+        {key: [results[f"{key[0]}, {key[1]}, {on}"] for on in ("guarded", "plain")] for key in keys}
+        for results in on_two_ranks(SCRIPT, folder)
+    ]
 
 
 class TestTwoProcesses:
