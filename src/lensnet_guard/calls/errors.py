@@ -13,7 +13,7 @@ from lensnet_guard.calls.scope import MICRO_STEP, name_of
 
 if TYPE_CHECKING:
     from lensnet_guard.calls.policy import CallPolicy
-    from lensnet_guard.calls.record import CallRecord
+    from lensnet_guard.calls.record import CallRecord, Frame
     from lensnet_guard.calls.scope import Scope
 
 
@@ -185,9 +185,11 @@ def build_violation(
     stack = record.stack()
     first = stack.index(record.caller) if stack else 0
     if unmet := violation is BudgetUnmet:  # where it was noticed says little, least in a framework
-        own = (n for n, frame in enumerate(stack) if n >= first and not _is_installed(frame.file))
-        first = next(own, first)
-    for number, frame in enumerate(stack[first : first + (1 if unmet else 3)]):
+        first = _first_own(stack, first) or first
+    shown = stack[first : first + (1 if unmet else 3)]
+    if not unmet and (own := _first_own(stack, first) or 0) > first + 2:
+        shown[2] = stack[own]  # behind an engine that wraps the module, say
+    for number, frame in enumerate(shown):
         title = "ended at" if unmet else "called from"
         lines.append(_row(title if number == 0 else "", frame))
     where = str(record.context or "unset")
@@ -203,6 +205,12 @@ def build_violation(
         remedy = _INFERENCE_ONLY
     lines.append(_row("what to do", remedy))
     return violation("\n".join(lines), record, earlier)
+
+
+def _first_own(stack: "Sequence[Frame]", first: int) -> int | None:
+    """Return the number of the innermost frame that is no library's; None without one."""
+    own = (n for n, frame in enumerate(stack) if n >= first and not _is_installed(frame.file))
+    return next(own, None)
 
 
 def _is_installed(file: str) -> bool:

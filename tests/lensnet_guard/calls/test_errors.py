@@ -357,6 +357,23 @@ class TestMessages:
             guard.module(x)
         assert f"  called from  {HERE}:" in str(caught.value)
 
+    def test_a_call_through_three_frames_of_a_library_hid_the_line(self, guard, x):
+        """The engine around a module calls it, and who called the engine stands below."""
+        library = {}
+        path = "/env/site-packages/engine/wrapper.py"
+        code = "def three(f, x): return f(x)\ndef two(*a): return three(*a)\n"
+        code += "def run(*a): return two(*a)\n"
+        exec(compile(code, path, "exec"), library)
+        with pytest.raises(NoContext) as caught:
+            library["run"](guard.module, x)
+        rows = str(caught.value).splitlines()[1:4]
+        assert rows[:2] == [
+            f"  called from  {path}:1 in three",
+            f"               {path}:2 in two",
+        ]
+        assert f"{HERE.name}:" in rows[2]
+        assert rows[2].endswith("test_a_call_through_three_frames_of_a_library_hid_the_line")
+
     def test_call_at_the_top_level_of_a_script(self, run_python):
         """A stack of one frame gives one row, and the traceback shows the whole message."""
         result = run_python(
