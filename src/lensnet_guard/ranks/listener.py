@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lensnet_guard.ranks.agreement import judge
 from lensnet_guard.ranks.peers import BEAT_S, Peers
 from lensnet_guard.ranks.processes import Process
-from lensnet_guard.ranks.progress import Count, Progress, RankState, can_no_longer_agree
+from lensnet_guard.ranks.progress import Progress, RankState
 
 POLL_S = 0.25  # between looks for what another rank has told
 GATHER_S = 2.0  # that the lines and counts of all ranks are waited for
@@ -143,7 +144,7 @@ class Listener:
         Raises:
             RuntimeError: The store has gone.
         """
-        store, seen, final, before = self._store, 0, None, None
+        store, seen, written, before = self._store, 0, None, None
         while not self._left.is_set():
             news, apart = store.add("news", 0), self._differ.is_set()
             if news != seen:
@@ -154,13 +155,14 @@ class Listener:
                         self.heard = f"rank {rank} stopped: {message}"
                     return
                 apart = apart or store.check(["apart"])
-                final = pickle.loads(store.get("final")) if store.check(["final"]) else None
+                written = pickle.loads(store.get("made")) if store.check(["made"]) else None
             mine = self._progress.count()
             if self.states is None:
-                if apart or (final is not None and can_no_longer_agree(final, mine)):
+                found = "apart" if apart else judge(written, mine, before)
+                if found == "apart":
                     self._tell_apart(store)
-                elif mine == before and is_news(final, mine):
-                    store.set("final", pickle.dumps(mine))
+                elif found == "write":
+                    store.set("made", pickle.dumps(mine))
                     store.add("news", 1)
                 before = mine
                 self._look_after(store)
@@ -229,11 +231,6 @@ class Listener:
         _say(f"rank {self._rank} still waits after {seconds:.0f} s and is ended, here:")
         faulthandler.dump_traceback(sys.stderr)
         os._exit(1)
-
-
-def is_news(final: Count | None, mine: Count) -> bool:
-    """Whether others should read what this rank has made: it stands where none has said it does."""
-    return mine.final and (final is None or final.window < mine.window)
 
 
 def differing(states: States) -> int:

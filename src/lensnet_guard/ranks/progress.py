@@ -50,25 +50,6 @@ class Count(NamedTuple):
         return (self.micro_steps, *self.calls, self.step, self.micro_step, self.leaving)
 
 
-def can_no_longer_agree(final: Count, mine: Count) -> bool:
-    """Whether a rank has made what another, which waits at a comparison, has not.
-
-    Counts only grow, and those of a rank that waits cannot, until all have come. So this is known
-    of two ranks alone, whenever each of them was looked at, and it stays so: a rank that is slow
-    has made less than it will, and is never told from one that will make as much.
-
-    Args:
-        final: What a rank has made that stands at a comparison.
-        mine: What another has made, wherever it stands.
-    """
-    if final.window != mine.window:
-        return False
-    if mine.final:
-        return mine.numbers != final.numbers
-    made = zip((mine.micro_steps, *mine.calls), (final.micro_steps, *final.calls), strict=True)
-    return any(here > there for here, there in made)
-
-
 @dataclass(frozen=True)
 class RankState:
     """What one rank has done so far, and where it is.
@@ -185,9 +166,9 @@ class Progress:
         place = _line(self.frame())
         if count.final:
             where = "the end of the block" if count.leaving else "the end of a micro-step"
-            doing = f"waits for the others at {where} for {time.monotonic() - stood:.0f} s"
+            doing = f"has waited for the others at {where} for {time.monotonic() - stood:.0f} s"
             place = stood_at
-        return RankState(count, self.modules, kept, f"{doing}, {place}")
+        return RankState(count, self.modules, kept, f"{doing}, at {place}")
 
     def frame(self) -> FrameType | None:
         """Return what the training's thread runs now, outside the guard and torch."""
@@ -202,9 +183,9 @@ def _running(newest: "list[tuple[CallRecord, float]]", calls: dict[str, int]) ->
         if record.outcome is None:
             number = calls[record.module] - later.get(record.module, 0)
             seconds = time.monotonic() - begun
-            return f"in call {number} of {record.module} for {seconds:.0f} s"
+            return f"has been in call {number} of {record.module} for {seconds:.0f} s"
         later[record.module] = later.get(record.module, 0) + 1
-    return "in no call"
+    return "is in no call"
 
 
 def _line(frame: FrameType | None) -> str:

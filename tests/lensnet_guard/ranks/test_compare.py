@@ -44,6 +44,10 @@ for record in guard.violations:
     print(record.reason)
 dist.destroy_process_group()
 """
+WAITS = (
+    r"called from \S+rank\.py:\d+ in score; "
+    r"has waited for the others at the end of a micro-step for \d s, at \S+rank\.py:\d+ in <module>"
+)
 ALIKE = "def batches(rank): return range(6)\ndef within(rank, step): pass"
 
 
@@ -125,13 +129,9 @@ class TestDivergence:
             message = told[told.rindex("lensnet_guard.RankDivergence") :]
             assert re.fullmatch(
                 r"""lensnet_guard\.RankDivergence: Linear was not called alike by all """
-                r"""ranks, which hangs what they do together:
-  rank 0       4 training calls in 4 micro-steps, the last one step 3, micro-step 0; called from """
-                r"""\S+rank\.py:\d+ in score; waits for the others at the end of a micro-step """
-                r"""for \d s, \S+rank\.py:\d+ in <module>
-  rank 1       4 training calls in 4 micro-steps, the last one step 4, micro-step 0; called from """
-                r"""\S+rank\.py:\d+ in score; waits for the others at the end of a micro-step """
-                r"""for \d s, \S+rank\.py:\d+ in <module>\.
+                rf"""ranks, which hangs what they do together:
+  rank 0       4 training calls in 4 micro-steps, the last one step 3, micro-step 0; {WAITS}
+  rank 1       4 training calls in 4 micro-steps, the last one step 4, micro-step 0; {WAITS}\.
   called from  .*rank\.py:\d+ in <module>
 (               <frozen runpy>.*
 )*  context      training, step [34], micro-step 0 \(thread MainThread\)
