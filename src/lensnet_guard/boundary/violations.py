@@ -54,6 +54,7 @@ class Violations:
             earlier=earlier,
             detail=refusal.detail,
             due_from=due_from,
+            mistake=refusal.mistake,
         )
         if ledger is not None:
             ledger.violations.append(violation)
@@ -101,6 +102,7 @@ class Violations:
         *,
         kind: Kind = "context",
         due_from: Sequence[str] = (),
+        mistake: str | None = None,
     ) -> None:
         """Refuse something that is not a call.
 
@@ -110,10 +112,12 @@ class Violations:
             detail: What the headline of its message ends in.
             kind: Of its record.
             due_from: Who should have made calls that are missing.
+            mistake: What explains it, where its reason alone does not tell.
 
         Raises:
             LensNetViolation: Of that class, where violations are raised.
         """
         if self._mode != "off":
-            refusal = Refusal(kind, reason, here, frame_up(1), here.scope, detail=detail)
+            frame, scope = frame_up(1), here.scope
+            refusal = Refusal(kind, reason, here, frame, scope, detail=detail, mistake=mistake)
             self.refuse(refusal, due_from)
