@@ -170,8 +170,8 @@ def suggest(targets: tuple[Path, ...], as_json: bool) -> None:
 def explain(name: str | None, as_json: bool) -> None:
     """What a mistake looks like, and the line of policy that stops it.
 
-    NAME is what an error message ends with. Its entry has the symptom, public reports, and a program
-    before and after, to run. Without a NAME all of them are listed, with a line for each.
+    NAME is what an error message ends with. Its entry has the symptom, public reports, and a
+    program before and after, to run. Without a NAME all are listed, with a line for each.
 
     Exits with 0, or with 2 when there is no such entry, or it could not be printed.
 
