@@ -129,7 +129,8 @@ class Guard(Generic[M]):
                 ``per``.
 
         Raises:
-            ValueError: No scope of the policy counts in such a window.
+            ValueError: No scope of the policy counts in such a window, and calls are not observed
+                (a window that is observed is one that `lensnet-guard suggest` can count in).
             RuntimeError: The same block is opened or closed twice.
             ContextSwitchRefused: A window of that name is open already.
             BudgetUnmet: At the end, when the body did not raise and made too few calls.
