@@ -13,7 +13,11 @@ from lensnet_guard._text import explained_by
 
 
 class GuardLost(RuntimeError):
-    """What a training calls is not the guarded module any more, so nothing would be counted."""
+    """What a training calls is not the guarded module any more, so nothing would be counted.
+
+    Attributes:
+        mistake: The name by which ``lensnet-guard explain`` tells more.
+    """
 
     mistake = "bypassed-wrapper"
 
