@@ -4,9 +4,10 @@ Example: PYTHONPATH=benchmarks pytest -p trl_guard_plugin --trl-results FILE tes
 
 Each test that trains is run three times in a row: as it is, and with each trainer's ``train``
 inside ``guarded_trainer(trainer)``, in enforce and in observe mode. The guarded ones are left out
-where nothing was trained that has a contract. The file gets a JSON line for each run: its outcome,
-the first line of its error and whether that is the guard's, and of each ``train`` what was guarded,
-the verdict and what was logged. Runs that the file has already are not made again.
+where nothing was trained that has a contract, or the test fails as it is. The file gets a JSON line
+for each run: its outcome, the first line of its error and whether that is the guard's, and of each
+``train`` what was guarded, the verdict and what was logged. Runs that it has already are not made
+again. How many tests each file of tests has is written beside it, in ``selected.json``.
 """
 
 import functools
@@ -90,20 +91,25 @@ class Session:
         self.results = results
         self.running = Run("", "none")
         self.written: set[tuple[str, str]] = set()
-        self.nothing: set[str] = set()  # tests that train nothing with a contract
+        self.alone: set[str] = set()  # tests with nothing to compare: no contract, or failing
         if results.exists():
             for line in results.read_text().splitlines():
                 self.note(json.loads(line))
 
     def note(self, row: dict[str, Any]) -> None:
         self.written.add((row["name"], row["mode"]))
-        if row["mode"] == "none" and all(one["nothing"] for one in row["trainings"]):
-            self.nothing.add(row["name"])
+        nothing = all(one["nothing"] for one in row["trainings"])
+        if row["mode"] == "none" and (nothing or row["outcome"] != "passed"):
+            self.alone.add(row["name"])
 
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        chosen = [item for item in items if trains(item) and name_of(item) not in self.written]
+        training = [item for item in items if trains(item)]
+        tests = {name_of(item)[0] for item in training}
+        counts = Counter(name.partition("::")[0] for name in tests)
+        self.results.with_name("selected.json").write_text(json.dumps(counts))
+        chosen = [item for item in training if name_of(item) not in self.written]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = in_turns(chosen)
 
@@ -146,8 +152,8 @@ class Session:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         self.running = Run(*name_of(item))
-        if self.running.mode != "none" and self.running.name in self.nothing:
-            pytest.skip("nothing to guard")
+        if self.running.mode != "none" and self.running.name in self.alone:
+            pytest.skip("nothing to compare")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
@@ -164,7 +170,7 @@ class Session:
         return report
 
     def pytest_runtest_logfinish(self) -> None:
-        if self.running.mode == "none" or self.running.name not in self.nothing:
+        if self.running.mode == "none" or self.running.name not in self.alone:
             row = asdict(self.running)
             self.note(row)
             with self.results.open("a") as file:

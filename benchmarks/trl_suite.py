@@ -37,7 +37,7 @@ LIBRARIES = ("trl", "transformers", "peft", "accelerate", "torch")
 FIRST = ("dpo", "kto", "gkd", "ppo", "grpo", "rloo", "online_dpo", "reward")  # with a contract
 GUARDED = ("enforce", "observe")
 HEADINGS = (
-    *("trainer", "tests that train", "fail by themselves", "nothing to guard", "guarded"),
+    *("trainer", "tests that train", "run", "fail by themselves", "nothing to guard", "guarded"),
     *("agree, enforce", "agree, observe", "same losses"),
 )
 
@@ -48,7 +48,8 @@ class Row:
 
     Attributes:
         trainer: The trainer that the file is about.
-        tests: How many of its tests train and have been run.
+        tests: How many of its tests train.
+        run: How many of them have been run; the others are left out below.
         failing: Those that fail without a guard, or are skipped.
         nothing: Those that pass, and train nothing that has a contract.
         guarded: The others, which are compared.
@@ -59,6 +60,7 @@ class Row:
 
     trainer: str
     tests: int
+    run: int
     failing: int
     nothing: int
     guarded: int
@@ -68,7 +70,7 @@ class Row:
 
     @property
     def cells(self) -> list[str]:
-        numbers = (self.tests, self.failing, self.nothing, self.guarded)
+        numbers = (self.tests, self.run, self.failing, self.nothing, self.guarded)
         modes = (self.agree[mode] for mode in GUARDED)
         return [self.trainer, *map(str, (*numbers, *modes, self.same_losses))]
 
@@ -153,7 +155,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 # Comparing ---------------------------------------------------------------------------------------
 
 
-def compare(trainer: str, runs: list[dict[str, Any]]) -> Row:
+def compare(trainer: str, runs: list[dict[str, Any]], selected: int) -> Row:
     """The row of one file; tests whose three runs are not complete are left out."""
     tests: dict[str, dict[str, dict[str, Any]]] = {}
     for one in runs:
@@ -176,7 +178,8 @@ def compare(trainer: str, runs: list[dict[str, Any]]) -> Row:
         counts["same"] += all(logged(plain) == logged(modes[mode]) for mode in GUARDED)
     return Row(
         trainer=trainer,
-        tests=counts["failing"] + counts["nothing"] + counts["guarded"],
+        tests=selected,
+        run=counts["failing"] + counts["nothing"] + counts["guarded"],
         failing=counts["failing"],
         nothing=counts["nothing"],
         guarded=counts["guarded"],
@@ -235,11 +238,11 @@ def write(text: str) -> None:
     PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
-def rows_of(files: dict[str, str], runs: list[dict[str, Any]]) -> Iterator[Row]:
+def rows_of(files: dict[str, str], out: Path) -> Iterator[Row]:
+    runs, selected = results(out), json.loads((out / "selected.json").read_text())
     for trainer, file in files.items():
-        of_file = [one for one in runs if one["name"].startswith(f"{file}::")]
-        if of_file:
-            yield compare(trainer, of_file)
+        if of_file := [one for one in runs if one["name"].startswith(f"{file}::")]:
+            yield compare(trainer, of_file, selected[file])
 
 
 def main() -> None:
@@ -262,7 +265,7 @@ def main() -> None:
     if of != version("trl"):
         say(f"the tests are of trl {of}, and trl {version('trl')} is installed")
     run(prepare(checkout, out), out, files.values(), arguments.limit)
-    rows = list(rows_of(files, results(out)))
+    rows = list(rows_of(files, out))
     text = markdown(rows, f"python benchmarks/trl_suite.py, TRL's tests of {of}")
     print(json.dumps([asdict(row) for row in rows], indent=1) if arguments.json else text)
     if arguments.write:

@@ -45,14 +45,14 @@ def run(mode: str, outcome: str = "passed", **changes: Any) -> dict[str, Any]:
 class TestComparing:
     def test_the_same_in_all_modes(self, suite: ModuleType) -> None:
         """Agrees in both, with the same losses."""
-        row = suite.compare("dpo", [run("none"), run("enforce"), run("observe")])
-        assert row.cells == ["dpo", "1", "0", "0", "1", "1", "1", "1"]
+        row = suite.compare("dpo", [run("none"), run("enforce"), run("observe")], 4)
+        assert row.cells == ["dpo", "4", "1", "0", "0", "1", "1", "1", "1"]
         assert row.differ == []
 
     def test_a_refusal(self, suite: ModuleType) -> None:
         """Differs, and says that it is the guard's."""
         refused = run("enforce", "failed", error="BudgetExceeded: ref_model", ours=True)
-        row = suite.compare("dpo", [run("none"), refused, run("observe")])
+        row = suite.compare("dpo", [run("none"), refused, run("observe")], 4)
         assert (row.agree, row.guarded) == ({"enforce": 0, "observe": 1}, 1)
         assert row.differ == [
             "TestDPO::test_train, enforce: failed, the guard: BudgetExceeded: ref_model"
@@ -71,7 +71,7 @@ class TestComparing:
         self, suite: ModuleType, changed: dict[str, Any], why: str
     ) -> None:
         """Is no agreement: violations, a guard that never was, other losses, another error."""
-        row = suite.compare("dpo", [run("none"), run("enforce"), run("observe", **changed)])
+        row = suite.compare("dpo", [run("none"), run("enforce"), run("observe", **changed)], 4)
         assert row.agree == {"enforce": 1, "observe": 0}
         assert row.differ == [f"TestDPO::test_train, observe: {why}"]
 
@@ -80,8 +80,8 @@ class TestComparing:
         failing = run("none", "failed", name="tests/a.py::test_gpu", error="no CUDA")
         nothing = run("none", name="tests/a.py::test_sft", nothing="no contract is known of SFT")
         stopped = run("none", name="tests/a.py::test_stopped")
-        row = suite.compare("sft", [failing, nothing, stopped])
-        assert row.cells == ["sft", "2", "1", "1", "0", "0", "0", "0"]
+        row = suite.compare("sft", [failing, nothing, stopped], 4)
+        assert row.cells == ["sft", "4", "2", "1", "1", "0", "0", "0", "0"]
 
 
 class TestPage:
@@ -94,12 +94,12 @@ class TestPage:
         """What stands around them stays; what differs has a line."""
         suite.PAGE.write_text(f"# A\n{suite.BEGIN}\nold\n{suite.END}\nB\n")
         refused = run("enforce", "failed", error="BudgetUnmet", ours=True)
-        row = suite.compare("dpo", [run("none"), refused, run("observe")])
+        row = suite.compare("dpo", [run("none"), refused, run("observe")], 4)
         suite.write(suite.markdown([row], "the command"))
         text = suite.PAGE.read_text()
         assert text.startswith(f"# A\n{suite.BEGIN}\n\n`the command`, ")
         assert text.endswith(f"{suite.END}\nB\n")
-        assert "| dpo | 1 | 0 | 0 | 1 | 0 | 1 | 1 |" in text
+        assert "| dpo | 4 | 1 | 0 | 0 | 1 | 0 | 1 | 1 |" in text
         assert "- dpo: `TestDPO::test_train, enforce: failed, the guard: BudgetUnmet`" in text
         assert "old" not in text
 
