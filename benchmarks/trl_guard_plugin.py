@@ -102,6 +102,7 @@ class Session:
         if row["mode"] == "none" and (nothing or row["outcome"] != "passed"):
             self.alone.add(row["name"])
 
+    @pytest.hookimpl(trylast=True)  # after TRL's own markers have left out what is slow
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
