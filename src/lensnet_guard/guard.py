@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from torch import nn
@@ -251,12 +252,13 @@ class Guard(Generic[M]):
         """Tell a sink no more."""
         self._history.remove_sink(sink)
 
-    def violate(self, reason: str, detail: str) -> None:
+    def violate(self, reason: str, detail: str, frame: FrameType | None = None) -> None:
         """Record, log and raise a violation that other code has found, as `compare_ranks` does.
 
         Args:
             reason: The name of its class, such as ``"RankDivergence"``.
             detail: What the first line of its message ends in, such as ``": rank 1 made none"``.
+            frame: The code that it is about; by default the caller's.
 
         Raises:
             LensNetViolation: Of that class, in the mode ``"enforce"``.
@@ -265,7 +267,8 @@ class Guard(Generic[M]):
         if reason not in VIOLATIONS:
             raise ValueError(f"{reason!r} is no violation; there are {', '.join(VIOLATIONS)}")
         here = self._admission.open.position()
-        self._admission.violations.violate(reason, here, detail, kind="micro_step")
+        violations = self._admission.violations
+        violations.violate(reason, here, detail, kind="micro_step", frame=frame)
 
     # Logs, copies, the end ---------------------------------------------------------------------
 

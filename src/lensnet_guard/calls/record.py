@@ -211,6 +211,13 @@ def capture_stack(frame: FrameType | None, limit: int) -> Stack:
     return tuple(raw)
 
 
+def outside_frame(frame: FrameType | None) -> FrameType | None:
+    """Return the innermost frame from ``frame`` outwards that is a caller's."""
+    while frame is not None and frame.f_code.co_filename.startswith(_INTERNAL_PATHS):
+        frame = frame.f_back
+    return frame
+
+
 def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
     """Note shapes, dtypes, devices and types of a call's arguments, keeping none of them."""
     described: tuple[object, ...] = tuple(map(_describe, args))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lensnet_guard import CallPolicy, Scope, frozen
+from lensnet_guard import CallPolicy, Scope, frozen, guard_of
 from lensnet_guard.integrations._place import getattr_path
 from lensnet_guard.integrations.presets import PRESETS, Held, Pass, Preset
 
@@ -44,27 +44,54 @@ def contracts_of(trainer: Any) -> dict[str, CallPolicy]:
         The policies, such as ``{"ref_model": ..., "reward_funcs.0": ...}``.
 
     Raises:
-        NoContract: There is no preset of its kind, or not of this version; says what it holds.
+        NoContract: There is no preset of its kind, or not of this version, and it says what the
+            trainer holds; or the contracts would be of one module, or beside one that it has.
     """
     preset = preset_of(trainer)
     if preset is None:
         raise _unknown(trainer)
-    policies = {
-        place: _policy(trainer, preset, held, module)
+    found = [
+        (place, module, held)
         for held in preset.held
         if held.given(trainer)
         for place, module in _modules_at(trainer, held.place)
-    }
-    if policies:
-        return policies
-    held = preset.otherwise
-    if held is None:
+    ]
+    if not found and preset.otherwise is not None:
+        held = preset.otherwise
+        found = [(held.place, getattr_path(trainer, held.place), held)]
+    if not found:
         places = " and ".join(sorted({held.place for held in preset.held}))
         raise NoContract(
             f"{type(trainer).__name__} holds nothing to guard: its {places} is no module here.\n"
             "  what to do   Train it without guarded_trainer, or name what it calls."
         )
-    return {held.place: _policy(trainer, preset, held, getattr_path(trainer, held.place))}
+    _check_each_is_another(trainer, {place: module for place, module, _ in found})
+    return {place: _policy(trainer, preset, held, module) for place, module, held in found}
+
+
+def _check_each_is_another(trainer: Any, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse one module in two places, and one that has a contract of its own.
+
+    Raises:
+        NoContract: Nobody could say whose call one is.
+    """
+    places = {id(trainer.model): "model, which it trains,"}
+    for place, module in modules.items():
+        if (guard := guard_of(module)) is not None:
+            raise NoContract(
+                f"{place} of {type(trainer).__name__} is guarded already, as {guard.name}, with a "
+                "contract of its own.\n"
+                "  what to do   Give that guard, guarded_trainer(trainer, guard_of(...)); or take "
+                "it off first, guard.uninstall()."
+            )
+        if place != "model" and (other := places.get(id(module))) is not None:
+            raise NoContract(
+                f"{other} and {place} of {type(trainer).__name__} are one module, so nobody could "
+                "say which of them is called.\n"
+                "  what to do   Load it twice: a reference or a teacher that is the trained model "
+                "itself teaches nothing."
+            )
+        places[id(module)] = place
 
 
 def _modules_at(trainer: Any, place: str) -> Iterator[tuple[str, nn.Module]]:
@@ -124,7 +151,7 @@ def _unknown(trainer: Any) -> NoContract:
     kinds = ", ".join(name.rpartition(":")[2].removesuffix("Trainer") for name in PRESETS)
     found = [
         f"{place} ({module.__class__.__name__})"
-        for name in vars(trainer)
+        for name in getattr(trainer, "__dict__", ())
         if name not in _TRAINED
         for place, module in _modules_at(trainer, name)
     ]

@@ -202,7 +202,8 @@ def guarded_trainer(
         NoContract: There is no target, and no preset for this trainer; says what it holds.
         TypeError: The target is neither a name nor a guard, or ``log`` is not a path; or there is a
             policy and no target.
-        ValueError: A guard that exists, with a policy, mode or log for it.
+        ValueError: A guard that exists, with a policy, mode or log for it; or a module that this
+            trainer's callbacks guard already.
         GuardLost: What the trainer calls is not the guarded module, at the start or at any step.
         LensNetViolation: The violations of the contract. The log is named on an exception; without
             a log the last calls are written to ``trainer.args.output_dir``.
@@ -232,6 +233,13 @@ def _found(trainer: Trainer, policy: CallPolicy | None) -> dict[str, CallPolicy 
 @contextmanager
 def _told(trainer: Trainer, watch: Watches, guard: Guard) -> Iterator[LensNetGuardCallback]:
     """Have a trainer tell a callback of its micro-steps and windows, while the block is open."""
+    for other in trainer.callback_handler.callbacks:
+        if isinstance(other, LensNetGuardCallback) and guard in other.guards.values():
+            raise ValueError(
+                f"{guard.name} of this {type(trainer).__name__} is guarded already: by a "
+                "guarded_trainer that is open, or by a LensNetGuardCallback of the trainer's. "
+                "Leave one of them out"
+            )
     preset = preset_of(trainer)
     kind = UpdatesCallback if preset is not None and preset.own_loop else LensNetGuardCallback
     callback = kind(guard, watch=watch)

@@ -1,5 +1,6 @@
 """Settings for trainings of other libraries: no state of one test in the next."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -19,6 +20,15 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def still_heap() -> Iterator[None]:
+    """Each training of transformers collects garbage twice, among a million objects of imports."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

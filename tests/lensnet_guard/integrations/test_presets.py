@@ -10,14 +10,14 @@ pytest.importorskip("trl", reason="TRL comes with the extra trl")
 
 import trl
 
-from lensnet_guard import CallPolicy, eval_mode, frozen, no_grad
+from lensnet_guard import CallPolicy, eval_mode, frozen, guard_module, no_grad
 from lensnet_guard.integrations import NoContract
 from lensnet_guard.integrations._preset import around, contracts_of, preset_of
 from lensnet_guard.integrations.presets import PRESETS, as_policy, as_reference
 from lensnet_guard.integrations.transformers import guarded_trainer
 
 pytestmark = [
-    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.usefixtures("still_heap", "fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),  # TRL's own
 ]
 
@@ -104,6 +104,36 @@ class TestContracts:
         with pytest.raises(NoContract, match=f"^{re.escape(message)}$"):
             contracts_of(trainer)
 
+    def test_one_module_in_two_places(self, make):
+        """Nobody could say which of them is called; a teacher that is its student teaches none."""
+        trainer = make("grpo")
+        trainer.reward_funcs *= 2
+        with pytest.raises(NoContract, match=r"^reward_funcs.0 and reward_funcs.1 of GRPOTrainer"):
+            contracts_of(trainer)
+        trainer = make("gkd")
+        trainer.teacher_model = trainer.model
+        message = (
+            "model, which it trains, and teacher_model of GKDTrainer are one module, so nobody "
+            "could say which of them is called.\n"
+            "  what to do   Load it twice: a reference or a teacher that is the trained model "
+            "itself teaches nothing."
+        )
+        with pytest.raises(NoContract, match=f"^{re.escape(message)}$"):
+            contracts_of(trainer)
+
+    def test_a_module_with_a_contract_of_its_own(self, make):
+        """It is not overruled."""
+        trainer = make("dpo")
+        guard = guard_module(trainer.ref_model, policy=CallPolicy({"kl": 1}), name="mine")
+        trainer.ref_model = guard.module
+        message = (
+            "ref_model of DPOTrainer is guarded already, as mine, with a contract of its own.\n"
+            "  what to do   Give that guard, guarded_trainer(trainer, guard_of(...)); or take it "
+            "off first, guard.uninstall()."
+        )
+        with pytest.raises(NoContract, match=f"^{re.escape(message)}$"):
+            contracts_of(trainer)
+
     def test_another_version_of_the_library(self, make, monkeypatch):
         """A method that is gone is told, with the version that had it."""
         trainer = make("dpo")
@@ -149,6 +179,21 @@ class TestUnknown:
     def test_holds_nothing(self, make):
         with pytest.raises(NoContract, match="it holds     no module but the one that it trains"):
             contracts_of(make("sft"))
+
+    def test_no_trainer_at_all(self):
+        with pytest.raises(NoContract, match="no contract is known of object"):
+            contracts_of(object())
+
+    def test_the_same_trainer_twice(self, make):
+        """Two callbacks would open each micro-step twice."""
+        trainer = make("dpo")
+        with guarded_trainer(trainer) as callback:
+            again = guarded_trainer(trainer, callback.guard)
+            message = "^ref_model of this DPOTrainer is guarded already: by a guarded_trainer that"
+            with pytest.raises(ValueError, match=message), again:
+                pytest.fail("it was opened")
+            trainer.train()
+        assert callback.verdict.violations == 0
 
     def test_a_policy_without_a_name(self, make):
         """Nobody could say which module it is of."""

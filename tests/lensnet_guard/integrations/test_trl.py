@@ -15,7 +15,7 @@ from tests.lensnet_guard.integrations.trl_kit import losses
 from lensnet_guard.integrations.transformers import guarded_trainer
 
 pytestmark = [
-    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.usefixtures("still_heap", "fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),  # TRL's own
 ]
 

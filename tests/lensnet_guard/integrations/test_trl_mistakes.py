@@ -24,7 +24,7 @@ from lensnet_guard.integrations import NothingChecked
 from lensnet_guard.integrations.transformers import guarded_trainer
 
 pytestmark = [
-    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.usefixtures("still_heap", "fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),  # TRL's own
 ]
 

@@ -15,7 +15,7 @@ from lensnet_guard.integrations._preset import contracts_of
 from lensnet_guard.integrations.transformers import guarded_trainer
 
 pytestmark = [
-    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.usefixtures("still_heap", "fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),  # TRL's own
 ]
 
