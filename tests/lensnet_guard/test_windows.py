@@ -205,6 +205,15 @@ class TestBlocks:
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"), guard.window(name):
             pytest.fail("it was opened")
 
+    def test_any_window_is_observed(self, tmp_path):
+        """What a contract could count in is to be found out; nothing is due there."""
+        guard = guard_module(nn.Linear(3, 2), policy=CallPolicy({}), mode="observe", log=tmp_path)
+        with guard.context("training"), guard.window("rollout"):
+            guard.module(X)
+        guard.end_log()
+        ended = [line["window"] for line in read(tmp_path / FILE) if line["event"] == "window.end"]
+        assert ended == ["rollout"]
+
     def test_every_training_has_optimizer_steps(self):
         """A trainer may open them for any policy."""
         guard = windowed(kl=1)

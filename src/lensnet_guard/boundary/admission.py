@@ -263,7 +263,7 @@ class Admission:
         """
         if part is not self._module:
             return None
-        hidden = is_composable(part) or self.execution.replaced or bool(self.doors.methods)
+        hidden = is_composable(part) or self.execution.replaced or bool(self.policy.methods)
         with self.history.lock:
             again = self._recomputes.find(frame, hidden=hidden)
             if again is None:

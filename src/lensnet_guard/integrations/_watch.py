@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of, lensnet_guard
 from lensnet_guard._text import absolute, add_note, short_path
-from lensnet_guard.integrations._place import GuardLost, Items, Place, find, getattr_path, locate
+from lensnet_guard.integrations._place import (
+    GuardLost,
+    Items,
+    Place,
+    find,
+    getattr_path,
+    locate,
+    replace,
+)
 from lensnet_guard.tally import Tally, Verdict
 
 Log = str | os.PathLike[str]
@@ -106,6 +114,8 @@ class Watch:
             guard = target
             if self._place is None and self._must_be_found:
                 self._place = self._find(target)
+            self.check()
+            self._install_beside(guard)
         else:
             self._place = locate(self._root, target)
             if self.guard is not None:
@@ -259,7 +269,9 @@ class Watch:
                 mode=contract.mode,
                 log=contract.log,
             )
-            return self._installed.enter_context(block)
+            guard = self._installed.enter_context(block)
+            self._install_beside(guard)
+            return guard
         if module is None:
             raise TypeError(
                 f"{place.path} is None, so there is nothing to guard; it must be made before the "
@@ -268,10 +280,22 @@ class Watch:
         guard = guard_module(
             module, policy=contract.policy, mode=contract.mode, log=contract.log, name=name
         )
+        if guard.mode != "off":  # wherever it went meanwhile, as into DDP's wrapper
+            self._installed.callback(replace, self._root, guard.module, module)
         self._installed.callback(guard.uninstall)
         if guard.mode != "off":  # the proxy in its place, and the raw module again afterwards
             self._installed.enter_context(lensnet_guard(place.owner, attribute=attribute))
+            replace(self._root, module, guard.module)
         return guard
+
+    def _install_beside(self, guard: Guard) -> None:
+        """Put the proxy of a guard that exists wherever its raw module hangs, until `close`."""
+        proxy = guard.module
+        if guard.mode == "off" or self._root is None:
+            return
+        raw = proxy.__wrapped__
+        for place in replace(self._root, raw, proxy):
+            self._installed.callback(place.put_for, proxy, raw)
 
 
 class Abandoned(Exception):

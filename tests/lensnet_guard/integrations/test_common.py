@@ -6,11 +6,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 from lensnet_guard import UnsanctionedCall, guard_module
 from lensnet_guard.integrations import Verdict, sanctioned
-from lensnet_guard.integrations._place import find, locate
+from lensnet_guard.integrations._place import find, locate, replace
 from lensnet_guard.integrations._watch import Contract, Watch
 from lensnet_guard.postmortem import read_verdict
 
@@ -129,6 +130,37 @@ class TestPlaces:
         owner = nn.Module()
         vars(owner)["itself"] = owner
         assert find(owner, guard_module(nn.Linear(1, 1))) is None
+
+
+class TestReplace:
+    def test_every_place_that_holds_this_very_module(self):
+        """Hidden modules stay hidden; lists, and objects beside; nothing in the module itself."""
+        old, new = nn.Linear(1, 1), nn.Linear(1, 1)
+        vars(old)["itself"] = old
+        model = nn.ModuleDict({"inner": old, "other": nn.Linear(1, 1)})
+        vars(model)["hidden"] = old
+        beside = SimpleNamespace(model=old, models=[None, old])
+        owner = SimpleNamespace(model=model, beside=beside, kind=nn.Linear)
+        places = [place.path for place in replace(owner, old, new)]
+        assert sorted(places) == [
+            "SimpleNamespace.beside.model",
+            "SimpleNamespace.beside.models.1",
+            "SimpleNamespace.model.hidden",
+            "SimpleNamespace.model.inner",
+        ]
+        assert model["inner"] is model.hidden is beside.model is beside.models[1] is new
+        assert list(dict(model.named_children())) == ["inner", "other"]
+        assert vars(old)["itself"] is old
+
+    def test_what_a_compiled_module_runs(self):
+        """Its wrapper keeps the call of the module that it was made of."""
+        old, new = nn.Linear(1, 1), nn.Linear(1, 1)
+        owner = SimpleNamespace(model=torch.compile(old, backend="eager"))
+        x = torch.ones(1, 1)
+        owner.model(x)
+        replace(owner, old, new)
+        assert owner.model(x).equal(new(x))
+        torch._dynamo.reset()
 
 
 class TestVerdict:
