@@ -103,11 +103,8 @@ class Violations:
         *,
         kind: Kind = "context",
         due_from: Sequence[str] = (),
-<<<<<<< HEAD
         frame: FrameType | None = None,
-=======
         mistake: str | None = None,
->>>>>>> mistakes
     ) -> None:
         """Refuse something that is not a call.
 
@@ -117,21 +114,13 @@ class Violations:
             detail: What the headline of its message ends in.
             kind: Of its record.
             due_from: Who should have made calls that are missing.
-<<<<<<< HEAD
             frame: The code that it is about; by default the caller's.
-=======
             mistake: What explains it, where its reason alone does not tell.
->>>>>>> mistakes
 
         Raises:
             LensNetViolation: Of that class, where violations are raised.
         """
         if self._mode != "off":
-<<<<<<< HEAD
             frame = frame or frame_up(1)
-            refusal = Refusal(kind, reason, here, frame, here.scope, detail=detail)
-=======
-            frame, scope = frame_up(1), here.scope
-            refusal = Refusal(kind, reason, here, frame, scope, detail=detail, mistake=mistake)
->>>>>>> mistakes
+            refusal = Refusal(kind, reason, here, frame, here.scope, detail=detail, mistake=mistake)
             self.refuse(refusal, due_from)

@@ -170,14 +170,15 @@ def _folders_of(package: str) -> Iterator[str]:
 
 
 # Frames of these files are never "the caller": the guard itself, torch, wrapt, and the standard
-# library's context managers that stand between a `with` statement and the guard; and PEFT, whose
-# models only hand a call on to the model inside.
+# library's context managers that stand between a `with` statement and the guard; and PEFT and
+# DeepSpeed, whose models and engines only hand a call on to the model inside.
 _INTERNAL_PATHS = (
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
     os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
     os.path.dirname(os.path.abspath(wrapt.__file__)) + os.sep,
     os.path.abspath(contextlib.__file__),
     *_folders_of("peft"),
+    *_folders_of("deepspeed"),
 )
 
 
