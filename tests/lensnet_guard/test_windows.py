@@ -249,7 +249,7 @@ class TestBlocks:
         assert lines[0].endswith(
             "its scope 'reference' counts per \"generation\", and no such window is open."
         )
-        assert lines[-1].endswith(f'`with guard.window("generation"):` around {caller}.')
+        assert lines[-2].endswith(f'`with guard.window("generation"):` around {caller}.')
 
     def test_in_observe_mode_nothing_is_raised(self):
         """All of the above is written down, and runs."""
@@ -313,10 +313,11 @@ class TestNames:
             pass
         with guard.context("training"), pytest.raises(UnsanctionedCall) as caught:
             guard.module(X)
-        assert str(caught.value).splitlines()[-1] == (
+        assert str(caught.value).splitlines()[-2:] == [
             "  what to do   Remove the call, or run it in inference context outside the "
-            "micro-step: the contract, CallPolicy(scopes={}), allows no call in training."
-        )
+            "micro-step: the contract, CallPolicy(scopes={}), allows no call in training.",
+            "  explained by lensnet-guard explain called-from-elsewhere",
+        ]
 
 
 class TestLog:

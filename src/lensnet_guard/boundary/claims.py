@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from types import FrameType
+from typing import NamedTuple
 
 from lensnet_guard.calls.call import Call
 from lensnet_guard.calls.callers import find_caller
 from lensnet_guard.calls.context import Position
 from lensnet_guard.calls.policy import CallPolicy
 from lensnet_guard.calls.record import Context
-from lensnet_guard.calls.scope import MICRO_STEP, Condition, name_of
+from lensnet_guard.calls.scope import MICRO_STEP, Condition, mistake_of, name_of
 
 
 class Claims:
@@ -102,11 +103,23 @@ class Claims:
         return holding
 
 
-def first_breach(conditions: Iterable[Condition], call: Call) -> str | None:
+class Breach(NamedTuple):
+    """A condition that does not hold.
+
+    Attributes:
+        found: Which it is, and what it found.
+        mistake: The entry of docs/mistakes.md that explains it; None where it names none.
+    """
+
+    found: str
+    mistake: str | None
+
+
+def first_breach(conditions: Iterable[Condition], call: Call) -> Breach | None:
     """Return the first condition that does not hold of a call, and why; None when all do."""
     for condition in conditions:
         if (found := finding(condition, call)) is not None:
-            return f"{name_of(condition)}: {found}"
+            return Breach(f"{name_of(condition)}: {found}", mistake_of(condition))
     return None
 
 

@@ -111,6 +111,7 @@ def has_adapters(module: nn.Module) -> bool:
 
 # As two that cannot hold together tell it: see `contradiction`.
 vars(adapters_on)["about"] = vars(adapters_off)["about"] = "adapters"
+vars(adapters_on)["mistake"] = vars(adapters_off)["mistake"] = "reference-with-adapters"
 
 _Layers = list[tuple[nn.Module, _Works]]
 

@@ -6,12 +6,12 @@ No record ever holds a tensor, a tensor's values, or a frame: nothing is kept al
 """
 
 import contextlib
-import importlib.util
 import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from itertools import repeat
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -164,7 +164,7 @@ _get_logged = operator.attrgetter(*_schema.RECORD)
 
 def _folders_of(package: str) -> Iterator[str]:
     """Yield where a package is installed, if it is; it is not imported for that."""
-    found = importlib.util.find_spec(package)
+    found = PathFinder.find_spec(package)  # whatever else stands for it among the modules
     for folder in (found and found.submodule_search_locations) or ():
         yield os.path.abspath(folder) + os.sep
 

@@ -76,9 +76,11 @@ class Watch:
     Attributes:
         guard: The guard; None before `open` when it is made there.
         begun: Training micro-steps that were begun since `open`, or since `count_from_here`.
+        log: Where `Watches` are to log, when this one is their first.
     """
 
     def __init__(self, contract: Contract, root: Any, *, must_be_found: bool = True) -> None:
+        self.log = contract.log
         self._contract = contract
         self._root = root
         self._must_be_found = must_be_found
@@ -134,7 +136,7 @@ class Watch:
         self.enter(None)
         if self._tally is not None:
             self._tally.close()
-        _leave(self._installed, error)
+        leave(self._installed, error)
 
     def check(self) -> None:
         """Make sure that what the training calls is the guarded module.
@@ -201,13 +203,13 @@ class Watch:
 
     def _end_optimizer_step(self, error: BaseException | None) -> None:
         window, self._optimizer_step, self._number = self._optimizer_step, ExitStack(), None
-        _leave(window, error)
+        leave(window, error)
 
     def abandon(self, error: BaseException | None = None) -> None:
         """Close a micro-step that was cut short: no budget is due."""
         block, self._step = self._step, None
         if block is not None:
-            _leave(block, error or Abandoned())
+            leave(block, error or Abandoned())
 
     # What it came to ---------------------------------------------------------------------------
 
@@ -263,11 +265,7 @@ class Watch:
         name = str(contract.target) if isinstance(place.owner, Items) else attribute
         if guard_of(module) is not None:
             block = lensnet_guard(
-                place.owner,
-                attribute=attribute,
-                policy=contract.policy,
-                mode=contract.mode,
-                log=contract.log,
+                place.owner, attribute=attribute, policy=contract.policy, mode=contract.mode
             )
             guard = self._installed.enter_context(block)
             self._install_beside(guard)
@@ -277,9 +275,7 @@ class Watch:
                 f"{place.path} is None, so there is nothing to guard; it must be made before the "
                 "training starts (in __init__, setup or configure_model)"
             )
-        guard = guard_module(
-            module, policy=contract.policy, mode=contract.mode, log=contract.log, name=name
-        )
+        guard = guard_module(module, policy=contract.policy, mode=contract.mode, name=name)
         if guard.mode != "off":  # wherever it went meanwhile, as into DDP's wrapper
             self._installed.callback(replace, self._root, guard.module, module)
         self._installed.callback(guard.uninstall)
@@ -302,7 +298,7 @@ class Abandoned(Exception):
     """What breaks off a micro-step that never came to its end, as the log calls it."""
 
 
-def _leave(blocks: ExitStack, error: BaseException | None) -> None:
+def leave(blocks: ExitStack, error: BaseException | None) -> None:
     """Close blocks: at their end, or by an exception that is on its way through them."""
     if error is None:
         blocks.close()

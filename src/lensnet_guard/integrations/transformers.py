@@ -34,6 +34,7 @@ class LensNetGuardCallback(TrainerCallback):
 
     Args:
         guard: The guard of a module that the training calls, or the guards of several.
+        compare_ranks: As for `guarded_trainer`; not with ``watch``, which knows.
         watch: What is open already for that guard, and outlasts ``train``, as `guarded_trainer` has
             it; without one, every ``train`` has its own.
 
@@ -49,10 +50,14 @@ class LensNetGuardCallback(TrainerCallback):
         GuardLost: From ``train``, when the model held the guarded module when training began or
             when the last step did, and holds something else there now.
         LensNetViolation: From ``train``, the violations of the contract.
+        RankStopped: From ``train``, when another rank has raised.
     """
 
-    def __init__(self, guard: Guard | Guards, *, watch: Watches | None = None) -> None:
+    def __init__(
+        self, guard: Guard | Guards, *, compare_ranks: bool = False, watch: Watches | None = None
+    ) -> None:
         self._contracts = contracts_for(guard) if watch is None else {}
+        self._compare_ranks = compare_ranks
         self._watch = watch
         self._owns_watch = watch is None
         self._substep = 0
@@ -61,11 +66,15 @@ class LensNetGuardCallback(TrainerCallback):
         self.guard = next(iter(self.guards.values()))
         self.verdict: Verdict | Verdicts | None = None
 
-    def close(self) -> None:
-        """Close what an exception has left open."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Close what an exception has left open.
+
+        Args:
+            error: That exception, for the log and for other ranks.
+        """
         if self._watch is not None and self._owns_watch:
             watch, self._watch = self._watch, None
-            watch.close()
+            watch.close(error)
 
     def on_train_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,10 +84,15 @@ class LensNetGuardCallback(TrainerCallback):
         self._complete = state.global_step >= state.max_steps > 0  # resumed at its end
         if self._owns_watch:
             self.close()
-            self._watch = watches_for(self._contracts, kwargs.get("model"), must_be_found=False)
+            self._watch = watches_for(
+                self._contracts,
+                kwargs.get("model"),
+                must_be_found=False,
+                compare_ranks=self._compare_ranks,
+            )
             self._watch.open()
-        elif self._watch is not None:
-            self._watch.count_from_here()
+        if self._watch is not None:
+            self._watch.begin_training()
         self._enter("inference")
 
     def on_step_begin(
@@ -114,9 +128,11 @@ class LensNetGuardCallback(TrainerCallback):
         self._enter("inference")
         if self._watch is not None:
             try:
-                self.verdict = self._watch.verdict() if self._complete else self._watch.conclude()
-            finally:
-                self.close()
+                self.verdict = self._watch.conclude(trained=not self._complete)
+            except BaseException as error:
+                self.close(error)
+                raise
+            self.close()
             if state.is_world_process_zero:
                 for line in str(self.verdict).splitlines():
                     print(f"lensnet_guard: {line}")
@@ -175,6 +191,7 @@ def guarded_trainer(
     policy: CallPolicy | None = None,
     mode: Mode | None = None,
     log: Log | None = None,
+    compare_ranks: bool = False,
 ) -> Iterator[LensNetGuardCallback]:
     """Guard what a trainer holds around ``trainer.train()`` and ``trainer.evaluate()``.
 
@@ -194,6 +211,8 @@ def guarded_trainer(
         policy: As for `lensnet_guard.guard_module`; only with an attribute.
         mode: As for `lensnet_guard.guard_module`; only with an attribute, or without a target.
         log: As for `lensnet_guard.guard_module`; likewise.
+        compare_ranks: Whether the ranks of a distributed ``train`` compare what they call, and tell
+            each other what stops one of them, as in `lensnet_guard.compare_ranks`.
 
     Yields:
         The callback, with ``guard``, ``guards`` and, after ``train``, ``verdict``.
@@ -208,8 +227,10 @@ def guarded_trainer(
         LensNetViolation: The violations of the contract. The log is named on an exception; without
             a log the last calls are written to ``trainer.args.output_dir``.
     """
-    found = _found(trainer, policy) if target is None else target
-    watch = watches_for(contracts_for(found, policy, mode, log), trainer)
+    contracts = contracts_for(
+        _found(trainer, policy) if target is None else target, policy, mode, log
+    )
+    watch = watches_for(contracts, trainer, compare_ranks=compare_ranks)
     try:
         with _told(trainer, watch, watch.open()) as callback:
             yield callback

@@ -13,6 +13,7 @@ from lensnet_guard import UnsanctionedCall, guard_module
 from lensnet_guard.integrations import Verdict, sanctioned
 from lensnet_guard.integrations._place import find, locate, replace
 from lensnet_guard.integrations._watch import Contract, Watch
+from lensnet_guard.integrations._watches import watches_for
 from lensnet_guard.postmortem import read_verdict
 
 
@@ -60,10 +61,10 @@ class TestAnotherWorkingDirectory:
         """Hydra and Lightning change the directory between the callback and its training."""
         contract = Contract("scorer", log="log")
         monkeypatch.chdir("other")
-        watch = Watch(contract, owner)
-        guard = watch.open()
+        watches = watches_for({"scorer": contract}, owner)
+        guard = watches.open()
         assert guard.log_path == tmp_path / "log" / "lensnet.rank0.jsonl"
-        watch.close()
+        watches.close()
 
     def test_the_evidence_moved(self, owner, tmp_path, monkeypatch):
         """It is for the folder that the trainer had when it began."""
@@ -181,11 +182,12 @@ class TestVerdict:
 class TestBrokenOff:
     def test_a_micro_step_that_never_came_to_its_end(self, scorer, tmp_path):
         """The log gives the reason in a public word, and no budget is missed."""
-        watch = Watch(Contract("scorer", log=tmp_path), SimpleNamespace(scorer=scorer))
-        watch.open()
-        watch.begin_step(0, 0)
-        watch.enter("inference")
-        watch.close()
+        contracts = {"scorer": Contract("scorer", log=tmp_path)}
+        watches = watches_for(contracts, SimpleNamespace(scorer=scorer))
+        watches.open()
+        watches.begin_step(0, 0)
+        watches.enter("inference")
+        watches.close()
         lines = map(json.loads, next(tmp_path.iterdir()).read_text().splitlines())
         ended = [line["raised"] for line in lines if line["event"] == "micro_step.end"]
         assert ended == ["Abandoned"]

@@ -139,6 +139,7 @@ class TestDivergence:
   budget       critic: 1 of 1 spent
   what to do   Let all ranks decide alike: from what they share \(reduce it first\), never from """
                 r"""one rank's own data; and give each as many batches\.
+  explained by lensnet-guard explain unequal-ranks
 """,
                 message,
             ), message
