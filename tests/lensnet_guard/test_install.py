@@ -489,9 +489,29 @@ class TestWrongArguments:
             guard_module(module, mode=mode)
         assert str(caught.value) == (
             f"a {type(module).__name__} has no forward, so there is no call of it to count. Guard "
-            "the modules in it one by one"
+            "the modules in it one by one, or name what is called of it in "
+            "CallPolicy(methods=..., parts=...)"
         )
         assert [type(part) for part in module.modules()] == before
+
+    def test_methods_of_a_module_without_a_forward_could_not_be_counted(self):
+        """Each run of one is a call then, and so is one behind the guard's back."""
+
+        class Average(nn.ModuleList):
+            def update(self):
+                return 7
+
+        guard = guard_module(Average([nn.Linear(1, 1)]), policy=CallPolicy(methods=("update",)))
+        assert guard_of(guard.module.__wrapped__) is guard
+        with guard.context("inference"):
+            assert guard.module.update() == 7
+            with pytest.raises(BypassedGuard):
+                guard.module.__wrapped__.update()
+        assert guard.count() == 1
+        with pytest.raises(BypassedGuard):
+            guard.module[0](torch.ones(1, 1))
+        guard.uninstall()
+        assert type(guard.module.__wrapped__) is Average
 
     def test_a_module_with_a_call_and_no_forward_was_refused(self):
         """Its calls can be counted, and past the proxy there is nothing to arm."""
