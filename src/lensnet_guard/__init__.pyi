@@ -2,6 +2,7 @@
 
 from lensnet_guard._version import __version__ as __version__
 from lensnet_guard.boundary.hazards import LensNetHazard as LensNetHazard
+from lensnet_guard.calls.adapters import active_adapter as active_adapter
 from lensnet_guard.calls.adapters import adapters_off as adapters_off
 from lensnet_guard.calls.adapters import adapters_on as adapters_on
 from lensnet_guard.calls.budget import MicroStep as MicroStep

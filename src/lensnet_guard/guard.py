@@ -78,7 +78,7 @@ class Guard(Generic[M]):
             )
             tell_untested([*_torch_checkpoints.losses(), *_torch_internals.losses()])
             admission, tell = self._admission, teller() if mode == "observe" else None
-            names = policy.shared_submodules, policy.methods
+            names = policy.shared_submodules, admission.doors.methods
             self._tripwire = Tripwire(
                 module, self, admission.inside, admission.run_behind, *names, tell
             )
@@ -130,7 +130,8 @@ class Guard(Generic[M]):
                 ``per``.
 
         Raises:
-            ValueError: No scope of the policy counts in such a window.
+            ValueError: No scope of the policy counts in such a window, and calls are not observed
+                (a window that is observed is one that `lensnet-guard suggest` can count in).
             RuntimeError: The same block is opened or closed twice.
             ContextSwitchRefused: A window of that name is open already.
             BudgetUnmet: At the end, when the body did not raise and made too few calls.

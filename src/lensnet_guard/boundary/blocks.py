@@ -43,11 +43,11 @@ def window_block(admission: Admission, name: str) -> tuple[Block, Window]:
     """Return a block that opens another window, and the window.
 
     Raises:
-        ValueError: No scope of the policy counts in such a window.
+        ValueError: No scope of the policy counts in such a window, and calls are not observed.
         ContextSwitchRefused: A window of that name is open already.
     """
     policy = admission.policy
-    if name not in {STEP, *policy.windows}:
+    if name not in {STEP, *policy.windows} and admission.mode != "observe":
         raise ValueError(
             f"{name!r} is not a window of {admission.history.module}'s policy, whose scopes count "
             f"per {sorted({MICRO_STEP, *policy.windows})}"

@@ -55,6 +55,7 @@ class Violations:
             earlier=earlier,
             detail=refusal.detail,
             due_from=due_from,
+            mistake=refusal.mistake,
         )
         if ledger is not None:
             ledger.violations.append(violation)
@@ -103,6 +104,7 @@ class Violations:
         kind: Kind = "context",
         due_from: Sequence[str] = (),
         frame: FrameType | None = None,
+        mistake: str | None = None,
     ) -> None:
         """Refuse something that is not a call.
 
@@ -113,11 +115,12 @@ class Violations:
             kind: Of its record.
             due_from: Who should have made calls that are missing.
             frame: The code that it is about; by default the caller's.
+            mistake: What explains it, where its reason alone does not tell.
 
         Raises:
             LensNetViolation: Of that class, where violations are raised.
         """
         if self._mode != "off":
             frame = frame or frame_up(1)
-            refusal = Refusal(kind, reason, here, frame, here.scope, detail=detail)
+            refusal = Refusal(kind, reason, here, frame, here.scope, detail=detail, mistake=mistake)
             self.refuse(refusal, due_from)

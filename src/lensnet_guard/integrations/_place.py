@@ -1,17 +1,28 @@
 """Where a guarded module hangs, and whether it still does."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from lensnet_guard import Guard, guard_of
+from lensnet_guard._text import explained_by
 
 
 class GuardLost(RuntimeError):
-    """What a training calls is not the guarded module any more, so nothing would be counted."""
+    """What a training calls is not the guarded module any more, so nothing would be counted.
+
+    Attributes:
+        mistake: The name by which ``lensnet-guard explain`` tells more.
+    """
+
+    mistake = "bypassed-wrapper"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{explained_by(self.mistake)}"
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,22 @@ class Place:
     def module(self) -> Any:
         """What hangs there now; None when there is nothing."""
         return getattr(self.owner, self.attribute, None)
+
+    def put(self, module: nn.Module) -> None:
+        """Hang a module there, as what the one before was: assigned, it would be a submodule."""
+        owner = self.owner
+        if not isinstance(owner, nn.Module):
+            setattr(owner, self.attribute, module)
+            return
+        vars(owner)["_modules"][self.attribute] = module
+        if self.attribute == "_orig_mod":
+            compiled: Any = owner  # a wrapper of torch.compile's keeps the call of what it held,
+            compiled.__setstate__(compiled.__getstate__())  # which unpickling makes anew
+
+    def put_for(self, old: nn.Module, module: nn.Module) -> None:
+        """Hang a module there if this very other one does now."""
+        if self.module is old:
+            self.put(module)
 
     def check(self, guard: Guard) -> None:
         """Make sure that the guarded module itself hangs there.
@@ -98,17 +125,52 @@ def getattr_path(root: Any, path: str) -> Any:
 
 def find(root: Any, guard: Guard) -> Place | None:
     """Return the first place in ``root``, or in a module below it, with the guarded module."""
-    names = deque([(root, type(root).__name__)])
-    seen = {id(root)}
+    return next(_search({type(root).__name__: root}, guard.module), None)
+
+
+def replace(root: Any, old: nn.Module, new: nn.Module) -> list[Place]:
+    """Put a module in every place that holds this very other one.
+
+    A trainer holds its model by several names (``model``, ``model_wrapped``, and those of its
+    accelerator and its callback handler), and by wrappers (DDP, ``torch.compile``); what runs is
+    whichever it likes.
+
+    Args:
+        root: Where to look: in it, in the objects that it holds, and in modules below.
+        old: The module that is replaced.
+        new: What takes its place.
+
+    Returns:
+        The places.
+    """
+    name = type(root).__name__
+    roots = {name: root} | {f"{name}.{key}": one for key, one in vars(root).items() if _plain(one)}
+    places = list(_search(roots, old))
+    for place in places:
+        place.put(new)
+    return places
+
+
+def _plain(value: Any) -> bool:
+    """Return whether this is an object of which the attributes may be modules."""
+    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type, ModuleType))
+
+
+def _search(roots: Mapping[str, Any], module: nn.Module) -> Iterator[Place]:
+    """Find the places that hold a module, in several roots and in the modules below; breadth first.
+
+    But not in the module itself.
+    """
+    names = deque((root, path) for path, root in roots.items())
+    seen = {id(module), *map(id, roots.values())}
     while names:
         owner, path = names.popleft()
         for holder, name, value in _modules_of(owner):
-            if value is guard.module:
-                return Place(holder, name.rpartition(".")[2], f"{path}.{name}")
+            if value is module:
+                yield Place(holder, name.rpartition(".")[2], f"{path}.{name}")
             if id(value) not in seen:
                 seen.add(id(value))
                 names.append((value, f"{path}.{name}"))
-    return None
 
 
 def _modules_of(owner: Any) -> Iterator[tuple[Any, str, nn.Module]]:
@@ -120,7 +182,7 @@ def _modules_of(owner: Any) -> Iterator[tuple[Any, str, nn.Module]]:
     for name, value in own.items():
         # accelerate's compile_regions keeps the original there, which its copy does not run
         if isinstance(value, nn.Module) and name != "_orig_mod":
-            yield owner, name, value
+            yield Items(own), name, value
         elif isinstance(value, list):
             for number, item in enumerate(value):
                 if isinstance(item, nn.Module):

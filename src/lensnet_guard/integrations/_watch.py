@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of, lensnet_guard
 from lensnet_guard._text import absolute, add_note, short_path
-from lensnet_guard.integrations._place import GuardLost, Items, Place, find, getattr_path, locate
+from lensnet_guard.integrations._place import (
+    GuardLost,
+    Items,
+    Place,
+    find,
+    getattr_path,
+    locate,
+    replace,
+)
 from lensnet_guard.tally import Tally, Verdict
 
 Log = str | os.PathLike[str]
@@ -68,9 +76,11 @@ class Watch:
     Attributes:
         guard: The guard; None before `open` when it is made there.
         begun: Training micro-steps that were begun since `open`, or since `count_from_here`.
+        log: Where `Watches` are to log, when this one is their first.
     """
 
     def __init__(self, contract: Contract, root: Any, *, must_be_found: bool = True) -> None:
+        self.log = contract.log
         self._contract = contract
         self._root = root
         self._must_be_found = must_be_found
@@ -106,6 +116,8 @@ class Watch:
             guard = target
             if self._place is None and self._must_be_found:
                 self._place = self._find(target)
+            self.check()
+            self._install_beside(guard)
         else:
             self._place = locate(self._root, target)
             if self.guard is not None:
@@ -124,7 +136,7 @@ class Watch:
         self.enter(None)
         if self._tally is not None:
             self._tally.close()
-        _leave(self._installed, error)
+        leave(self._installed, error)
 
     def check(self) -> None:
         """Make sure that what the training calls is the guarded module.
@@ -191,13 +203,13 @@ class Watch:
 
     def _end_optimizer_step(self, error: BaseException | None) -> None:
         window, self._optimizer_step, self._number = self._optimizer_step, ExitStack(), None
-        _leave(window, error)
+        leave(window, error)
 
     def abandon(self, error: BaseException | None = None) -> None:
         """Close a micro-step that was cut short: no budget is due."""
         block, self._step = self._step, None
         if block is not None:
-            _leave(block, error or Abandoned())
+            leave(block, error or Abandoned())
 
     # What it came to ---------------------------------------------------------------------------
 
@@ -253,32 +265,40 @@ class Watch:
         name = str(contract.target) if isinstance(place.owner, Items) else attribute
         if guard_of(module) is not None:
             block = lensnet_guard(
-                place.owner,
-                attribute=attribute,
-                policy=contract.policy,
-                mode=contract.mode,
-                log=contract.log,
+                place.owner, attribute=attribute, policy=contract.policy, mode=contract.mode
             )
-            return self._installed.enter_context(block)
+            guard = self._installed.enter_context(block)
+            self._install_beside(guard)
+            return guard
         if module is None:
             raise TypeError(
                 f"{place.path} is None, so there is nothing to guard; it must be made before the "
                 "training starts (in __init__, setup or configure_model)"
             )
-        guard = guard_module(
-            module, policy=contract.policy, mode=contract.mode, log=contract.log, name=name
-        )
+        guard = guard_module(module, policy=contract.policy, mode=contract.mode, name=name)
+        if guard.mode != "off":  # wherever it went meanwhile, as into DDP's wrapper
+            self._installed.callback(replace, self._root, guard.module, module)
         self._installed.callback(guard.uninstall)
         if guard.mode != "off":  # the proxy in its place, and the raw module again afterwards
             self._installed.enter_context(lensnet_guard(place.owner, attribute=attribute))
+            replace(self._root, module, guard.module)
         return guard
+
+    def _install_beside(self, guard: Guard) -> None:
+        """Put the proxy of a guard that exists wherever its raw module hangs, until `close`."""
+        proxy = guard.module
+        if guard.mode == "off" or self._root is None:
+            return
+        raw = proxy.__wrapped__
+        for place in replace(self._root, raw, proxy):
+            self._installed.callback(place.put_for, proxy, raw)
 
 
 class Abandoned(Exception):
     """What breaks off a micro-step that never came to its end, as the log calls it."""
 
 
-def _leave(blocks: ExitStack, error: BaseException | None) -> None:
+def leave(blocks: ExitStack, error: BaseException | None) -> None:
     """Close blocks: at their end, or by an exception that is on its way through them."""
     if error is None:
         blocks.close()

@@ -1,11 +1,16 @@
 """The guarded modules of one training: what `Watch` does for one, done for all of them together."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import atexit
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import torch.distributed as dist
+
+import lensnet_guard
 from lensnet_guard import CallPolicy, Guard, Guards, Mode
-from lensnet_guard.integrations._watch import Contract, Log, Watch
+from lensnet_guard.integrations._watch import Abandoned, Contract, Log, Watch, leave
 from lensnet_guard.tally import Verdict, Verdicts
 
 Target = str | Guard | Guards | Mapping[str, CallPolicy | None]
@@ -52,7 +57,11 @@ def contracts_for(
 
 
 def watches_for(
-    contracts: Mapping[str, Contract], root: Any, *, must_be_found: bool = True
+    contracts: Mapping[str, Contract],
+    root: Any,
+    *,
+    must_be_found: bool = True,
+    compare_ranks: bool = False,
 ) -> "Watches":
     """Return the watches of modules that hang at one root.
 
@@ -60,9 +69,11 @@ def watches_for(
         contracts: What to guard, by name.
         root: Where to look for them.
         must_be_found: As for `Watch`.
+        compare_ranks: As for `Watches`.
     """
     return Watches(
-        {name: Watch(one, root, must_be_found=must_be_found) for name, one in contracts.items()}
+        {name: Watch(one, root, must_be_found=must_be_found) for name, one in contracts.items()},
+        compare_ranks=compare_ranks,
     )
 
 
@@ -71,10 +82,14 @@ class Watches:
 
     Args:
         watches: Of each module, by its name. All log to the file of the first.
+        compare_ranks: Whether the ranks of a distributed training compare what they call.
     """
 
-    def __init__(self, watches: Mapping[str, Watch]) -> None:
+    def __init__(self, watches: Mapping[str, Watch], *, compare_ranks: bool = False) -> None:
         self._watches = dict(watches)
+        self._compare_ranks = compare_ranks
+        self._logs = ExitStack()
+        self._ranks = ExitStack()
 
     @property
     def guards(self) -> dict[str, Guard]:
@@ -94,20 +109,57 @@ class Watches:
             ValueError: As `Watch.open`.
         """
         with ExitStack() as undo:
-            first: Guard | None = None
             for watch in self._watches.values():
                 undo.callback(watch.close)
-                guard = watch.open()
-                first = first or guard
-                if first is not guard and first.log is not None and guard.log is None:
-                    guard.log_beside(first)
+                watch.open()
+            undo.callback(self._logs.close)
+            self._start_log()
             undo.pop_all()
-        assert first is not None
-        return first
+        return next(iter(self.guards.values()))
+
+    def _start_log(self) -> None:
+        """Let all write to one file, whose first line tells of each."""
+        first, *others = self.guards.values()
+        log = next(iter(self._watches.values())).log
+        others = [guard for guard in others if guard.mode != "off" and guard.log is None]
+        if log is not None and first.mode != "off":
+            self._logs.callback(first.end_log)
+            first.start_log(log, others)
+        elif first.log is not None:
+            for guard in others:
+                guard.log_beside(first)
+        for guard in others:
+            self._logs.callback(guard.end_log)
+
+    def begin_training(self) -> None:
+        """Count from here, and compare the ranks until `conclude` or `close`.
+
+        All ranks come here together. Where there is one process only, nothing is compared.
+        """
+        self._leave_ranks()  # of a training before, from which somebody has caught an exception
+        self._each(Watch.count_from_here)
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        compared = {name: guard for name, guard in self.guards.items() if guard.mode != "off"}
+        if self._compare_ranks and together and compared:
+            atexit.register(self._at_exit)
+            self._ranks.enter_context(lensnet_guard.compare_ranks(compared))
+
+    def _leave_ranks(self, error: BaseException | None = None) -> None:
+        """Say to the other ranks, if they still compare, that this one has stopped, and why."""
+        atexit.unregister(self._at_exit)
+        ranks, self._ranks = self._ranks, ExitStack()
+        leave(ranks, error or Abandoned("its training was closed before its end"))
+
+    def _at_exit(self) -> None:
+        """Say so as Python ends: a trainer tells its callbacks of no exception."""
+        self._leave_ranks(getattr(sys, "last_value", None))
 
     def close(self, error: BaseException | None = None) -> None:
         """Close whatever is open, and put back what was there before `open`."""
-        self._each(lambda watch: watch.close(error), backwards=True)  # the first ends the log
+        with ExitStack() as last:
+            last.callback(self._logs.close)
+            last.callback(self._each, lambda watch: watch.close(error), backwards=True)
+            self._leave_ranks(error)
 
     def enter(self, context: Literal["training", "inference"] | None) -> None:
         """Switch to a context; micro-steps that never ended are given up."""
@@ -127,6 +179,19 @@ class Watches:
             self.abandon(error)
             raise
 
+    @contextmanager
+    def window(self, name: str) -> Iterator[None]:
+        """Open a window of all whose policies count in it.
+
+        Raises:
+            LensNetViolation: As the end of ``guard.window``.
+        """
+        with ExitStack() as blocks:
+            for guard in self.guards.values():
+                if name in guard.policy.windows or guard.mode == "observe":
+                    blocks.enter_context(guard.window(name))
+            yield
+
     def end_step(self) -> None:
         """Close the micro-steps that are open, and settle their budgets.
 
@@ -139,23 +204,31 @@ class Watches:
         """Close micro-steps that were cut short: no budget is due."""
         self._each(lambda watch: watch.abandon(error))
 
-    def count_from_here(self) -> None:
-        """Begin the sums of the verdict anew."""
-        self._each(Watch.count_from_here)
-
     def verdict(self) -> Verdict | Verdicts:
         """Return what it has come to: of one module its own, of several a line for each."""
         verdicts = Verdicts({name: watch.verdict() for name, watch in self._watches.items()})
         return verdicts if len(verdicts) > 1 else next(iter(verdicts.values()))
 
-    def conclude(self) -> Verdict | Verdicts:
+    def conclude(self, *, trained: bool = True) -> Verdict | Verdicts:
         """Settle the last optimizer step of a training that has come to its end; as `verdict`.
+
+        Args:
+            trained: Whether there was anything to train; not so in a run resumed at its end.
 
         Raises:
             BudgetUnmet: That step has made too few calls.
             NothingChecked: There was no micro-step, where violations are raised.
+            RankDivergence: The ranks differ.
+            RankStopped: Another rank raised.
         """
-        self._each(Watch.end_optimizer_step)
+        if trained:
+            self._each(Watch.end_optimizer_step)
+            self._check_begun()
+        self._ranks.close()
+        atexit.unregister(self._at_exit)
+        return self.verdict()
+
+    def _check_begun(self) -> None:
         guards = self.guards.values()
         enforced = any(guard.mode == "enforce" for guard in guards)
         if enforced and not any(watch.begun for watch in self._watches.values()):
@@ -167,7 +240,6 @@ class Watches:
                 "loop of its own open them there, `with guard.micro_step(step):`; or guard with "
                 'mode="observe".'
             )
-        return self.verdict()
 
     def leave_evidence(self, error: BaseException, folder: Log | None) -> None:
         """Say on an exception where the calls are written down, as `Watch.leave_evidence`."""

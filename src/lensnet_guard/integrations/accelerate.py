@@ -51,6 +51,8 @@ class GuardedAccelerator:
         mode: As for `lensnet_guard.guard_module`; only without ``guard``.
         log: As for `lensnet_guard.guard_module`; only without ``guard``.
         name: As for `lensnet_guard.guard_module`; only without ``guard``.
+        compare_ranks: Whether the ranks of a distributed training compare what they call, and tell
+            each other what stops one of them, as in `lensnet_guard.compare_ranks`.
 
     Attributes:
         guards: All of them, by name.
@@ -72,6 +74,7 @@ class GuardedAccelerator:
         mode: Mode | None = None,
         log: Log | None = None,
         name: str | None = None,
+        compare_ranks: bool = False,
     ) -> None:
         self.guards: dict[str, Guard] = {}
         if guard is not None:
@@ -81,6 +84,7 @@ class GuardedAccelerator:
         folder = absolute(log) if log is not None else None
         self._contract: dict[str, Any] = {"policy": policy, "mode": mode, "log": folder}
         self._name = name
+        self._compare_ranks = compare_ranks
         self._held_by: dict[str, Any] = {}
         self._watch: Watches | None = None
         self._step = self._micro_step = 0
@@ -164,9 +168,11 @@ class GuardedAccelerator:
                     Contract(guard), self._held_by.get(name), must_be_found=name in self._held_by
                 )
                 for name, guard in self.guards.items()
-            }
+            },
+            compare_ranks=self._compare_ranks,
         )
         watch.open()
+        watch.begin_training()
         self._watch, self.verdict = watch, None
         return self
 

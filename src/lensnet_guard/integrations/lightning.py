@@ -35,6 +35,8 @@ class LensNetGuardCallback(Callback):
         policy: As for `lensnet_guard.guard_module`; only with an attribute.
         mode: As for `lensnet_guard.guard_module`; only with an attribute.
         log: As for `lensnet_guard.guard_module`; only with an attribute.
+        compare_ranks: Whether the ranks of a distributed ``fit`` compare what they call, and tell
+            each other what stops one of them, as in `lensnet_guard.compare_ranks`.
 
     Attributes:
         guard: The guard of this or the last run, of several the first; None before the first run.
@@ -47,6 +49,7 @@ class LensNetGuardCallback(Callback):
         ValueError: A guard that exists, with a policy, mode or log for it.
         NothingChecked: From ``fit``, when it has trained without a micro-step.
         GuardLost: From ``fit``, when what the module calls is not the guarded one.
+        RankStopped: From ``fit``, when another rank has raised.
         LensNetViolation: From ``fit``, the violations of the contract. The log is named on an
             exception; without a log the last calls are written to ``trainer.default_root_dir``.
     """
@@ -58,7 +61,9 @@ class LensNetGuardCallback(Callback):
         policy: CallPolicy | None = None,
         mode: Mode | None = None,
         log: Log | None = None,
+        compare_ranks: bool = False,
     ) -> None:
+        self._compare_ranks = compare_ranks
         self._contracts = contracts_for(target, policy, mode, log)
         self._watch: Watches | None = None
         self._opened = self._trained = False
@@ -71,7 +76,7 @@ class LensNetGuardCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before the strategy wraps anything: see whether there is a guard to be lost."""
         self._close()  # what an earlier run may have left open
-        self._watch = watches_for(self._contracts, pl_module)
+        self._watch = watches_for(self._contracts, pl_module, compare_ranks=self._compare_ranks)
         self._trained = False
         if stage == "fit":
             self.verdict = None
@@ -79,11 +84,13 @@ class LensNetGuardCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After it: guard the module, in inference context until the first epoch."""
         self._open()
+        if self._watch is not None:
+            self._watch.begin_training()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the training came to."""
         if self._watch is not None:
-            self.verdict = self._watch.conclude() if self._trained else self._watch.verdict()
+            self.verdict = self._watch.conclude(trained=self._trained)
             for line in str(self.verdict).splitlines():
                 rank_zero_info(f"lensnet_guard: {line}")
 

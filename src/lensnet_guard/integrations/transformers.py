@@ -4,10 +4,12 @@ Needs ``pip install lensnet-guard[hf]``.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from lensnet_guard import CallPolicy, Guard, Guards, Mode, Verdict, Verdicts
+from lensnet_guard.integrations._preset import around, contracts_of, preset_of
 from lensnet_guard.integrations._watch import Log
 from lensnet_guard.integrations._watches import Target, Watches, contracts_for, watches_for
 
@@ -32,6 +34,7 @@ class LensNetGuardCallback(TrainerCallback):
 
     Args:
         guard: The guard of a module that the training calls, or the guards of several.
+        compare_ranks: As for `guarded_trainer`; not with ``watch``, which knows.
         watch: What is open already for that guard, and outlasts ``train``, as `guarded_trainer` has
             it; without one, every ``train`` has its own.
 
@@ -47,10 +50,14 @@ class LensNetGuardCallback(TrainerCallback):
         GuardLost: From ``train``, when the model held the guarded module when training began or
             when the last step did, and holds something else there now.
         LensNetViolation: From ``train``, the violations of the contract.
+        RankStopped: From ``train``, when another rank has raised.
     """
 
-    def __init__(self, guard: Guard | Guards, *, watch: Watches | None = None) -> None:
+    def __init__(
+        self, guard: Guard | Guards, *, compare_ranks: bool = False, watch: Watches | None = None
+    ) -> None:
         self._contracts = contracts_for(guard) if watch is None else {}
+        self._compare_ranks = compare_ranks
         self._watch = watch
         self._owns_watch = watch is None
         self._substep = 0
@@ -59,11 +66,15 @@ class LensNetGuardCallback(TrainerCallback):
         self.guard = next(iter(self.guards.values()))
         self.verdict: Verdict | Verdicts | None = None
 
-    def close(self) -> None:
-        """Close what an exception has left open."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Close what an exception has left open.
+
+        Args:
+            error: That exception, for the log and for other ranks.
+        """
         if self._watch is not None and self._owns_watch:
             watch, self._watch = self._watch, None
-            watch.close()
+            watch.close(error)
 
     def on_train_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,10 +84,15 @@ class LensNetGuardCallback(TrainerCallback):
         self._complete = state.global_step >= state.max_steps > 0  # resumed at its end
         if self._owns_watch:
             self.close()
-            self._watch = watches_for(self._contracts, kwargs.get("model"), must_be_found=False)
+            self._watch = watches_for(
+                self._contracts,
+                kwargs.get("model"),
+                must_be_found=False,
+                compare_ranks=self._compare_ranks,
+            )
             self._watch.open()
-        elif self._watch is not None:
-            self._watch.count_from_here()
+        if self._watch is not None:
+            self._watch.begin_training()
         self._enter("inference")
 
     def on_step_begin(
@@ -112,12 +128,20 @@ class LensNetGuardCallback(TrainerCallback):
         self._enter("inference")
         if self._watch is not None:
             try:
-                self.verdict = self._watch.verdict() if self._complete else self._watch.conclude()
-            finally:
-                self.close()
+                self.verdict = self._watch.conclude(trained=not self._complete)
+            except BaseException as error:
+                self.close(error)
+                raise
+            self.close()
             if state.is_world_process_zero:
                 for line in str(self.verdict).splitlines():
                     print(f"lensnet_guard: {line}")
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Let calls be free from here on; a micro-step that is open is given up."""
+        self._enter("inference")
+        yield
 
     def _begin(self, state: TrainerState, substep: int) -> None:
         self._substep = substep
@@ -133,51 +157,119 @@ class LensNetGuardCallback(TrainerCallback):
             self._watch.enter(context)
 
 
+class UpdatesCallback(LensNetGuardCallback):
+    """That of a trainer whose loop tells of the end of an update alone: one is one micro-step."""
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the first update."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._state = state
+        self._begin(state, 0)
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Settle an update, and open the next; after the last it is given up."""
+        self._end()
+        self._begin(state, 0)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Let calls be free for the length of the block, between two updates."""
+        with super().evaluation():
+            yield
+        self._begin(self._state, 0)
+
+
 @contextmanager
 def guarded_trainer(
     trainer: Trainer,
-    target: Target,
+    target: Target | None = None,
     *,
     policy: CallPolicy | None = None,
     mode: Mode | None = None,
     log: Log | None = None,
+    compare_ranks: bool = False,
 ) -> Iterator[LensNetGuardCallback]:
-    """Guard a module of a trainer around ``trainer.train()`` and ``trainer.evaluate()``.
+    """Guard what a trainer holds around ``trainer.train()`` and ``trainer.evaluate()``.
+
+    ``with guarded_trainer(trainer): trainer.train()`` is all that one of TRL's trainers needs: its
+    reference, reward models, value model or teacher are found, and have the contract that this
+    kind of trainer keeps, from `lensnet_guard.integrations.presets`.
 
     Outside the micro-steps of ``train`` the context is inference, where calls are free. At the end
-    of the block the module is given back as it was, also after an exception.
+    of the block the modules are given back as they were, also after an exception.
 
     Args:
         trainer: The trainer; its callback is added for the length of the block.
         target: The attribute of the trainer that holds the module (``"reference"``,
             ``"model.critic"``, ``"reward_funcs.0"``); or a guard that exists, whose module hangs
             there somewhere. Of several modules a mapping from such attributes to policies, or what
-            `lensnet_guard.guard_modules` has returned.
+            `lensnet_guard.guard_modules` has returned. Without one, what the preset says.
         policy: As for `lensnet_guard.guard_module`; only with an attribute.
-        mode: As for `lensnet_guard.guard_module`; only with an attribute.
-        log: As for `lensnet_guard.guard_module`; only with an attribute.
+        mode: As for `lensnet_guard.guard_module`; only with an attribute, or without a target.
+        log: As for `lensnet_guard.guard_module`; likewise.
+        compare_ranks: Whether the ranks of a distributed ``train`` compare what they call, and tell
+            each other what stops one of them, as in `lensnet_guard.compare_ranks`.
 
     Yields:
         The callback, with ``guard``, ``guards`` and, after ``train``, ``verdict``.
 
     Raises:
-        TypeError: The first argument is neither a name nor a guard, or ``log`` is not a path.
-        ValueError: A guard that exists, with a policy, mode or log for it.
+        NoContract: There is no target, and no preset for this trainer; says what it holds.
+        TypeError: The target is neither a name nor a guard, or ``log`` is not a path; or there is a
+            policy and no target.
+        ValueError: A guard that exists, with a policy, mode or log for it; or a module that this
+            trainer's callbacks guard already.
         GuardLost: What the trainer calls is not the guarded module, at the start or at any step.
         LensNetViolation: The violations of the contract. The log is named on an exception; without
             a log the last calls are written to ``trainer.args.output_dir``.
     """
-    watch = watches_for(contracts_for(target, policy, mode, log), trainer)
+    contracts = contracts_for(
+        _found(trainer, policy) if target is None else target, policy, mode, log
+    )
+    watch = watches_for(contracts, trainer, compare_ranks=compare_ranks)
     try:
-        callback = LensNetGuardCallback(watch.open(), watch=watch)
-        callback.guards = watch.guards
-        trainer.add_callback(callback)
-        try:
+        with _told(trainer, watch, watch.open()) as callback:
             yield callback
-        finally:
-            trainer.remove_callback(callback)
     except BaseException as error:
         watch.leave_evidence(error, trainer.args.output_dir)
         watch.close(error)
         raise
     watch.close()
+
+
+def _found(trainer: Trainer, policy: CallPolicy | None) -> dict[str, CallPolicy | None]:
+    """Return what a trainer holds, with the contract of its preset."""
+    if policy is not None:
+        raise TypeError(
+            "guarded_trainer: a policy is given, and no attribute that it is for; name the one "
+            'that holds the module, guarded_trainer(trainer, "ref_model", policy=...)'
+        )
+    return {**contracts_of(trainer)}
+
+
+@contextmanager
+def _told(trainer: Trainer, watch: Watches, guard: Guard) -> Iterator[LensNetGuardCallback]:
+    """Have a trainer tell a callback of its micro-steps and windows, while the block is open."""
+    for other in trainer.callback_handler.callbacks:
+        if isinstance(other, LensNetGuardCallback) and guard in other.guards.values():
+            raise ValueError(
+                f"{guard.name} of this {type(trainer).__name__} is guarded already: by a "
+                "guarded_trainer that is open, or by a LensNetGuardCallback of the trainer's. "
+                "Leave one of them out"
+            )
+    preset = preset_of(trainer)
+    kind = UpdatesCallback if preset is not None and preset.own_loop else LensNetGuardCallback
+    callback = kind(guard, watch=watch)
+    callback.guards = watch.guards
+    trainer.add_callback(callback)
+    with ExitStack() as added:
+        added.callback(trainer.remove_callback, callback)
+        if preset is not None:
+            opens = {by: partial(watch.window, name) for name, by in preset.windows.items()}
+            frees = dict.fromkeys(preset.evaluates, callback.evaluation)
+            added.enter_context(around(trainer, {**opens, **frees}))
+        yield callback

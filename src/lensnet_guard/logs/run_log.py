@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import torch
+import torch.distributed as dist
 
 from lensnet_guard import _schema
 from lensnet_guard._text import absolute
@@ -132,7 +133,7 @@ class RunLog(Sink):
     def violation(self, error: "LensNetViolation") -> None:
         """Write a violation down before it is raised."""
         fields = error.record.to_log() if error.record is not None else {}
-        fields |= {_schema.MESSAGE: str(error)}
+        fields |= {_schema.MESSAGE: str(error), _schema.MISTAKE: error.mistake}
         self._append(_schema.VIOLATION, fields, _schema.VIOLATIONS)
 
     def hazard(self, record: "CallRecord", earlier: "CallRecord") -> None:
@@ -223,7 +224,7 @@ class RunLog(Sink):
     def _open(self) -> None:
         self._sums = dict.fromkeys(_SUMS, 0)
         self._steps_before = optimizer_steps.taken()
-        rank = os.environ.get("RANK", "0")
+        rank = _rank()
         pid, worker_of = os.getpid(), multiprocessing.parent_process()
         parent = self._file.pid if self._file.pid != pid else worker_of and worker_of.pid
         self._file = LogFile(self.folder, pid)
@@ -288,6 +289,17 @@ class RunLog(Sink):
 def _close(log: "weakref.ref[RunLog]") -> None:
     if (open_log := log()) is not None:
         open_log.close()
+
+
+def _rank() -> str:
+    """Return which process of a distributed run this is.
+
+    Torch knows best: Lightning tells its processes nothing of it, and where each process of a node
+    is spawned the environment has the node's number.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return str(dist.get_rank())
+    return os.environ.get("RANK", "0")
 
 
 @lru_cache(maxsize=1)

@@ -6,12 +6,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 from lensnet_guard import UnsanctionedCall, guard_module
 from lensnet_guard.integrations import Verdict, sanctioned
-from lensnet_guard.integrations._place import find, locate
+from lensnet_guard.integrations._place import find, locate, replace
 from lensnet_guard.integrations._watch import Contract, Watch
+from lensnet_guard.integrations._watches import watches_for
 from lensnet_guard.postmortem import read_verdict
 
 
@@ -59,10 +61,10 @@ class TestAnotherWorkingDirectory:
         """Hydra and Lightning change the directory between the callback and its training."""
         contract = Contract("scorer", log="log")
         monkeypatch.chdir("other")
-        watch = Watch(contract, owner)
-        guard = watch.open()
+        watches = watches_for({"scorer": contract}, owner)
+        guard = watches.open()
         assert guard.log_path == tmp_path / "log" / "lensnet.rank0.jsonl"
-        watch.close()
+        watches.close()
 
     def test_the_evidence_moved(self, owner, tmp_path, monkeypatch):
         """It is for the folder that the trainer had when it began."""
@@ -131,6 +133,37 @@ class TestPlaces:
         assert find(owner, guard_module(nn.Linear(1, 1))) is None
 
 
+class TestReplace:
+    def test_every_place_that_holds_this_very_module(self):
+        """Hidden modules stay hidden; lists, and objects beside; nothing in the module itself."""
+        old, new = nn.Linear(1, 1), nn.Linear(1, 1)
+        vars(old)["itself"] = old
+        model = nn.ModuleDict({"inner": old, "other": nn.Linear(1, 1)})
+        vars(model)["hidden"] = old
+        beside = SimpleNamespace(model=old, models=[None, old])
+        owner = SimpleNamespace(model=model, beside=beside, kind=nn.Linear)
+        places = [place.path for place in replace(owner, old, new)]
+        assert sorted(places) == [
+            "SimpleNamespace.beside.model",
+            "SimpleNamespace.beside.models.1",
+            "SimpleNamespace.model.hidden",
+            "SimpleNamespace.model.inner",
+        ]
+        assert model["inner"] is model.hidden is beside.model is beside.models[1] is new
+        assert list(dict(model.named_children())) == ["inner", "other"]
+        assert vars(old)["itself"] is old
+
+    def test_what_a_compiled_module_runs(self):
+        """Its wrapper keeps the call of the module that it was made of."""
+        old, new = nn.Linear(1, 1), nn.Linear(1, 1)
+        owner = SimpleNamespace(model=torch.compile(old, backend="eager"))
+        x = torch.ones(1, 1)
+        owner.model(x)
+        replace(owner, old, new)
+        assert owner.model(x).equal(new(x))
+        torch._dynamo.reset()
+
+
 class TestVerdict:
     def test_in_words(self):
         """One of a thing is singular."""
@@ -149,11 +182,12 @@ class TestVerdict:
 class TestBrokenOff:
     def test_a_micro_step_that_never_came_to_its_end(self, scorer, tmp_path):
         """The log gives the reason in a public word, and no budget is missed."""
-        watch = Watch(Contract("scorer", log=tmp_path), SimpleNamespace(scorer=scorer))
-        watch.open()
-        watch.begin_step(0, 0)
-        watch.enter("inference")
-        watch.close()
+        contracts = {"scorer": Contract("scorer", log=tmp_path)}
+        watches = watches_for(contracts, SimpleNamespace(scorer=scorer))
+        watches.open()
+        watches.begin_step(0, 0)
+        watches.enter("inference")
+        watches.close()
         lines = map(json.loads, next(tmp_path.iterdir()).read_text().splitlines())
         ended = [line["raised"] for line in lines if line["event"] == "micro_step.end"]
         assert ended == ["Abandoned"]

@@ -139,6 +139,7 @@ class TestDivergence:
   budget       critic: 1 of 1 spent
   what to do   Let all ranks decide alike: from what they share \(reduce it first\), never from """
                 r"""one rank's own data; and give each as many batches\.
+  explained by lensnet-guard explain unequal-ranks
 """,
                 message,
             ), message
@@ -271,6 +272,12 @@ class TestBadUse:
             compare_ranks(guard),
         ):
             pass
+
+    def test_no_guard(self) -> None:
+        """Of a mapping that was filtered too well."""
+        with pytest.raises(ValueError, match="nothing to compare: guards is empty"):
+            with compare_ranks({}):
+                pass
 
     @pytest.mark.parametrize(("every", "error"), [(0, ValueError), (1.5, TypeError)])
     def test_intervals_that_are_none(self, every: float, error: type[Exception]) -> None:
