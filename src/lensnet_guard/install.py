@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -183,7 +184,10 @@ def _find_module(owner_or_module: Any, attribute: str) -> tuple[str | None, Any]
 def _installed(owner: Any, attribute: str, raw: nn.Module, proxy: nn.Module) -> Iterator[None]:
     """The proxy in the owner's place; afterwards the owner exactly as it was."""
     own = attribute in getattr(owner, "__dict__", ())
-    setattr(owner, attribute, proxy)
+    put = partial(setattr, owner)
+    if own and isinstance(owner, nn.Module):  # hidden there, so that it is no submodule
+        put = vars(owner).__setitem__
+    put(attribute, proxy)
     try:
         yield
     finally:
@@ -197,7 +201,7 @@ def _installed(owner: Any, attribute: str, raw: nn.Module, proxy: nn.Module) -> 
         elif not own and attribute in getattr(owner, "__dict__", ()):
             delattr(owner, attribute)  # it hid one that the owner inherits from its class
         else:
-            setattr(owner, attribute, raw)
+            put(attribute, raw)
 
 
 def _resolve_mode(mode: Mode | None) -> Mode:
