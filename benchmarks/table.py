@@ -110,7 +110,13 @@ def of_conditions(figures: dict[str, Any]) -> Iterator[Row]:
 def of_ranks(figures: dict[str, float]) -> Iterator[Row]:
     yield figure(
         f"comparing {figures['ranks']} ranks after a micro-step, over that micro-step",
-        f"{figures['added_us']:.0f} µs over {figures['micro_step_us']:.0f} µs",
+        f"{figures['added_micro_step_us']:.0f} µs over {figures['micro_step_us']:.0f} µs",
+    )
+    yield at_most(
+        f"a call of {figures['ranks']} ranks that are compared, over one that is not",
+        figures["added_call_us"],
+        15,
+        " µs",
     )
 
 

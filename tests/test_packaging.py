@@ -147,7 +147,7 @@ class TestWheel:
         names = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
         metadata = {f"{info}/{name}" for name in names}
         markers = {"lensnet_guard/py.typed", "megacontext/py.typed"}
-        assert packed == code | markers | metadata
+        assert packed == code | markers | metadata | {"lensnet_guard/mistakes.md"}
 
     def test_its_metadata(self, wheel: Path) -> None:
         """What an index shows; no address is named, for there is none."""
@@ -194,6 +194,14 @@ class TestInstalledWheel:
         """Which tell their version, and what they can do."""
         assert installed(program, "--version") == f"{program}, version {__version__}\n"
         assert f"Usage: {program} [OPTIONS] COMMAND" in installed(program, "--help")
+
+    def test_explains_mistakes(self, installed: Execute) -> None:
+        """There is no folder of pages: the catalogue is in the package."""
+        page = (ROOT / "docs" / "mistakes.md").read_text()
+        names = re.findall(r"^## (\S+)$", page, flags=re.MULTILINE)
+        assert len(names) > 10
+        listed = installed("lensnet-guard", "explain").splitlines()
+        assert [line.split()[0] for line in listed] == names
 
     def test_gives_the_pytest_plugin(self, installed: Execute) -> None:
         """Found by its entry point."""

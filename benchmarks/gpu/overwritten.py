@@ -173,7 +173,7 @@ def main() -> None:
         line(
             "the guard warned before, and its note names both lines",
             only_on_cuda(len(recording["hazards"]) >= 1 and blame),
-            recording["blame"][:1],
+            [note.splitlines()[0] for note in recording["blame"][:1]],
             "producer and overwriter",
         ),
         line("the log's verdict names them too", only_on_cuda(told), recording["verdict"], "both"),

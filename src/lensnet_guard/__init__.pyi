@@ -2,6 +2,7 @@
 
 from lensnet_guard._version import __version__ as __version__
 from lensnet_guard.boundary.hazards import LensNetHazard as LensNetHazard
+from lensnet_guard.calls.adapters import active_adapter as active_adapter
 from lensnet_guard.calls.adapters import adapters_off as adapters_off
 from lensnet_guard.calls.adapters import adapters_on as adapters_on
 from lensnet_guard.calls.budget import MicroStep as MicroStep
@@ -36,7 +37,7 @@ from lensnet_guard.guard import guard_of as guard_of
 from lensnet_guard.install import guard_module as guard_module
 from lensnet_guard.install import lensnet_guard as lensnet_guard
 from lensnet_guard.logs.sinks import Sink as Sink
-from lensnet_guard.ranks import compare_ranks as compare_ranks
+from lensnet_guard.ranks.compare import compare_ranks as compare_ranks
 from lensnet_guard.several import Guards as Guards
 from lensnet_guard.several import guard_modules as guard_modules
 from lensnet_guard.tally import Verdict as Verdict

@@ -91,6 +91,7 @@ FILE = "code.file.path"  # of each frame of the stack
 LINE = "code.line.number"
 FUNCTION = "code.function.name"
 MESSAGE = "message"  # of a violation
+MISTAKE = "mistake"  # likewise: the entry of docs/mistakes.md that explains it
 
 # What `COMPILED` holds ----------------------------------------------------------------------------
 

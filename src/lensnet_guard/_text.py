@@ -22,6 +22,11 @@ def budget_text(calls: int | tuple[int, int | None]) -> str:
     return f"{least} or more" if most is None else f"{least} to {most}"
 
 
+def explained_by(mistake: str) -> str:
+    """Return the line that a message ends with: which entry of docs/mistakes.md explains it."""
+    return f"  explained by lensnet-guard explain {mistake}"
+
+
 def moment(seconds: float | None) -> str:
     """Return seconds since the epoch as a date in UTC, for logs of machines in many places."""
     try:

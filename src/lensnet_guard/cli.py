@@ -1,4 +1,4 @@
-"""The command line: ``postmortem``, ``report``, ``trace``, ``suggest`` and ``doctor``."""
+"""The command line: ``postmortem``, ``report``, ``trace``, ``suggest``, ``explain``, ``doctor``."""
 
 import contextlib
 import io
@@ -162,6 +162,49 @@ def suggest(targets: tuple[Path, ...], as_json: bool) -> None:
     else:
         show(suggestion_code(found, faults))
     sys.exit(exit_code)
+
+
+@main.command("explain")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def explain(name: str | None, as_json: bool) -> None:
+    """What a mistake looks like, and the line of policy that stops it.
+
+    NAME is what an error message ends with. Its entry has the symptom, public reports, and a
+    program before and after, to run. Without a NAME all are listed, with a line for each.
+
+    Exits with 0, or with 2 when there is no such entry, or it could not be printed.
+
+    Example: lensnet-guard explain called-twice
+    """
+    from lensnet_guard.mistakes import near, read_mistakes
+
+    try:
+        mistakes = read_mistakes()
+    except OSError as error:
+        fail(error)
+    found = [mistakes[name]] if name in mistakes else [] if name else list(mistakes.values())
+    if as_json:  # in any case: a program reads stdout
+        print_json({"mistakes": plain(found)})
+    if not found:
+        named = near(str(name), mistakes)
+        told = f"near are {', '.join(named)}" if named else "`lensnet-guard explain` lists them all"
+        fail(OSError(f"no mistake is called {name!r}; {told}"))
+    if not as_json and name:
+        _print(found[0].text, _markdown)
+    elif not as_json:
+        width = max(map(len, mistakes))
+        show("".join(f"{one.name:<{width}}  {one.about}\n" for one in found))
+
+
+def _markdown(text: str, console: Console) -> None:
+    """In a terminal as it is meant to look; elsewhere as it is written, which reads as well."""
+    if console.is_terminal:
+        from rich.markdown import Markdown
+
+        console.print(Markdown(text))
+    else:
+        console.out(text, end="")
 
 
 @main.command("doctor")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from torch import nn
@@ -77,7 +78,7 @@ class Guard(Generic[M]):
             )
             tell_untested([*_torch_checkpoints.losses(), *_torch_internals.losses()])
             admission, tell = self._admission, teller() if mode == "observe" else None
-            names = policy.shared_submodules, policy.methods
+            names = policy.shared_submodules, admission.doors.methods
             self._tripwire = Tripwire(
                 module, self, admission.inside, admission.run_behind, *names, tell
             )
@@ -129,7 +130,8 @@ class Guard(Generic[M]):
                 ``per``.
 
         Raises:
-            ValueError: No scope of the policy counts in such a window.
+            ValueError: No scope of the policy counts in such a window, and calls are not observed
+                (a window that is observed is one that `lensnet-guard suggest` can count in).
             RuntimeError: The same block is opened or closed twice.
             ContextSwitchRefused: A window of that name is open already.
             BudgetUnmet: At the end, when the body did not raise and made too few calls.
@@ -250,12 +252,13 @@ class Guard(Generic[M]):
         """Tell a sink no more."""
         self._history.remove_sink(sink)
 
-    def violate(self, reason: str, detail: str) -> None:
+    def violate(self, reason: str, detail: str, frame: FrameType | None = None) -> None:
         """Record, log and raise a violation that other code has found, as `compare_ranks` does.
 
         Args:
             reason: The name of its class, such as ``"RankDivergence"``.
             detail: What the first line of its message ends in, such as ``": rank 1 made none"``.
+            frame: The code that it is about; by default the caller's.
 
         Raises:
             LensNetViolation: Of that class, in the mode ``"enforce"``.
@@ -264,7 +267,8 @@ class Guard(Generic[M]):
         if reason not in VIOLATIONS:
             raise ValueError(f"{reason!r} is no violation; there are {', '.join(VIOLATIONS)}")
         here = self._admission.open.position()
-        self._admission.violations.violate(reason, here, detail, kind="micro_step")
+        violations = self._admission.violations
+        violations.violate(reason, here, detail, kind="micro_step", frame=frame)
 
     # Logs, copies, the end ---------------------------------------------------------------------
 

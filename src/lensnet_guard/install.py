@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, get_args
@@ -184,9 +184,9 @@ def _find_module(owner_or_module: Any, attribute: str) -> tuple[str | None, Any]
 def _installed(owner: Any, attribute: str, raw: nn.Module, proxy: nn.Module) -> Iterator[None]:
     """The proxy in the owner's place; afterwards the owner exactly as it was."""
     own = attribute in getattr(owner, "__dict__", ())
-    put = partial(setattr, owner)
-    if own and isinstance(owner, nn.Module):  # hidden there, so that it is no submodule
-        put = vars(owner).__setitem__
+    hidden = own and isinstance(owner, nn.Module)  # in its dict, so that it is no submodule
+    put: Callable[[str, nn.Module], None]
+    put = vars(owner).__setitem__ if hidden else partial(setattr, owner)
     put(attribute, proxy)
     try:
         yield

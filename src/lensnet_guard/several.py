@@ -76,7 +76,11 @@ class Guards(Mapping[str, Guard]):
         Raises:
             ValueError: No policy does.
         """
-        counting = [guard for guard in self.values() if name in guard.policy.windows]
+        counting = [
+            guard
+            for guard in self.values()
+            if name in guard.policy.windows or guard.mode == "observe"
+        ]
         if not counting and name != STEP:
             next(iter(self.values())).window(name).__enter__()  # says which windows there are
         with ExitStack() as blocks:

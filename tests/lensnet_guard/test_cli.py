@@ -1,17 +1,22 @@
 """The command line, as people and programs meet it."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from torch import nn
 
-from lensnet_guard import cli, guard_module
+from lensnet_guard import cli, guard_module, mistakes
 from lensnet_guard.cli import main
+from lensnet_guard.mistakes import read_mistakes
 
 
 @pytest.fixture
@@ -41,6 +46,7 @@ class TestPostmortem:
         assert "2 training calls in 2 micro-steps, 0 inference calls, 0 recomputes" in text
         assert "UnsanctionedCall (record 3)" in text
         assert "differs   inputs: float32[2, 3] cpu (allowed: float32[1, 3] cpu)" in text
+        assert "\n  explained by lensnet-guard explain called-from-elsewhere\n" in text
 
     def test_for_programs(self, folder):
         """The same as JSON."""
@@ -51,6 +57,7 @@ class TestPostmortem:
         (only,) = found["runs"]
         assert (only["module"], only["training_calls"], only["violation_count"]) == ("critic", 2, 1)
         assert {site["times"] for site in only["sites"]} == {1, 2}
+        assert only["violations"][0]["call"]["mistake"] == "called-from-elsewhere"
 
     def test_clean(self, tmp_path):
         """Exit code 0."""
@@ -158,6 +165,81 @@ class TestSuggest:
             folder,
         )
         assert result.stdout.endswith("1 False\n"), result.stderr
+
+
+class TestExplain:
+    def test_an_entry(self):
+        """As it is written, where no terminal is there to show it."""
+        result = run("explain", "called-twice")
+        assert result.exit_code == 0
+        assert result.stdout == read_mistakes()["called-twice"].text
+        assert result.stdout.startswith("## called-twice\n\nThe module is called more often")
+
+    def test_in_a_terminal(self):
+        """Rendered: no mark of Markdown is left, and code is as it was."""
+        console = Console(file=io.StringIO(), force_terminal=True, width=100)
+        cli._markdown(read_mistakes()["called-twice"].text, console)
+        shown = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue())
+        assert "\x1b[" in console.file.getvalue()
+        assert not re.search(r"^## |^```|\*\*", shown, flags=re.MULTILINE)
+        assert "critic, x = nn.Sequential(" in shown
+
+    def test_without_a_name(self):
+        """All of them, a line each, in columns."""
+        result = run("explain")
+        assert result.exit_code == 0
+        lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+        assert lines == [[one.name, one.about] for one in read_mistakes().values()]
+
+    @pytest.mark.parametrize(
+        ("name", "told"),
+        [
+            ("call-twice", "near are called-twice"),
+            ("BypassedGuard", "near are bypassed-wrapper"),
+            ("zzz", "`lensnet-guard explain` lists them all"),
+        ],
+    )
+    def test_a_name_that_is_none(self, name, told):
+        """Exit code 2, and which are near; a program gets an object all the same."""
+        result = run("explain", name)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"lensnet-guard: no mistake is called {name!r}; {told}")
+        result = run("explain", name, "--json")
+        assert (result.exit_code, json.loads(result.stdout)) == (2, {"mistakes": []})
+
+    def test_for_programs(self):
+        """One entry, or all."""
+        entries = [vars(one) for one in read_mistakes().values()]
+        assert json.loads(run("explain", "--json").stdout) == {"mistakes": entries}
+        (only,) = json.loads(run("explain", "ema-never", "--json").stdout)["mistakes"]
+        assert only == vars(read_mistakes()["ema-never"])
+
+    def test_a_page_that_is_gone(self, monkeypatch):
+        """Exit code 2, and one line."""
+        monkeypatch.setattr(mistakes, "_page", Path("nowhere/mistakes.md").read_text)
+        result = run("explain", "called-twice")
+        assert result.exit_code == 2
+        assert result.stderr.startswith("lensnet-guard: [Errno 2] No such file")
+
+    def test_help(self):
+        """With an example."""
+        result = run("explain", "--help")
+        assert result.exit_code == 0
+        assert "Example: lensnet-guard explain called-twice" in result.stdout
+
+    def test_needs_no_torch(self, run_python):
+        """Who reads an entry has waited long enough."""
+        result = run_python(
+            """
+            import runpy, sys
+            sys.argv = ["lensnet-guard", "explain", "called-twice"]
+            try:
+                runpy.run_module("lensnet_guard", run_name="__main__")
+            finally:
+                print("torch" in sys.modules)
+            """
+        )
+        assert result.stdout.endswith("False\n"), result.stderr
 
 
 class TestNarrowOutputs:
@@ -293,7 +375,7 @@ class TestUsage:
         "arguments",
         [
             *(("nonsense",), ("postmortem",), ("postmortem", "--nonsense"), ("report", "a", "b")),
-            *(("suggest",), ("suggest", "--nonsense")),
+            *(("suggest",), ("suggest", "--nonsense"), ("explain", "a", "b")),
         ],
     )
     def test_it_is_wrong(self, arguments):

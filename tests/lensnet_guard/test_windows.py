@@ -205,6 +205,15 @@ class TestBlocks:
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"), guard.window(name):
             pytest.fail("it was opened")
 
+    def test_any_window_is_observed(self, tmp_path):
+        """What a contract could count in is to be found out; nothing is due there."""
+        guard = guard_module(nn.Linear(3, 2), policy=CallPolicy({}), mode="observe", log=tmp_path)
+        with guard.context("training"), guard.window("rollout"):
+            guard.module(X)
+        guard.end_log()
+        ended = [line["window"] for line in read(tmp_path / FILE) if line["event"] == "window.end"]
+        assert ended == ["rollout"]
+
     def test_every_training_has_optimizer_steps(self):
         """A trainer may open them for any policy."""
         guard = windowed(kl=1)
@@ -240,7 +249,7 @@ class TestBlocks:
         assert lines[0].endswith(
             "its scope 'reference' counts per \"generation\", and no such window is open."
         )
-        assert lines[-1].endswith(f'`with guard.window("generation"):` around {caller}.')
+        assert lines[-2].endswith(f'`with guard.window("generation"):` around {caller}.')
 
     def test_in_observe_mode_nothing_is_raised(self):
         """All of the above is written down, and runs."""
@@ -304,10 +313,11 @@ class TestNames:
             pass
         with guard.context("training"), pytest.raises(UnsanctionedCall) as caught:
             guard.module(X)
-        assert str(caught.value).splitlines()[-1] == (
+        assert str(caught.value).splitlines()[-2:] == [
             "  what to do   Remove the call, or run it in inference context outside the "
-            "micro-step: the contract, CallPolicy(scopes={}), allows no call in training."
-        )
+            "micro-step: the contract, CallPolicy(scopes={}), allows no call in training.",
+            "  explained by lensnet-guard explain called-from-elsewhere",
+        ]
 
 
 class TestLog:

@@ -122,7 +122,7 @@ class Admission:
         claims, call = self._claims, None
         if claims.look_at_calls:
             call = self._call(run, args, kwargs, method)
-        scope, detail = here.scope, ""
+        scope, detail, mistake = here.scope, "", None
         if scope is None and here.context == "training":
             scope, detail = claims.scope_of(here, frame, call)
         inputs = describe_inputs(args, kwargs)
@@ -145,7 +145,8 @@ class Admission:
                 call.context, call.scope, call.earlier = here.context, scope, self._last
                 breach = first_breach(claims.requires(here.context, scope), call)
                 reason = decide(*facts, breached=breach is not None)
-                detail = f": {breach}"
+                if breach is not None:
+                    detail, mistake = f": {breach.found}", breach.mistake
             if reason is None:
                 record = self.history.add_call(here, scope, frame, inputs, method)
                 if window is not None and scope is not None:
@@ -155,7 +156,7 @@ class Admission:
                 return record
         if reason == "UnsanctionedCall" and scope is not None:
             detail = claims.outside(scope)
-        refusal = Refusal("call", reason, here, frame, scope, inputs, detail, method)
+        refusal = Refusal("call", reason, here, frame, scope, inputs, detail, method, mistake)
         record = self.violations.refuse(refusal)
         with self.history.lock:
             if reason == "ConditionUnmet" and window is not None and scope is not None:
@@ -189,10 +190,9 @@ class Admission:
         breach = first_breach(self._claims.ensures(record.context, record.scope), call)
         if breach is not None:
             reason, here = "ConditionUnmet", self.open.position()
-            detail = f" (call {record.seq}): {breach}"
-            self.violations.refuse(
-                Refusal("result", reason, here, frame, record.scope, (), detail, record.method)
-            )
+            detail, scope = f" (call {record.seq}): {breach.found}", record.scope
+            what = reason, here, frame, scope, (), detail, record.method, breach.mistake
+            self.violations.refuse(Refusal("result", *what))
 
     def _remember(self, record: CallRecord, frame: FrameType | None) -> None:
         """Note an observed violation too: when it is recomputed, that is no second one."""
@@ -263,7 +263,7 @@ class Admission:
         """
         if part is not self._module:
             return None
-        hidden = is_composable(part) or self.execution.replaced or bool(self.doors.methods)
+        hidden = is_composable(part) or self.execution.replaced or bool(self.policy.methods)
         with self.history.lock:
             again = self._recomputes.find(frame, hidden=hidden)
             if again is None:

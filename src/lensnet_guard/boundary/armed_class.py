@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lensnet_guard._torch_internals import looks_up_super
 from lensnet_guard.calls.record import frame_up
@@ -123,9 +122,10 @@ class ArmedMeta(type):
     def __new__(
         mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any
     ) -> Any:
-        """Make a subclass of an armed class: refused, or made of the original instead."""
-        armed = next(base for base in bases if isinstance(base, ArmedMeta))
-        _refuse_or_tell(arms_of(armed), _changes_class(original_of(armed)))
+        """Make a subclass of an armed class, as fully_shard does: one of the original instead.
+
+        A part that becomes an instance of it is armed again, by `_become`.
+        """
         originals = tuple(map(original_of, bases))
         meta = types.prepare_class(name, originals)[0]
         return meta.__new__(meta, name, originals, namespace, **kwargs)
@@ -177,10 +177,6 @@ class ArmedMeta(type):
 
     def __delattr__(cls, name: str) -> None:
         value = vars(cls._lensnet_original).get(name, _MISSING)
-        getter = getattr(value, "fget", None)
-        if getattr(getter, "__module__", None) == parametrize.__name__:
-            # remove_parametrizations, which will go on to change the class
-            _refuse_or_tell(cls._lensnet_tripwire, _changes_class(cls))
         newest = cls._newest_patch(name)
         if newest is not None and value is newest.after:  # mock, of what vars(cls) did not have
             cls._take_back(name, newest)
@@ -267,14 +263,6 @@ def _become(part: nn.Module, cls: type) -> None:
 
 # Goes past a module's own __setattr__: Fabric's hands what it is given to the module inside.
 set_class: Callable[[object, type], None] = vars(object)["__class__"].__set__
-
-
-def _changes_class(armed: type) -> str:
-    return (
-        f"{armed.__name__} is guarded, and something wants to change its class (fully_shard and "
-        "parametrizations do). Do that first and guard afterwards: fully_shard(module); "
-        "guard_module(module)"
-    )
 
 
 def _refuse_or_tell(arms: Arms, message: str) -> None:

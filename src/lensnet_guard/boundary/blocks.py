@@ -43,11 +43,12 @@ def window_block(admission: Admission, name: str) -> tuple[Block, Window]:
     """Return a block that opens another window, and the window.
 
     Raises:
-        ValueError: No scope of the policy counts in such a window.
+        ValueError: No scope of the policy counts in such a window, and calls are not observed.
         ContextSwitchRefused: A window of that name is open already.
     """
     policy = admission.policy
-    if name not in {STEP, *policy.windows}:
+    can_be_one = isinstance(name, str) and name not in {"", MICRO_STEP}
+    if name not in {STEP, *policy.windows} and not (can_be_one and admission.mode == "observe"):
         raise ValueError(
             f"{name!r} is not a window of {admission.history.module}'s policy, whose scopes count "
             f"per {sorted({MICRO_STEP, *policy.windows})}"

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from types import FrameType
+from typing import NamedTuple
 
 from lensnet_guard.calls.call import Call
 from lensnet_guard.calls.callers import find_caller
 from lensnet_guard.calls.context import Position
 from lensnet_guard.calls.policy import CallPolicy
 from lensnet_guard.calls.record import Context
-from lensnet_guard.calls.scope import MICRO_STEP, Condition, name_of
+from lensnet_guard.calls.scope import MICRO_STEP, Condition, mistake_of, name_of
 
 
 class Claims:
@@ -46,7 +47,7 @@ class Claims:
     def scope_of(
         self, here: Position, frame: FrameType | None, call: Call | None
     ) -> tuple[str | None, str]:
-        """Return the scope that a call belongs to, if any; and what to say where it has none.
+        """Return the scope that a call belongs to, if any; and why it belongs to no other.
 
         Args:
             here: The blocks that are open.
@@ -62,11 +63,11 @@ class Claims:
                 return self._plain[caller], ""
             while caller is not None:
                 if found := self._holding(self._by_caller[caller], call, missed):
-                    return _only(found)
+                    return _only(found, missed)
                 caller, frame = find_caller(frame, self._by_caller)
         if found := self._holding(self._by_state, call, missed):
-            return _only(found)
-        return None, f": {'; '.join(missed)}" if missed else ""
+            return _only(found, missed)
+        return None, _in_words(missed)
 
     def outside(self, scope: str) -> str:
         """Return what to say of a call whose scope is known, and whose window is not open."""
@@ -102,11 +103,23 @@ class Claims:
         return holding
 
 
-def first_breach(conditions: Iterable[Condition], call: Call) -> str | None:
+class Breach(NamedTuple):
+    """A condition that does not hold.
+
+    Attributes:
+        found: Which it is, and what it found.
+        mistake: The entry of docs/mistakes.md that explains it; None where it names none.
+    """
+
+    found: str
+    mistake: str | None
+
+
+def first_breach(conditions: Iterable[Condition], call: Call) -> Breach | None:
     """Return the first condition that does not hold of a call, and why; None when all do."""
     for condition in conditions:
         if (found := finding(condition, call)) is not None:
-            return f"{name_of(condition)}: {found}"
+            return Breach(f"{name_of(condition)}: {found}", mistake_of(condition))
     return None
 
 
@@ -129,8 +142,12 @@ def _of(
     return [condition for condition in common if getattr(condition, "in_inference", False)]
 
 
-def _only(found: list[str]) -> tuple[str | None, str]:
+def _only(found: list[str], missed: list[str]) -> tuple[str | None, str]:
     """Return the one scope that applies; none where several do, which would be anybody's guess."""
     if len(found) == 1:
-        return found[0], ""
+        return found[0], _in_words(missed)
     return None, f": the scopes {' and '.join(map(repr, found))} both apply to it"
+
+
+def _in_words(missed: list[str]) -> str:
+    return f": {'; '.join(missed)}" if missed else ""

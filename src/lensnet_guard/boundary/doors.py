@@ -13,6 +13,7 @@ from torch import nn
 
 from lensnet_guard.boundary.armed_class import armed_by
 from lensnet_guard.boundary.entrances import Entered
+from lensnet_guard.boundary.peft_models import whole_methods
 from lensnet_guard.boundary.tripwire import runs
 from lensnet_guard.calls.policy import CallPolicy
 
@@ -31,7 +32,7 @@ class Doors:
 
     def __init__(self, module: nn.Module, policy: CallPolicy) -> None:
         self.entered = Entered()
-        self.methods = frozenset(policy.methods)
+        self.methods = frozenset(policy.methods) | whole_methods(module)
         named = dict(module.named_modules()) if policy.parts else {}
         self._parts = {name: named[name] for name in policy.parts if name in named}
         self._module = module

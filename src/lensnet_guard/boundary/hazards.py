@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lensnet_guard._text import add_note
+from lensnet_guard._text import add_note, explained_by
 from lensnet_guard._torch_internals import (
     OF_A_GRADIENT,
     OVERWRITTEN,
@@ -166,7 +166,8 @@ class CompiledCalls:
             add_note(
                 error,
                 f"lensnet_guard: the output of call {first.seq} of {first.module} at "
-                f"{first.caller} was overwritten by call {last.seq} at {last.caller}",
+                f"{first.caller} was overwritten by call {last.seq} at {last.caller}\n"
+                f"{explained_by(_MISTAKE)}",
             )
         return pairs
 
@@ -187,13 +188,15 @@ class CompiledCalls:
             return
         message = (
             f"{record.module}: an output of call {earlier.seq} at {earlier.caller} is still in use "
-            f"as call {record.seq} at {record.caller} starts {_HOW[marked]}"
+            f"as call {record.seq} at {record.caller} starts {_HOW[marked]}\n"
+            f"{explained_by(_MISTAKE)}"
         )
         warnings.warn(message, LensNetHazard, stacklevel=6)
         if len(self._told) < _KEPT_WARNINGS:
             self._told.add(lines)
 
 
+_MISTAKE = "overwritten-graph-outputs"
 _HOW = {  # by whether cudagraph_mark_step_begin was called
     False: "without grad. The module is compiled with CUDA graphs, so the second call writes over "
     "it. Copy what is still needed, or put both calls into one batch",

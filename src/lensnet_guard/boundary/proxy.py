@@ -6,7 +6,7 @@ overridden here: fluent methods, copies and pickles. Runs of the raw module are 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, MethodType
 from typing import Any, Protocol, cast
 
@@ -166,6 +166,16 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
     @forward.deleter
     def forward(self) -> None:
         del self.__wrapped__.forward
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """``nn.Module.named_modules``, whose first one is the module that was asked: this one.
+
+        fully_shard finds the root among its modules so. Asked by a module around it, who gives
+        what it has seen, it is the raw module, as ever.
+        """
+        raw, is_root = self.__wrapped__, not args and kwargs.get("memo") is None
+        for name, module in raw.named_modules(*args, **kwargs):
+            yield name, self if is_root and module is raw else module
 
     def __copy__(self) -> "GuardedModule":
         copied = self._self_keeper.copy(copy.copy(self.__wrapped__), shallow=True)

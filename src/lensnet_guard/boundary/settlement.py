@@ -9,8 +9,8 @@ from lensnet_guard.boundary.admission import Admission
 from lensnet_guard.boundary.blocks import window_block
 from lensnet_guard.calls.budget import MicroStep, Window
 from lensnet_guard.calls.context import Block, Position
-from lensnet_guard.calls.errors import LensNetViolation
-from lensnet_guard.calls.scope import name_of
+from lensnet_guard.calls.errors import LensNetViolation, mistake_for
+from lensnet_guard.calls.scope import MICRO_STEP, name_of
 
 
 @contextmanager
@@ -111,6 +111,7 @@ def _settle(admission: Admission, here: Position, ending: Window) -> None:
             f": {'' if is_micro_step else f'in {ending.name!r} '}{', '.join(made)}",
             kind="micro_step" if is_micro_step else "window",
             due_from=[_due_from(admission, name, ending) for name in unmet],
+            mistake=mistake_for("BudgetUnmet", MICRO_STEP if is_micro_step else ending.name),
         )
     if isinstance(ending, MicroStep) and ending.context == "training":
         for sink in admission.history.sinks:

@@ -28,6 +28,7 @@ from lensnet_guard.boundary.armed_class import (
 )
 from lensnet_guard.boundary.forwards import OwnMethod, as_given, without_guard
 from lensnet_guard.boundary.inside import EAGER, Inside
+from lensnet_guard.boundary.peft_models import prompts_of, unloading_methods
 
 # Called with (part, run, args, kwargs, method) where nobody has admitted a run.
 Refuse = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any], str | None], Any]
@@ -38,7 +39,8 @@ class Tripwire:
     """Arms a module and its submodules; `disarm` puts everything back as it was.
 
     Left alone are parts that run nothing (a ModuleList) or no Python (TorchScript),
-    parametrizations (reading a weight runs them), and parts that a guard of their own has armed.
+    parametrizations (reading a weight runs them), PEFT's prompts (saving them runs them), and parts
+    that a guard of their own has armed.
 
     Args:
         module: The raw module. The parts of a copy are armed although their classes, inherited
@@ -78,6 +80,7 @@ class Tripwire:
         for part in submodules.values():
             if isinstance(part, parametrize.ParametrizationList):
                 spared.update(map(id, part.modules()))
+        spared.update(map(id, prompts_of(module)))
         self.module: nn.Module | None = module
         self.guard: object | None = guard
         self.tell = tell
@@ -139,6 +142,17 @@ class Tripwire:
                     part.__dict__[name] = plain
             set_class(part, original_of(type(part)))
             del self._armed[id(part)]
+
+    def _let_go(self, unloaded: object) -> None:
+        """Leave a base model unarmed that PEFT has given back, with copies of parts that are in it.
+
+        It is a model of its own from now on: what it was a part of has lost its adapters.
+        """
+        parts = list(unloaded.modules()) if isinstance(unloaded, nn.Module) else []
+        self.step_aside(parts)
+        for part in parts:
+            if arms_of(type(part)) is self:
+                set_class(part, original_of(type(part)))
 
     def disarm(self) -> None:
         """Restore every class and every forward."""
@@ -215,6 +229,14 @@ class Tripwire:
 
             return _checked(method, getattr(original, name))
 
+        def make_unloading(name: str, original: Any = original) -> Any:
+            def method(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                unloaded = getattr(original, name)(part, *args, **kwargs)
+                tripwire._let_go(unloaded)
+                return unloaded
+
+            return _checked(method, getattr(original, name))
+
         def set_attribute(part: nn.Module, name: str, value: Any) -> None:
             original.__setattr__(part, name, value)
             if name in watched:
@@ -223,6 +245,8 @@ class Tripwire:
         watched = {"forward", *methods}
         makers = {"forward": make_forward, "__call__": make_call}
         makers.update((name, functools.partial(make_method, name)) for name in methods)
+        for name in unloading_methods(original):
+            makers[name] = functools.partial(make_unloading, name)
         armed = armed_class(original, self, makers, set_attribute)
         return armed  # named, for `forward` asks what stands behind it
 

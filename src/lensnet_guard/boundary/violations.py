@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Sequence
+from types import FrameType
 
 from lensnet_guard.calls.context import OpenBlocks, Position
 from lensnet_guard.calls.errors import LensNetViolation, build_violation
@@ -54,6 +55,7 @@ class Violations:
             earlier=earlier,
             detail=refusal.detail,
             due_from=due_from,
+            mistake=refusal.mistake,
         )
         if ledger is not None:
             ledger.violations.append(violation)
@@ -101,6 +103,8 @@ class Violations:
         *,
         kind: Kind = "context",
         due_from: Sequence[str] = (),
+        frame: FrameType | None = None,
+        mistake: str | None = None,
     ) -> None:
         """Refuse something that is not a call.
 
@@ -110,10 +114,13 @@ class Violations:
             detail: What the headline of its message ends in.
             kind: Of its record.
             due_from: Who should have made calls that are missing.
+            frame: The code that it is about; by default the caller's.
+            mistake: What explains it, where its reason alone does not tell.
 
         Raises:
             LensNetViolation: Of that class, where violations are raised.
         """
         if self._mode != "off":
-            refusal = Refusal(kind, reason, here, frame_up(1), here.scope, detail=detail)
+            frame = frame or frame_up(1)
+            refusal = Refusal(kind, reason, here, frame, here.scope, detail=detail, mistake=mistake)
             self.refuse(refusal, due_from)

@@ -38,6 +38,9 @@ def no_grad(call: Call) -> str | None:
     return "autograd records; make the call inside torch.no_grad()"
 
 
+vars(no_grad)["mistake"] = "reference-with-gradients"
+
+
 def eval_mode(call: Call) -> str | None:
     """No part of the module is in train mode.
 
@@ -61,6 +64,9 @@ def eval_mode(call: Call) -> str | None:
     )
 
 
+vars(eval_mode)["mistake"] = "reference-in-train-mode"
+
+
 @dataclass(frozen=True, repr=False)
 class autocast:  # noqa: N801  # it is written where it is asked for, as torch.autocast is
     """Autocast is on with a dtype, or off, for the device that the call runs on.
@@ -78,6 +84,7 @@ class autocast:  # noqa: N801  # it is written where it is asked for, as torch.a
 
     dtype: torch.dtype | None
     about: ClassVar[str] = "autocast"
+    mistake: ClassVar[str] = "reference-out-of-autocast"
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
@@ -142,6 +149,9 @@ def finite(call: Call) -> str | None:
     return None
 
 
+vars(finite)["mistake"] = "reference-out-of-autocast"
+
+
 def _floats(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return a tensor's floating values, in dtypes that torch can ask whether they are finite."""
     return [
@@ -176,6 +186,9 @@ def detached(call: Call) -> str | None:
                 "inside torch.no_grad()"
             )
     return None
+
+
+vars(detached)["mistake"] = "reference-with-gradients"
 
 
 def _named(place: str) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lensnet_guard.calls.scope import MICRO_STEP, name_of
+from lensnet_guard._text import explained_by
+from lensnet_guard.calls.scope import MICRO_STEP, STEP, name_of
 
 if TYPE_CHECKING:
     from lensnet_guard.calls.policy import CallPolicy
-    from lensnet_guard.calls.record import CallRecord
+    from lensnet_guard.calls.record import CallRecord, Frame
     from lensnet_guard.calls.scope import Scope
 
 
@@ -24,8 +25,11 @@ class LensNetViolation(Exception):
         record: The refused call (or the unmet budget) with its stack and context; None only where
             somebody made the exception anew from its text, as DataLoader does for its workers.
         earlier: The allowed calls of the same micro-step that had spent the budget before.
+        mistake: The name by which ``lensnet-guard explain`` tells more; None where a condition of
+            the user's own was breached that names none.
     """
 
+    mistake: str | None = None
     headline = "{module} broke its call contract"
     remedy = ""
 
@@ -148,6 +152,35 @@ VIOLATIONS: Mapping[str, type[LensNetViolation]] = MappingProxyType(
 )  # by the reason that a record gives
 
 
+# The entry of docs/mistakes.md that explains a violation, by its reason, and by the window that a
+# budget counts in where that matters. What explains a breached condition the condition says itself.
+MISTAKES: Mapping[tuple[str, str | None], str] = MappingProxyType(
+    {
+        ("UnsanctionedCall", None): "called-from-elsewhere",
+        ("NoContext", None): "called-from-elsewhere",
+        ("ContextSwitchRefused", None): "called-from-elsewhere",
+        ("BudgetExceeded", None): "called-twice",
+        ("BudgetExceeded", STEP): "ema-every-micro-step",
+        ("ReentrantCall", None): "called-twice",
+        ("BudgetUnmet", None): "called-conditionally",
+        ("BudgetUnmet", STEP): "ema-never",
+        ("BypassedGuard", None): "bypassed-wrapper",
+        ("RankDivergence", None): "unequal-ranks",
+    }
+)
+
+
+def mistake_for(reason: str | None, window: str | None = None) -> str | None:
+    """Return the entry of docs/mistakes.md that explains a violation; None where none does.
+
+    Args:
+        reason: The name of the violation's class.
+        window: The window that its budget counts in.
+    """
+    reason = str(reason)
+    return MISTAKES.get((reason, window), MISTAKES.get((reason, None)))
+
+
 class RankStopped(RuntimeError):
     """Another rank of a distributed run has raised, and says why."""
 
@@ -165,6 +198,7 @@ def build_violation(
     earlier: Sequence["CallRecord"] = (),
     detail: str = "",
     due_from: Sequence[str] = (),
+    mistake: str | None = None,
 ) -> LensNetViolation:
     """Return the exception for a refused record; tests pin its message line by line.
 
@@ -175,6 +209,7 @@ def build_violation(
         earlier: The calls that spent the budget.
         detail: What else the headline should say.
         due_from: Who should have made the calls that are missing, and whether it ran.
+        mistake: What explains it, where its reason and its scope do not tell.
     """
     violation = VIOLATIONS[str(record.reason)]
     headline = violation.headline if record.kind != "result" else _WRONG_RESULT
@@ -185,9 +220,11 @@ def build_violation(
     stack = record.stack()
     first = stack.index(record.caller) if stack else 0
     if unmet := violation is BudgetUnmet:  # where it was noticed says little, least in a framework
-        own = (n for n, frame in enumerate(stack) if n >= first and not _is_installed(frame.file))
-        first = next(own, first)
-    for number, frame in enumerate(stack[first : first + (1 if unmet else 3)]):
+        first = _first_own(stack, first) or first
+    shown = stack[first : first + (1 if unmet else 3)]
+    if not unmet and (own := _first_own(stack, first) or 0) > first + 2:
+        shown[2] = stack[own]  # behind an engine that wraps the module, say
+    for number, frame in enumerate(shown):
         title = "ended at" if unmet else "called from"
         lines.append(_row(title if number == 0 else "", frame))
     where = str(record.context or "unset")
@@ -202,7 +239,19 @@ def build_violation(
     if not policy.in_full and violation is UnsanctionedCall:
         remedy = _INFERENCE_ONLY
     lines.append(_row("what to do", remedy))
-    return violation("\n".join(lines), record, earlier)
+    spent = policy.in_full.get(record.scope or "")
+    mistake = mistake or mistake_for(record.reason, spent.per if spent is not None else None)
+    if mistake is not None:
+        lines.append(explained_by(mistake))
+    error = violation("\n".join(lines), record, earlier)
+    error.mistake = mistake
+    return error
+
+
+def _first_own(stack: "Sequence[Frame]", first: int) -> int | None:
+    """Return the number of the innermost frame that is no library's; None without one."""
+    own = (n for n, frame in enumerate(stack) if n >= first and not _is_installed(frame.file))
+    return next(own, None)
 
 
 def _is_installed(file: str) -> bool:

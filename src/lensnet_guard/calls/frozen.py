@@ -9,7 +9,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import nn
@@ -50,11 +50,15 @@ def frozen(call: Call | None = None, /, *, fingerprint: bool = False) -> str | C
     return _Frozen(fingerprint=True) if fingerprint else frozen
 
 
+vars(frozen)["mistake"] = "moved-weights"
+
+
 @dataclass(frozen=True, repr=False)
 class _Frozen:
     """What `frozen` does, with or without checksums."""
 
     fingerprint: bool
+    mistake: ClassVar[str] = "moved-weights"
 
     def __call__(self, call: Call) -> str | None:
         before: _Seen | None = call.memory.get(self)

@@ -9,8 +9,9 @@ import contextlib
 import operator
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from itertools import repeat
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -160,13 +161,24 @@ class CallRecord:
 
 _get_logged = operator.attrgetter(*_schema.RECORD)
 
+
+def _folders_of(package: str) -> Iterator[str]:
+    """Yield where a package is installed, if it is; it is not imported for that."""
+    found = PathFinder.find_spec(package)  # whatever else stands for it among the modules
+    for folder in (found and found.submodule_search_locations) or ():
+        yield os.path.abspath(folder) + os.sep
+
+
 # Frames of these files are never "the caller": the guard itself, torch, wrapt, and the standard
-# library's context managers that stand between a `with` statement and the guard.
+# library's context managers that stand between a `with` statement and the guard; and PEFT and
+# DeepSpeed, whose models and engines only hand a call on to the model inside.
 _INTERNAL_PATHS = (
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
     os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
     os.path.dirname(os.path.abspath(wrapt.__file__)) + os.sep,
     os.path.abspath(contextlib.__file__),
+    *_folders_of("peft"),
+    *_folders_of("deepspeed"),
 )
 
 
@@ -198,6 +210,13 @@ def capture_stack(frame: FrameType | None, limit: int) -> Stack:
             raw.append((frame.f_code, frame.f_lasti))
             frame = frame.f_back
     return tuple(raw)
+
+
+def outside_frame(frame: FrameType | None) -> FrameType | None:
+    """Return the innermost frame from ``frame`` outwards that is a caller's."""
+    while frame is not None and frame.f_code.co_filename.startswith(_INTERNAL_PATHS):
+        frame = frame.f_back
+    return frame
 
 
 def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:

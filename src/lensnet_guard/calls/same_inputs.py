@@ -3,7 +3,7 @@
 import inspect
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import wrapt
@@ -49,6 +49,7 @@ class same_inputs:  # noqa: N801  # it is written where it is asked for, as a fu
     other: Any  # from then on the raw module
     name: str
     values: bool = False
+    mistake: ClassVar[str] = "another-batch"
     _last: "_LastInput" = field(init=False, compare=False)
 
     def __post_init__(self) -> None:

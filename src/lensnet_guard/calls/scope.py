@@ -101,6 +101,15 @@ def name_of(condition: Condition) -> str:
     return condition.__qualname__ if isinstance(condition, FunctionType) else repr(condition)
 
 
+def mistake_of(condition: Condition) -> str | None:
+    """Return the entry of docs/mistakes.md that explains a breach of a condition.
+
+    It is what the condition says itself, in its attribute ``mistake``; None where it says nothing.
+    """
+    mistake = getattr(getattr(condition, "__wrapped__", condition), "mistake", None)
+    return mistake if isinstance(mistake, str) else None
+
+
 def contradiction(conditions: tuple[Condition, ...]) -> tuple[Condition, Condition] | None:
     """Return two conditions that cannot hold together, as far as they tell; None without such.
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from lensnet_guard import Guard, Verdict, Verdicts, guard_of
 from lensnet_guard.integrations._place import GuardLost
+from lensnet_guard.integrations._preset import NoContract
 from lensnet_guard.integrations._watches import NothingChecked
 
-__all__ = ["GuardLost", "NothingChecked", "Verdict", "Verdicts", "sanctioned"]
+__all__ = ["GuardLost", "NoContract", "NothingChecked", "Verdict", "Verdicts", "sanctioned"]
 
 # Where wrappers hold what they wrap: DDP and FSDP, torch.compile, accelerate and Fabric.
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")

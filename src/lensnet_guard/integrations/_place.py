@@ -9,10 +9,20 @@ from typing import Any
 from torch import nn
 
 from lensnet_guard import Guard, guard_of
+from lensnet_guard._text import explained_by
 
 
 class GuardLost(RuntimeError):
-    """What a training calls is not the guarded module any more, so nothing would be counted."""
+    """What a training calls is not the guarded module any more, so nothing would be counted.
+
+    Attributes:
+        mistake: The name by which ``lensnet-guard explain`` tells more.
+    """
+
+    mistake = "bypassed-wrapper"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{explained_by(self.mistake)}"
 
 
 @dataclass(frozen=True)

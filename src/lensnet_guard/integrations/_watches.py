@@ -2,8 +2,8 @@
 
 import atexit
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -179,6 +179,19 @@ class Watches:
         except BaseException as error:
             self.abandon(error)
             raise
+
+    @contextmanager
+    def window(self, name: str) -> Iterator[None]:
+        """Open a window of all whose policies count in it.
+
+        Raises:
+            LensNetViolation: As the end of ``guard.window``.
+        """
+        with ExitStack() as blocks:
+            for guard in self.guards.values():
+                if name in guard.policy.windows or guard.mode == "observe":
+                    blocks.enter_context(guard.window(name))
+            yield
 
     def end_step(self) -> None:
         """Close the micro-steps that are open, and settle their budgets.

@@ -4,10 +4,12 @@ Needs ``pip install lensnet-guard[hf]``.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from lensnet_guard import CallPolicy, Guard, Guards, Mode, Verdict, Verdicts
+from lensnet_guard.integrations._preset import around, contracts_of, preset_of
 from lensnet_guard.integrations._watch import Log
 from lensnet_guard.integrations._watches import Target, Watches, contracts_for, watches_for
 
@@ -135,6 +137,12 @@ class LensNetGuardCallback(TrainerCallback):
                 for line in str(self.verdict).splitlines():
                     print(f"lensnet_guard: {line}")
 
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Let calls be free from here on; a micro-step that is open is given up."""
+        self._enter("inference")
+        yield
+
     def _begin(self, state: TrainerState, substep: int) -> None:
         self._substep = substep
         if self._watch is not None:
@@ -149,30 +157,60 @@ class LensNetGuardCallback(TrainerCallback):
             self._watch.enter(context)
 
 
+class UpdatesCallback(LensNetGuardCallback):
+    """That of a trainer whose loop tells of the end of an update alone: one is one micro-step."""
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the first update."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._state = state
+        self._begin(state, 0)
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Settle an update, and open the next; after the last it is given up."""
+        self._end()
+        self._begin(state, 0)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Let calls be free for the length of the block, between two updates."""
+        with super().evaluation():
+            yield
+        self._begin(self._state, 0)
+
+
 @contextmanager
 def guarded_trainer(
     trainer: Trainer,
-    target: Target,
+    target: Target | None = None,
     *,
     policy: CallPolicy | None = None,
     mode: Mode | None = None,
     log: Log | None = None,
     compare_ranks: bool = False,
 ) -> Iterator[LensNetGuardCallback]:
-    """Guard a module of a trainer around ``trainer.train()`` and ``trainer.evaluate()``.
+    """Guard what a trainer holds around ``trainer.train()`` and ``trainer.evaluate()``.
+
+    ``with guarded_trainer(trainer): trainer.train()`` is all that one of TRL's trainers needs: its
+    reference, reward models, value model or teacher are found, and have the contract that this
+    kind of trainer keeps, from `lensnet_guard.integrations.presets`.
 
     Outside the micro-steps of ``train`` the context is inference, where calls are free. At the end
-    of the block the module is given back as it was, also after an exception.
+    of the block the modules are given back as they were, also after an exception.
 
     Args:
         trainer: The trainer; its callback is added for the length of the block.
         target: The attribute of the trainer that holds the module (``"reference"``,
             ``"model.critic"``, ``"reward_funcs.0"``); or a guard that exists, whose module hangs
             there somewhere. Of several modules a mapping from such attributes to policies, or what
-            `lensnet_guard.guard_modules` has returned.
+            `lensnet_guard.guard_modules` has returned. Without one, what the preset says.
         policy: As for `lensnet_guard.guard_module`; only with an attribute.
-        mode: As for `lensnet_guard.guard_module`; only with an attribute.
-        log: As for `lensnet_guard.guard_module`; only with an attribute.
+        mode: As for `lensnet_guard.guard_module`; only with an attribute, or without a target.
+        log: As for `lensnet_guard.guard_module`; likewise.
         compare_ranks: Whether the ranks of a distributed ``train`` compare what they call, and tell
             each other what stops one of them, as in `lensnet_guard.compare_ranks`.
 
@@ -180,24 +218,58 @@ def guarded_trainer(
         The callback, with ``guard``, ``guards`` and, after ``train``, ``verdict``.
 
     Raises:
-        TypeError: The first argument is neither a name nor a guard, or ``log`` is not a path.
-        ValueError: A guard that exists, with a policy, mode or log for it.
+        NoContract: There is no target, and no preset for this trainer; says what it holds.
+        TypeError: The target is neither a name nor a guard, or ``log`` is not a path; or there is a
+            policy and no target.
+        ValueError: A guard that exists, with a policy, mode or log for it; or a module that this
+            trainer's callbacks guard already.
         GuardLost: What the trainer calls is not the guarded module, at the start or at any step.
         LensNetViolation: The violations of the contract. The log is named on an exception; without
             a log the last calls are written to ``trainer.args.output_dir``.
     """
-    contracts = contracts_for(target, policy, mode, log)
+    contracts = contracts_for(
+        _found(trainer, policy) if target is None else target, policy, mode, log
+    )
     watch = watches_for(contracts, trainer, compare_ranks=compare_ranks)
     try:
-        callback = LensNetGuardCallback(watch.open(), watch=watch)
-        callback.guards = watch.guards
-        trainer.add_callback(callback)
-        try:
+        with _told(trainer, watch, watch.open()) as callback:
             yield callback
-        finally:
-            trainer.remove_callback(callback)
     except BaseException as error:
         watch.leave_evidence(error, trainer.args.output_dir)
         watch.close(error)
         raise
     watch.close()
+
+
+def _found(trainer: Trainer, policy: CallPolicy | None) -> dict[str, CallPolicy | None]:
+    """Return what a trainer holds, with the contract of its preset."""
+    if policy is not None:
+        raise TypeError(
+            "guarded_trainer: a policy is given, and no attribute that it is for; name the one "
+            'that holds the module, guarded_trainer(trainer, "ref_model", policy=...)'
+        )
+    return {**contracts_of(trainer)}
+
+
+@contextmanager
+def _told(trainer: Trainer, watch: Watches, guard: Guard) -> Iterator[LensNetGuardCallback]:
+    """Have a trainer tell a callback of its micro-steps and windows, while the block is open."""
+    for other in trainer.callback_handler.callbacks:
+        if isinstance(other, LensNetGuardCallback) and guard in other.guards.values():
+            raise ValueError(
+                f"{guard.name} of this {type(trainer).__name__} is guarded already: by a "
+                "guarded_trainer that is open, or by a LensNetGuardCallback of the trainer's. "
+                "Leave one of them out"
+            )
+    preset = preset_of(trainer)
+    kind = UpdatesCallback if preset is not None and preset.own_loop else LensNetGuardCallback
+    callback = kind(guard, watch=watch)
+    callback.guards = watch.guards
+    trainer.add_callback(callback)
+    with ExitStack() as added:
+        added.callback(trainer.remove_callback, callback)
+        if preset is not None:
+            opens = {by: partial(watch.window, name) for name, by in preset.windows.items()}
+            frees = dict.fromkeys(preset.evaluates, callback.evaluation)
+            added.enter_context(around(trainer, {**opens, **frees}))
+        yield callback

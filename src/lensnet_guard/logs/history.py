@@ -41,6 +41,8 @@ class Refusal:
         inputs: What `describe_inputs` says of a call's arguments.
         detail: What else the headline of the message says.
         method: The method or part that was called; None for the module.
+        mistake: The entry of docs/mistakes.md that explains it, where its reason alone does not
+            tell.
     """
 
     kind: Kind
@@ -51,6 +53,7 @@ class Refusal:
     inputs: tuple[object, ...] = ()
     detail: str = ""
     method: str | None = None
+    mistake: str | None = None
 
 
 def _where(here: Position, scope: str | None) -> _Where:

@@ -133,7 +133,7 @@ class RunLog(Sink):
     def violation(self, error: "LensNetViolation") -> None:
         """Write a violation down before it is raised."""
         fields = error.record.to_log() if error.record is not None else {}
-        fields |= {_schema.MESSAGE: str(error)}
+        fields |= {_schema.MESSAGE: str(error), _schema.MISTAKE: error.mistake}
         self._append(_schema.VIOLATION, fields, _schema.VIOLATIONS)
 
     def hazard(self, record: "CallRecord", earlier: "CallRecord") -> None:

@@ -38,6 +38,7 @@ def read_call(event: Mapping[str, Any]) -> Call:
         message=text(event.get(_schema.MESSAGE)),
         compiled=_compiled(event.get(_schema.COMPILED)),
         method=text(event.get(_schema.METHOD)),
+        mistake=text(event.get(_schema.MISTAKE)),
     )
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from lensnet_guard._text import budget_text, count
 
 KEPT_NOTES = 200
+_EXPLAINED = "lensnet-guard explain overwritten-graph-outputs"
 KEPT_LINES = 20  # that are named where lines are unreadable
 
 Due = int | tuple[int, int | None]
@@ -42,6 +43,7 @@ class Call:
         message: Of a violation its message; of a call that raised, what.
         compiled: What torch told of compilation and CUDA graphs, in words.
         method: The method or part that was called; None for the module.
+        mistake: Of a violation the entry of docs/mistakes.md that explains it, if one does.
     """
 
     seq: int
@@ -61,6 +63,7 @@ class Call:
     message: str | None = None
     compiled: str | None = None
     method: str | None = field(default=None, metadata=_IF_ANY)
+    mistake: str | None = field(default=None, metadata=_IF_ANY)
 
     @property
     def called(self) -> str:
@@ -332,8 +335,8 @@ class Run:
     def remarks(self) -> list[tuple[str, Notes]]:
         """What there is to say about compilation and CUDA graphs, with a title for each list."""
         lists = (
-            ("outputs overwritten", self.overwritten),
-            ("CUDA graph hazards", self.hazards),
+            (f"outputs overwritten ({_EXPLAINED})", self.overwritten),
+            (f"CUDA graph hazards ({_EXPLAINED})", self.hazards),
             ("calls that compiled", self.compilations),
         )
         return [(title, notes) for title, notes in lists if notes.count]

@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lensnet_guard._text import moment
+from lensnet_guard._text import explained_by, moment
 from lensnet_guard.postmortem.findings import Analysis, Call, Run
 from lensnet_guard.postmortem.judge import missed
 
@@ -91,6 +91,8 @@ def _violations(run: Run) -> RenderableType | None:
         lines.append(Text(f"{call.reason}{of} (record {call.seq})", "red"))
         lines.extend(_details(call))
         lines.extend(Text(f"  differs   {short_paths(d)}") for d in violation.differences)
+        if call.mistake is not None:
+            lines.append(Text(explained_by(call.mistake)))
     if run.violation_count > _SHOWN:
         lines.append(Text(f"… {run.violation_count - _SHOWN} more violations"))
     return Group(*lines) if lines else None

@@ -49,7 +49,8 @@ class TestHazard:
             r"critic: an output of call 1 at \S+test_hazards\.py:\d+ in \S+ is still in use as "
             r"call 2 at \S+test_hazards\.py:\d+ in \S+ starts without grad\. The module is "
             r"compiled with CUDA graphs, so the second call writes over it\. Copy what is still "
-            r"needed, or put both calls into one batch"
+            r"needed, or put both calls into one batch\n"
+            r"  explained by lensnet-guard explain overwritten-graph-outputs"
         )
         assert re.fullmatch(pattern, str(warning.message))
         assert kept.shape == (2, 2)
@@ -116,7 +117,8 @@ class TestHazard:
             r"\S+:\d+ in \S+ starts after a mark in the same micro-step\. The module is compiled "
             r"with CUDA graphs, and cudagraph_mark_step_begin lets the second call write over it\. "
             r"Copy what is still needed, put both calls into one batch, or mark where the "
-            r"micro-step begins only",
+            r"micro-step begins only\n"
+            r"  explained by lensnet-guard explain overwritten-graph-outputs",
             str(warning.message),
         )
         assert kept.shape == (2, 2)
@@ -222,7 +224,8 @@ class TestBlame:
         (note,) = caught.value.__notes__
         assert re.fullmatch(
             r"lensnet_guard: the output of call 1 of critic at \S+:\d+ in \S+ was overwritten by "
-            r"call 2 at \S+:\d+ in \S+",
+            r"call 2 at \S+:\d+ in \S+\n"
+            r"  explained by lensnet-guard explain overwritten-graph-outputs",
             note,
         )
         assert kept is not None
@@ -264,15 +267,16 @@ class TestBlame:
             rf"call 2 at {self.WHERE}",
             printed.stdout.splitlines()[0],
         )
-        assert "outputs overwritten: 1" in printed.stdout
-        assert "CUDA graph hazards: 1" in printed.stdout
+        told = "(lensnet-guard explain overwritten-graph-outputs): 1\n"
+        assert f"outputs overwritten {told}" in printed.stdout
+        assert f"CUDA graph hazards {told}" in printed.stdout
 
     def test_on_the_page(self, overwritten):
         """With the verdict, and the hazard beside it."""
         analysis = analyse([overwritten])
         page = "".join(render_report(analysis, {}, overwritten))
         assert f'<li class="remark">{analysis.verdict}</li>' in page
-        assert "<h3>Outputs overwritten: 1</h3>" in page
+        assert "<h3>Outputs overwritten (lensnet-guard explain overwritten-" in page
 
     def test_torch_tells_which_output_it_is(self, guard, monkeypatch):
         """Of two that were written over, the one that torch refuses to read is blamed."""

@@ -25,7 +25,6 @@ from tests.lensnet_guard.helpers import X
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.utils import parametrizations
 
 from lensnet_guard import guard_module, guard_of
 from lensnet_guard.boundary.armed_class import ArmedMeta
@@ -88,7 +87,7 @@ class TestNothingIsRaised:
             assert torch.equal(guard.module(X), expected)
 
     @pytest.mark.filterwarnings("ignore:Deallocating Tensor that still has live:UserWarning")
-    def test_fully_sharded(self, tmp_path, capsys):
+    def test_fully_sharded(self, tmp_path):
         """FSDP changes classes: they are armed again, and train as those of an unguarded twin."""
         store = f"file://{tmp_path}/store"
         dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
@@ -114,7 +113,6 @@ class TestNothingIsRaised:
         finally:
             dist.destroy_process_group()
             gc.collect()  # of what older torch warns of as it goes
-        assert "something wants to change its class" in capsys.readouterr().err
 
 
 class TestStaysOn:
@@ -123,10 +121,10 @@ class TestStaysOn:
     @pytest.mark.parametrize(
         "name", ["a subclass", "parametrizations", "parametrizations, and back"]
     )
-    def test_changed_classes(self, name, capsys):
+    def test_changed_classes(self, name):
         """Bypasses are seen as before."""
         subject = Subject("observe")
-        DONE[name](subject)
+        ALLOWED[name](subject)
         subject.raw(X)
         subject.raw.blocks[0](X)
         assert [record.reason for record in subject.guard.violations] == ["BypassedGuard"] * 2
@@ -157,14 +155,13 @@ class TestTold:
         subject = Subject("observe")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for part in (subject.raw.head, subject.raw.blocks[0].linear):
-                parametrizations.weight_norm(part)
-        (warning,) = caught
-        assert warning.category is RuntimeWarning
+            for block in subject.raw.blocks:
+                torch.jit.script(block)
+        (warning,) = (one for one in caught if one.category is RuntimeWarning)
         assert str(warning.message) == (
-            "lensnet_guard: Linear is guarded, and something wants to change its class "
-            "(fully_shard and parametrizations do). Do that first and guard afterwards: "
-            "fully_shard(module); guard_module(module). In observe mode it is let through"
+            "lensnet_guard: Block is guarded by lensnet_guard and cannot be scripted: TorchScript "
+            "would run it unguarded. Script it before it is guarded, or not at all. In observe "
+            "mode it is let through"
         )
 
     def test_a_forward_that_goes_on_after_it_has_returned(self):
@@ -195,7 +192,9 @@ class TestTold:
         [
             lambda guard: guard.context("sideways").__enter__(),
             lambda guard: guard.sanctioned("unknown").__enter__(),
-            lambda guard: guard.window("unknown").__enter__(),
+            lambda guard: guard.window("micro_step").__enter__(),
+            lambda guard: guard.window("").__enter__(),
+            lambda guard: guard.window(3).__enter__(),
             lambda guard: guard.micro_step("one").__enter__(),
             lambda guard: guard.carry(lambda: (yield)),
             lambda guard: guard.count(scope="unknown"),

@@ -127,6 +127,16 @@ class TestLooksLikeTheModule:
         assert not isinstance(proxy, nn.Sequential)
         assert callable(proxy)
 
+    def test_it_is_the_first_of_its_own_modules(self):
+        """As any module is; fully_shard looks there for its root, by identity."""
+        raw = nn.Sequential(nn.Linear(1, 1))
+        proxy = guard_module(raw).module
+        first, second = proxy.named_modules(prefix="p")
+        assert (first[0], second[0]) == ("p", "p.0")
+        assert first[1] is proxy
+        assert second[1] is raw[0]
+        assert dict(nn.Sequential(proxy).named_modules())["0"] is raw
+
     def test_repr(self, proxy):
         """The repr is the module's, and says that it is guarded, inside a parent too."""
         text = "guarded Linear(in_features=3, out_features=2, bias=True)"

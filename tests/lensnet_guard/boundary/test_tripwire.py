@@ -109,10 +109,11 @@ class TestBypasses:
         assert re.fullmatch(
             r"  called from  .*test_tripwire\.py:\d+ in .*test_the_message", lines[1]
         )
-        assert lines[-1] == (
+        assert lines[-2] == (
             "  what to do   Call guard.module, not the module behind it or a part of it. A part "
             "that another model runs too is named in CallPolicy(shared_submodules=...)."
         )
+        assert lines[-1] == "  explained by lensnet-guard explain bypassed-wrapper"
 
     @pytest.mark.parametrize(
         ("way", "detail"),

@@ -5,42 +5,28 @@ import sys
 import pytest
 import torch
 from packaging.version import Version
+from tests.lensnet_guard.adapted import IDS, lora, make_model, peft
 from tests.lensnet_guard.calls.asked import call, guarded
 from torch import nn
 
-from lensnet_guard import CallPolicy, ConditionUnmet, Scope, adapters_off, adapters_on, guard_module
-
-peft = pytest.importorskip("peft", reason="the extra named test is not installed")
-transformers = pytest.importorskip("transformers")
+from lensnet_guard import (
+    CallPolicy,
+    ConditionUnmet,
+    Scope,
+    active_adapter,
+    adapters_off,
+    adapters_on,
+    guard_module,
+)
+from lensnet_guard.calls.scope import name_of
 
 # Each of the two is older than the other expects, and says so.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
 )
 
-IDS = torch.arange(8).reshape(2, 4)
 LAYER = "model.layers.{}.self_attn.q_proj"
 PEFT_LAYER = f"base_model.model.{LAYER}"
-
-
-def make_model():
-    """Two layers of eight, with weights that are the same each time."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=16,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def lora(**settings):
-    return peft.LoraConfig(
-        **{"target_modules": ["q_proj"], "r": 2, "init_lora_weights": False, **settings}
-    )
 
 
 CONFIGS = {
@@ -82,22 +68,22 @@ def lora_model():
     return peft.get_peft_model(make_model(), lora())
 
 
-def refusal(module, condition):
+def refusal(module, condition, **more):
     """What a call is refused for, after the condition's name; the module did not run."""
     guard, runs = guarded(module, condition), []
     handle = module.register_forward_pre_hook(lambda *_: runs.append(1))
     with pytest.raises(ConditionUnmet) as refused:
-        call(guard, IDS)
+        call(guard, IDS, **more)
     handle.remove()
     guard.uninstall()
     assert runs == []
-    return str(refused.value).partition("\n")[0].partition(f"{condition.__name__}: ")[2]
+    return str(refused.value).partition("\n")[0].partition(f"{name_of(condition)}: ")[2]
 
 
-def holds(module, condition):
+def holds(module, condition, **more):
     """Whether a call is let through."""
     guard = guarded(module, condition)
-    call(guard, IDS)
+    call(guard, IDS, **more)
     guard.uninstall()
     return guard.count() == 1
 
@@ -262,6 +248,161 @@ class TestActive:
         assert refusal(lora_model, adapters_on) == (
             "the module's adapters are on, and none of them is active; call set_adapter()."
         )
+
+
+class TestActiveAdapter:
+    """Policy and reference are two adapters of one model."""
+
+    @pytest.fixture
+    def model(self, lora_model):
+        lora_model.add_adapter("ref", lora())
+        return lora_model.eval()
+
+    def test_by_its_name(self, model):
+        """Each holds while it is the active one, and the other is told."""
+        first = f"{PEFT_LAYER.format(0)} (Linear)"
+        assert holds(model, active_adapter("default"))
+        assert refusal(model, active_adapter("ref")) == (
+            f"'default' works in {first}; call set_adapter('ref')."
+        )
+        model.set_adapter("ref")
+        assert holds(model, active_adapter("ref"))
+        assert refusal(model, active_adapter("default")) == (
+            f"'ref' works in {first}; call set_adapter('default')."
+        )
+
+    def test_off_and_idle(self, model):
+        """As `adapters_on` has it."""
+        with model.disable_adapter():
+            assert refusal(model, active_adapter("ref")) == refusal(model, adapters_on)
+        model.base_model.set_adapter([])
+        assert refusal(model, active_adapter("ref")) == refusal(model, adapters_on)
+
+    def test_two_at_once(self, model):
+        """Are neither alone."""
+        model.base_model.set_adapter(["default", "ref"])
+        assert refusal(model, active_adapter("ref")).startswith("'default' and 'ref' works in ")
+
+    def test_merged(self, model):
+        """What was merged works, whichever is active."""
+        model.merge_adapter(["default"])
+        for layer in model.modules():
+            if hasattr(layer, "merged_adapters"):
+                layer._active_adapter = ["ref"]
+        assert holds(model, active_adapter("default"))
+        assert "'default' works in " in refusal(model, active_adapter("ref"))
+
+    def test_prompts(self):
+        """A model has those of one adapter at a time."""
+        model = peft.get_peft_model(make_model(), CONFIGS["prompts"]())
+        model.add_adapter("ref", CONFIGS["prompts"]())
+        assert holds(model, active_adapter("default"))
+        model.set_adapter("ref")
+        assert holds(model, active_adapter("ref"))
+        with model.disable_adapter():
+            assert " is off; " in refusal(model, active_adapter("ref"))
+
+    def test_of_a_policy(self):
+        """Two names contradict each other, and a name is a string."""
+        both = (active_adapter("ref"), active_adapter("default"))
+        with pytest.raises(ValueError, match=r"^active_adapter\('ref'\) and active_adapter\('def"):
+            CallPolicy({"kl": 1}, requires=both)
+        with pytest.raises(TypeError, match=r"^active_adapter: the name must be a string, not 3$"):
+            active_adapter(3)
+
+
+class TestRows:
+    """`adapter_names` says of each row of a batch which adapter it has."""
+
+    BASE, OWN, MIXED = ["__base__"] * 2, ["default"] * 2, ["__base__", "default"]
+
+    @pytest.mark.parametrize(
+        "beside",
+        [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [2]}],
+        ids=["alone", "a whole module", "tokens"],
+    )
+    def test_all_without(self, beside):
+        """The call is one of the base model, in PEFT and for the conditions."""
+        if "trainable_token_indices" in beside and Version(peft.__version__) < Version("0.18"):
+            pytest.skip(f"PEFT {peft.__version__} has no tokens for this transformers")
+        model = peft.get_peft_model(make_model(), lora(**beside)).eval()
+        expected = make_model()(IDS).logits
+        assert torch.equal(model(input_ids=IDS, adapter_names=self.BASE).logits, expected)
+        assert holds(model, adapters_off, adapter_names=self.BASE)
+        found = refusal(model, adapters_on, adapter_names=self.BASE)
+        assert " is off" in found
+        assert found.endswith("leave disable_adapter(), or name an adapter for each row.")
+
+    def test_all_with(self, lora_model):
+        """As without names."""
+        lora_model.add_adapter("other", lora())
+        lora_model.eval()
+        assert holds(lora_model, adapters_on, adapter_names=self.OWN)
+        assert " is on" in refusal(lora_model, adapters_off, adapter_names=self.OWN)
+        assert holds(lora_model, active_adapter("other"), adapter_names=["other"] * 2)
+        both = ["other", "default"]
+        assert "works in" in refusal(lora_model, active_adapter("other"), adapter_names=both)
+
+    def test_mixed(self, lora_model):
+        """Satisfies neither."""
+        lora_model.eval()
+        assert " is off" in refusal(lora_model, adapters_on, adapter_names=self.MIXED)
+        assert refusal(lora_model, adapters_off, adapter_names=self.MIXED) == (
+            f"the adapter of {PEFT_LAYER.format(0)} (Linear) is on, as 2 of 2 are, for some rows "
+            "of adapter_names; name '__base__' for every row."
+        )
+
+    def test_of_the_base_model(self, lora_model):
+        """Guarded itself, it is told by the layers, which PEFT tells."""
+        lora_model.eval()
+        guard = guarded(lora_model.get_base_model(), adapters_off)
+        lora_model.base_model.model = guard.module
+        with guard.context("training"), guard.micro_step(), guard.sanctioned("kl"):
+            lora_model(input_ids=IDS, adapter_names=self.BASE)
+        with pytest.raises(ConditionUnmet, match="is on"):
+            call(guard, IDS)
+
+    def test_of_adapters_that_have_no_rows(self):
+        """PEFT takes the names, and runs the adapter for every row all the same."""
+        config = peft.IA3Config(
+            target_modules=["q_proj"], feedforward_modules=[], modules_to_save=["lm_head"]
+        )
+        model = peft.get_peft_model(make_model(), config).eval()
+        found = refusal(model, adapters_off, adapter_names=self.BASE)
+        assert " is on, as 3 of 3 are; make" in found
+        assert holds(model, adapters_on, adapter_names=self.BASE)
+
+    def test_and_disabled(self, lora_model):
+        """Then no row has one."""
+        lora_model.eval()
+        with lora_model.disable_adapter():
+            assert holds(lora_model, adapters_off, adapter_names=self.OWN)
+
+
+class TestXLora:
+    """Its layers never are disabled themselves."""
+
+    def test_is_off_where_it_computes_the_base_model(self, tmp_path):
+        """In the block, but not in a PEFT whose block turns it off in name alone."""
+        for name in ("a", "b"):
+            peft.get_peft_model(make_model(), lora(task_type="CAUSAL_LM")).save_pretrained(
+                tmp_path / name
+            )
+        config = peft.XLoraConfig(
+            task_type="CAUSAL_LM",
+            hidden_size=8,
+            xlora_depth=1,
+            adapters={"0": str(tmp_path / "a"), "1": str(tmp_path / "b")},
+        )
+        model = peft.get_peft_model(make_model(use_cache=False), config).eval()
+        assert holds(model, adapters_on)
+        assert " is on" in refusal(model, adapters_off)
+        with model.disable_adapter():
+            is_base = torch.equal(model(input_ids=IDS).logits, make_model()(IDS).logits)
+            right, wrong = (adapters_off, adapters_on) if is_base else (adapters_on, adapters_off)
+            assert holds(model, right)
+            assert refusal(model, wrong).startswith("the adapter of base_model.")
+        assert holds(model, adapters_on)
 
 
 class TestWithoutPeft:

@@ -66,7 +66,8 @@ class TestNoGrad:
             "  scope        kl\n"
             "  budget       kl: 0 of 1 spent\n"
             "  what to do   Bring about that state where the call is made; or, if calls are right "
-            "without it, leave the condition out of CallPolicy."
+            "without it, leave the condition out of CallPolicy.\n"
+            "  explained by lensnet-guard explain reference-with-gradients"
         )
         assert scorer.runs == 0
 

@@ -115,6 +115,7 @@ class TestMessages:
             "  what to do   Remove the call, or run it in inference context outside the "
             "micro-step. "
             'Only the contract\'s one caller opens `with guard.sanctioned("preference_scorer"):`.',
+            "  explained by lensnet-guard explain called-from-elsewhere",
         ]
 
     def test_unsanctioned_call_names_every_scope(self, make_guard, x):
@@ -122,13 +123,14 @@ class TestMessages:
         guard = make_guard(critic=2, actor=1)
         with guard.context("training"), pytest.raises(UnsanctionedCall) as caught:
             guard.module(x)
-        assert str(caught.value).splitlines()[-3:] == [
+        assert str(caught.value).splitlines()[-4:] == [
             "  budget       critic: 0 of 2 spent",
             "  budget       actor: 0 of 1 spent",
             "  what to do   Remove the call, or run it in inference context outside the "
             "micro-step. "
             'Only the contract\'s one caller opens `with guard.sanctioned("critic"):` '
             'or `with guard.sanctioned("actor"):`.',
+            "  explained by lensnet-guard explain called-from-elsewhere",
         ]
 
     def test_sanctioned_caller_outside_any_micro_step(self, x):
@@ -142,13 +144,14 @@ class TestMessages:
             "Linear was called in training outside its sanctioned scope: its sanctioned caller "
             "runs outside any micro-step, where no budget counts."
         )
-        assert lines[-4:] == [
+        assert lines[-5:] == [
             "  context      training (thread MainThread)",
             f"  scope        {caller}",
             f"  budget       {caller}: 0 of 1 spent",
             "  what to do   Remove the call, or run it in inference context outside the "
             "micro-step. "
             f"Only the contract's one caller opens `with guard.micro_step(step):` around {caller}.",
+            "  explained by lensnet-guard explain called-from-elsewhere",
         ]
 
     def test_budget_exceeded(self, make_guard, x):
@@ -176,6 +179,7 @@ class TestMessages:
             f"  spent by     call 2 at {second}",
             "  what to do   Score everything in one batched call, or raise the budget in "
             "CallPolicy if the contract really allows more.",
+            "  explained by lensnet-guard explain called-twice",
         ]
         assert caught.value.earlier == guard.calls[:2]
         assert caught.value.record is guard.calls[2]
@@ -203,6 +207,7 @@ class TestMessages:
             "  budget       met: 1 of 1 spent",
             "  what to do   Find why the call was skipped (an early return, a cached result, an "
             "empty batch), or lower the budget in CallPolicy.",
+            "  explained by lensnet-guard explain called-conditionally",
         ]
 
     def test_budget_unmet_of_a_lone_scope(self, guard):
@@ -221,6 +226,7 @@ class TestMessages:
             "  budget       preference_scorer: 0 of 1 spent",
             "  what to do   Find why the call was skipped (an early return, a cached result, an "
             "empty batch), or lower the budget in CallPolicy.",
+            "  explained by lensnet-guard explain called-conditionally",
         ]
 
     def test_no_context(self, guard, x):
@@ -237,6 +243,7 @@ class TestMessages:
             '  what to do   Declare it with `guard.context("training")` or '
             '`guard.context("inference")`. Threads and executors start without one: bind their '
             "function with `guard.carry(fn)`.",
+            "  explained by lensnet-guard explain called-from-elsewhere",
         ]
 
     def test_no_context_in_a_thread(self, guard, x, in_thread):
@@ -289,6 +296,7 @@ class TestMessages:
             "  budget       preference_scorer: 0 of 1 spent",
             "  what to do   The module's forward, or a hook on it, calls the guarded module: "
             "remove that call.",
+            "  explained by lensnet-guard explain called-twice",
         ]
 
     @pytest.mark.parametrize(
@@ -316,6 +324,7 @@ class TestMessages:
             *[f"  spent by     call {r.seq} at {r.caller}" for r in guard.calls],
             "  what to do   Close the micro-step first. Helpers that run inside it work in its "
             "context and on its budget.",
+            "  explained by lensnet-guard explain called-from-elsewhere",
         ]
 
     def test_bypassed_guard(self):
@@ -331,6 +340,7 @@ class TestMessages:
             "  budget       preference_scorer: 0 of 1 spent",
             "  what to do   Call guard.module, not the module behind it or a part of it. A part "
             "that another model runs too is named in CallPolicy(shared_submodules=...).",
+            "  explained by lensnet-guard explain bypassed-wrapper",
         ]
 
     def test_an_earlier_call_that_raised(self, scorer, x):
@@ -356,6 +366,23 @@ class TestMessages:
         with pytest.raises(NoContext) as caught:
             guard.module(x)
         assert f"  called from  {HERE}:" in str(caught.value)
+
+    def test_a_call_through_three_frames_of_a_library_hid_the_line(self, guard, x):
+        """The engine around a module calls it, and who called the engine stands below."""
+        library = {}
+        path = "/env/site-packages/engine/wrapper.py"
+        code = "def three(f, x): return f(x)\ndef two(*a): return three(*a)\n"
+        code += "def run(*a): return two(*a)\n"
+        exec(compile(code, path, "exec"), library)
+        with pytest.raises(NoContext) as caught:
+            library["run"](guard.module, x)
+        rows = str(caught.value).splitlines()[1:4]
+        assert rows[:2] == [
+            f"  called from  {path}:1 in three",
+            f"               {path}:2 in two",
+        ]
+        assert f"{HERE.name}:" in rows[2]
+        assert rows[2].endswith("test_a_call_through_three_frames_of_a_library_hid_the_line")
 
     def test_call_at_the_top_level_of_a_script(self, run_python):
         """A stack of one frame gives one row, and the traceback shows the whole message."""

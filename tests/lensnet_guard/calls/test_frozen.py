@@ -178,7 +178,8 @@ class TestFrozen:
             "  scope        kl\n"
             "  budget       kl: 0 of 1 spent\n"
             "  what to do   Bring about that state where the call is made; or, if calls are right "
-            "without it, leave the condition out of CallPolicy."
+            "without it, leave the condition out of CallPolicy.\n"
+            "  explained by lensnet-guard explain moved-weights"
         )
         assert scorer.runs == 1
 

@@ -188,7 +188,8 @@ class TestLostGuards:
             "the guard of critic is lost: what accelerator.prepare made of the Agent does not hold "
             "the guarded module any more.\n"
             "  what to do   Guard it afterwards: give the raw module to "
-            "GuardedAccelerator(accelerator, policy=...).prepare."
+            "GuardedAccelerator(accelerator, policy=...).prepare.\n"
+            "  explained by lensnet-guard explain bypassed-wrapper"
         )
 
     def test_a_module_that_is_replaced_in_the_loop(self):

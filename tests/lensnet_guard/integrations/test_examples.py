@@ -19,6 +19,11 @@ CASES = {
         "reference: 8 micro-steps, 8 training calls (reference 8), 2 inference calls, ",
         "BudgetExceeded: reference was called in training more often than its budget allows.",
     ),
+    "trl_dpo": (
+        "trl",
+        "ref_model: 8 micro-steps, 8 training calls (reference 8), 2 inference calls, ",
+        "UnsanctionedCall: ref_model was called in training outside its sanctioned scope.",
+    ),
     "accelerate_critic": (
         "accelerate",
         "critic: 24 micro-steps, 24 training calls (values 24), 3 inference calls, ",
@@ -46,6 +51,7 @@ def run(monkeypatch, capsys, tmp_path, fresh_accelerate):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 class TestExamples:
     def test_ends_with_a_clean_verdict(self, run, name):
         """And leaves no file behind."""

@@ -470,7 +470,8 @@ class TestLostGuards:
             "rebuilds modules, configure_model, a copy. Give the integration the attribute's name "
             "instead of a guard, so that it guards what is there when the training starts; during "
             "the training load weights into the module (copy_, load_state_dict) instead of "
-            "replacing it."
+            "replacing it.\n"
+            "  explained by lensnet-guard explain bypassed-wrapper"
         )
         assert guard.count() == 0
 

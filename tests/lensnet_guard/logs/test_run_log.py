@@ -99,7 +99,8 @@ class TestEvents:
         assert events(lines) == ["run.begin", "violation", "run.end"]
         assert lines[1]["message"] == str(caught.value)
         assert [lines[1][key] for key in ("verdict", "reason")] == ["refuse", "NoContext"]
-        assert set(lines[1]) == {*RECORD_FIELDS, "event", "timestamp", "message"}
+        assert set(lines[1]) == {*RECORD_FIELDS, "event", "timestamp", "message", "mistake"}
+        assert lines[1]["mistake"] == caught.value.mistake == "called-from-elsewhere"
         assert lines[2]["verdict"] == "violations"
 
     def test_violation_is_on_disk_before_it_is_raised(self, guard, x, tmp_path):

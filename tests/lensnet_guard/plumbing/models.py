@@ -14,12 +14,6 @@ SCOPE = "preference_scorer"
 X = torch.tensor([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]])
 
 
-REFUSAL = (
-    "{} is guarded, and something wants to change its class (fully_shard and parametrizations do). "
-    "Do that first and guard afterwards: fully_shard(module); guard_module(module)"
-)
-
-
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from tests.lensnet_guard.plumbing.models import (
-    REFUSAL,
     SCOPE,
     Block,
     Critic,
@@ -25,7 +24,12 @@ from lensnet_guard import (
     UnsanctionedCall,
     guard_module,
 )
+from lensnet_guard.boundary.armed_class import ArmedMeta
 from lensnet_guard.boundary.proxy import GuardedModule
+
+
+def named_classes(module):
+    return [(name, type(part).__name__) for name, part in module.named_modules()]
 
 
 @pytest.mark.usefixtures("group")
@@ -156,11 +160,36 @@ class TestFullySharded2:
         assert type(critic) is sharded
         assert critic(X).shape == (2, 2)
 
+    @pytest.mark.parametrize("mode", ["enforce", "observe"])
     @pytest.mark.parametrize("way", ["proxy", "raw", "part"])
-    def test_after_guarding(self, guard, critic, mesh, way):
-        """It is refused in so many words, through the proxy and behind it."""
+    def test_after_guarding_it_was_refused_or_never_ran(self, critic, mesh, way, mode):
+        """The module becomes of another class, and trains as guarded as before."""
         self.shard(Critic(), mesh)  # torch remembers the classes that it has made
-        target = {"proxy": guard.module, "raw": critic, "part": critic.head}[way]
-        with pytest.raises(RuntimeError) as caught:
-            fully_shard(target, mesh=mesh)
-        assert str(caught.value) == REFUSAL.format("Linear" if way == "part" else "Critic")
+        guard = guard_module(critic, mode=mode)
+        target = {"proxy": guard.module, "raw": critic, "part": guard.module.head}[way]
+        assert fully_shard(target, mesh=mesh) is target
+        assert isinstance(target, FSDPModule)
+        assert train(guard, guard.module)
+        assert only_call(guard) == named("train")
+        for part in (critic, critic.head):
+            assert is_refused(part, X) or guard.violations[-1].reason == "BypassedGuard"
+        assert guard.violation_count == 2
+        guard.uninstall()
+        assert {name for name, cls in named_classes(critic) if cls.startswith("FSDP")} == {
+            "head" if way == "part" else ""
+        }
+        assert not any(isinstance(type(part), ArmedMeta) for part in critic.modules())
+
+    def test_after_guarding_and_then_a_model_around_it(self, guard, mesh):
+        """The proxy was the root of its modules; now the model is, and only the model."""
+        model = fully_shard(Model(self.shard(guard.module, mesh)), mesh=mesh)
+        assert train(guard, model)
+        assert only_call(guard) == named("Model.forward")
+
+    def test_replicate(self, guard, mesh):
+        """The composable DDP of torch 2.13 is made of the same parts."""
+        replicate = pytest.importorskip("torch.distributed._composable.replicate_with_fsdp")
+        replicate.replicate(guard.module, mesh=mesh)
+        assert train(guard, guard.module)
+        assert only_call(guard) == named("train")
+        assert is_refused(guard.module.__wrapped__, X)

@@ -1,16 +1,11 @@
 """Ranks: real processes that call unequally, or one of which is refused."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
 import textwrap
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.lensnet_guard.ranks.launcher import Ended, Launcher
 from torch import nn
 
 from lensnet_guard import compare_ranks, guard_module
@@ -49,63 +44,41 @@ for record in guard.violations:
     print(record.reason)
 dist.destroy_process_group()
 """
+WAITS = (
+    r"called from \S+rank\.py:\d+ in score; "
+    r"has waited for the others at the end of a micro-step for \d s, at \S+rank\.py:\d+ in <module>"
+)
 ALIKE = "def batches(rank): return range(6)\ndef within(rank, step): pass"
 
 
-@dataclass
-class Ended:
-    """How a rank ended."""
+class Runs:
+    """Runs the script above."""
 
-    code: int
-    out: str
-    err: str
-    seconds: float
+    def __init__(self, launcher: Launcher, folder: Path) -> None:
+        self._launcher, self._folder = launcher, folder
+
+    def __call__(
+        self, definitions: str, *, world: int = 2, every: int = 1, mode: str = "enforce"
+    ) -> list[Ended]:
+        script = RANK.format(definitions=textwrap.dedent(definitions), every=every, mode=mode)
+        return self._launcher.run(self._folder, script, world)
 
 
-def run_ranks(
-    folder: Path, definitions: str, *, world: int = 2, every: int = 1, mode: str = "enforce"
-) -> list[Ended]:
-    """As torchrun runs them, each in a process of its own, but with nobody who kills the others."""
-    script = folder / "rank.py"
-    script.write_text(RANK.format(definitions=textwrap.dedent(definitions), every=every, mode=mode))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = time.monotonic()
-    processes = []
-    for rank in range(world):
-        out, err = ((folder / f"{rank}.{kind}") for kind in ("out", "err"))
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(script)]
-        with out.open("w") as stdout, err.open("w") as stderr:
-            processes.append(subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr))
-    ended = []
-    for rank, process in enumerate(processes):
-        code = process.wait(timeout=120)
-        out, err = ((folder / f"{rank}.{kind}").read_text() for kind in ("out", "err"))
-        out = re.sub(r"^\[Gloo\].*\n", "", out, flags=re.MULTILINE)  # torch 2.9's talks
-        ended.append(Ended(code, out, err, time.monotonic() - start))
-    return ended
+@pytest.fixture
+def run_ranks(launcher: Launcher, tmp_path: Path) -> Runs:
+    return Runs(launcher, tmp_path)
 
 
 class TestAlike:
     @pytest.mark.parametrize("every", [1, 4])
-    def test_ranks_that_call_alike_train(self, tmp_path: Path, every: int) -> None:
+    def test_ranks_that_call_alike_train(self, run_ranks: Runs, every: int) -> None:
         """Nothing is raised, nothing is recorded."""
-        for ended in run_ranks(tmp_path, ALIKE, every=every):
+        for ended in run_ranks(ALIKE, every=every):
             assert (ended.code, ended.out) == (0, "finished 6 0\n"), ended.err
 
-    def test_blocks_leave_nothing_open(self, tmp_path: Path) -> None:
+    def test_blocks_leave_nothing_open(self, run_ranks: Runs) -> None:
         """A block of its own for every epoch of a long run."""
         for ended in run_ranks(
-            tmp_path,
             """
             import gc
             def opened():
@@ -121,10 +94,9 @@ class TestAlike:
         ):
             assert ended.code == 0, ended.err
 
-    def test_one_block_inside_another(self, tmp_path: Path) -> None:
+    def test_one_block_inside_another(self, run_ranks: Runs) -> None:
         """An epoch inside a run: both compare, and the outer one goes on afterwards."""
         for ended in run_ranks(
-            tmp_path,
             """
             def batches(rank):
                 yield 0
@@ -136,17 +108,16 @@ class TestAlike:
         ):
             assert (ended.code, ended.out) == (0, "finished 4 0\n"), ended.err
 
-    def test_a_single_rank_has_nothing_to_compare(self, tmp_path: Path) -> None:
+    def test_a_single_rank_has_nothing_to_compare(self, run_ranks: Runs) -> None:
         """The same script on one process."""
-        (ended,) = run_ranks(tmp_path, ALIKE, world=1)
+        (ended,) = run_ranks(ALIKE, world=1)
         assert (ended.code, ended.out) == (0, "finished 6 0\n"), ended.err
 
 
 class TestDivergence:
-    def test_a_batch_that_one_rank_skips(self, tmp_path: Path) -> None:
+    def test_a_batch_that_one_rank_skips(self, run_ranks: Runs) -> None:
         """Raised on both, naming both callers, before the backward that would have hung."""
         both = run_ranks(
-            tmp_path,
             """
             def batches(rank): return [0, 1, 2, 4, 5] if rank else range(6)
             def within(rank, step): pass
@@ -158,26 +129,25 @@ class TestDivergence:
             message = told[told.rindex("lensnet_guard.RankDivergence") :]
             assert re.fullmatch(
                 r"""lensnet_guard\.RankDivergence: Linear was not called alike by all """
-                r"""ranks, which hangs what they do together:
-  rank 0       4 training calls in 4 micro-steps, the last one step 3, micro-step 0; called from """
-                r"""\S+rank\.py:\d+ in score
-  rank 1       4 training calls in 4 micro-steps, the last one step 4, micro-step 0; called from """
-                r"""\S+rank\.py:\d+ in score\.
+                rf"""ranks, which hangs what they do together:
+  rank 0       4 training calls in 4 micro-steps, the last one step 3, micro-step 0; {WAITS}
+  rank 1       4 training calls in 4 micro-steps, the last one step 4, micro-step 0; {WAITS}\.
   called from  .*rank\.py:\d+ in <module>
-  context      training, step [34], micro-step 0 \(thread MainThread\)
+(               <frozen runpy>.*
+)*  context      training, step [34], micro-step 0 \(thread MainThread\)
   scope        none open
   budget       critic: 1 of 1 spent
   what to do   Let all ranks decide alike: from what they share \(reduce it first\), never from """
                 r"""one rank's own data; and give each as many batches\.
+  explained by lensnet-guard explain unequal-ranks
 """,
                 message,
             ), message
             assert ended.seconds < 60, f"rank {rank} waited"
 
-    def test_a_rank_that_has_fewer_batches(self, tmp_path: Path) -> None:
+    def test_a_rank_that_has_fewer_batches(self, run_ranks: Runs) -> None:
         """It leaves the block, where the others meet it; compared at every third micro-step."""
         both = run_ranks(
-            tmp_path,
             """
             def batches(rank): return range(2 if rank else 6)
             def within(rank, step): pass
@@ -188,10 +158,9 @@ class TestDivergence:
             assert ended.code == 1
             assert "RankDivergence" in ended.err or "RankStopped" in ended.err
 
-    def test_observing_it_is_written_down(self, tmp_path: Path) -> None:
+    def test_observing_it_is_written_down(self, run_ranks: Runs) -> None:
         """A call more than the budget, which observe mode lets pass, on one rank of three."""
         ranks = run_ranks(
-            tmp_path,
             """
             def batches(rank): return range(2)
             def within(rank, step):
@@ -208,10 +177,9 @@ class TestDivergence:
             ["UnsanctionedCall", "RankDivergence"],
         ]
 
-    def test_observing_a_rank_with_fewer_batches_hung_the_others(self, tmp_path: Path) -> None:
+    def test_observing_a_rank_with_fewer_batches_hung_the_others(self, run_ranks: Runs) -> None:
         """Once the ranks have differed nobody compares, and nobody waits."""
         ranks = run_ranks(
-            tmp_path,
             """
             model = guard.module  # no collective that would hang by itself
             def batches(rank): return range(6 if rank else 3)
@@ -226,10 +194,9 @@ class TestDivergence:
 
 
 class TestStopped:
-    def test_a_refused_call_ends_all_ranks(self, tmp_path: Path) -> None:
+    def test_a_refused_call_ends_all_ranks(self, run_ranks: Runs) -> None:
         """Those that wait in a collective too, with the message, long before its time-out."""
         first, second = run_ranks(
-            tmp_path,
             """
             def batches(rank): return range(6)
             def within(rank, step):
@@ -247,10 +214,9 @@ class TestStopped:
         assert "lensnet_guard.RankStopped: rank 0 stopped: UnsanctionedCall" in second.err
         assert second.seconds < 60
 
-    def test_any_exception_is_told(self, tmp_path: Path) -> None:
+    def test_any_exception_is_told(self, run_ranks: Runs) -> None:
         """Bad data on one rank."""
         first, second = run_ranks(
-            tmp_path,
             """
             def batches(rank): return range(6)
             def within(rank, step):
@@ -261,10 +227,9 @@ class TestStopped:
         assert (first.code, second.code) == (1, 1)
         assert "RankStopped: rank 1 stopped: KeyError: 'label'" in first.err
 
-    def test_an_interrupt_of_all_ranks_stays_one(self, tmp_path: Path) -> None:
+    def test_an_interrupt_of_all_ranks_stays_one(self, run_ranks: Runs) -> None:
         """Ctrl-C goes to every process of a terminal; no rank is told of another's."""
         ranks = run_ranks(
-            tmp_path,
             """
             def batches(rank): return range(6)
             def within(rank, step):
@@ -276,13 +241,12 @@ class TestStopped:
             assert "KeyboardInterrupt" in ended.err.splitlines()[-1], ended.err
             assert "lensnet_guard.RankStopped" not in ended.err
 
-    def test_a_rank_that_no_longer_comes_back_is_ended(self, tmp_path: Path) -> None:
+    def test_a_rank_that_no_longer_comes_back_is_ended(self, run_ranks: Runs) -> None:
         """It waits for something that never comes; where, is said."""
         first, second = run_ranks(
-            tmp_path,
             """
-            import time, lensnet_guard.ranks
-            lensnet_guard.ranks.GRACE_S = 1.0
+            import time, lensnet_guard.ranks.listener
+            lensnet_guard.ranks.listener.GRACE_S = 1.0
             def batches(rank): return range(6)
             def within(rank, step):
                 if rank == 1 and step == 2:

@@ -1,0 +1,1 @@
+"""Ranks: whether all processes of a distributed run call alike, and what stopped one of them."""
