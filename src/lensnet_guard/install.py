@@ -2,8 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -185,7 +186,10 @@ def _find_module(owner_or_module: Any, attribute: str) -> tuple[str | None, Any]
 def _installed(owner: Any, attribute: str, raw: nn.Module, proxy: nn.Module) -> Iterator[None]:
     """The proxy in the owner's place; afterwards the owner exactly as it was."""
     own = attribute in getattr(owner, "__dict__", ())
-    setattr(owner, attribute, proxy)
+    hidden = own and isinstance(owner, nn.Module)  # in its dict, so that it is no submodule
+    put: Callable[[str, nn.Module], None]
+    put = vars(owner).__setitem__ if hidden else partial(setattr, owner)
+    put(attribute, proxy)
     try:
         yield
     finally:
@@ -199,7 +203,7 @@ def _installed(owner: Any, attribute: str, raw: nn.Module, proxy: nn.Module) -> 
         elif not own and attribute in getattr(owner, "__dict__", ()):
             delattr(owner, attribute)  # it hid one that the owner inherits from its class
         else:
-            setattr(owner, attribute, raw)
+            put(attribute, raw)
 
 
 def _resolve_mode(mode: Mode | None) -> Mode:

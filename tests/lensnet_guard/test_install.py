@@ -69,6 +69,9 @@ def make_owner(kind):
     module = nn.Linear(3, 2)
     if kind == "plain":
         owner = Controller(module)
+    elif kind == "hidden in a module":
+        owner = nn.Module()
+        vars(owner)["lensnet"] = module
     elif kind == "module":
         owner = Model()
     elif kind == "slots":
@@ -90,7 +93,7 @@ def make_owner(kind):
 
 KINDS = [
     *("plain", "module", "slots", "slots and dict", "property", "class attribute"),
-    *("class itself", "inheriting class"),
+    *("class itself", "inheriting class", "hidden in a module"),
 ]
 
 
@@ -116,6 +119,12 @@ class TestInstallation:
             with guard.context("training"), guard.sanctioned("preference_scorer"):
                 owner.lensnet(X)
         assert guard.count() == 2
+
+    def test_a_hidden_module_does_not_become_a_submodule(self):
+        """A frozen teacher is often put past ``__setattr__``, and was saved in the block."""
+        owner, _ = make_owner("hidden in a module")
+        with lensnet_guard(owner):
+            assert not owner.state_dict()
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_restores_the_owner_exactly(self, kind):
