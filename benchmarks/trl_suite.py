@@ -219,13 +219,16 @@ def markdown(rows: list[Row], command: str) -> str:
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in LIBRARIES)
     differ = [f"- {row.trainer}: `{line}`" for row in rows for line in row.differ]
+    ran = sum(row.run for row in rows)
+    words = "these differ" if differ else "none of them differs"
     return "\n".join(
         [
             f"`{command}`, {time.strftime('%d %B %Y')}; {versions}.",
             "",
             table,
             "",
-            *(["These differ:", "", *differ] if differ else ["None differs."]),
+            f"{ran} of {sum(row.tests for row in rows)} tests were run; {words}.",
+            *(["", *differ] if differ else []),
         ]
     )
 
@@ -241,7 +244,8 @@ def write(text: str) -> None:
 def rows_of(files: dict[str, str], out: Path) -> Iterator[Row]:
     runs, selected = results(out), json.loads((out / "selected.json").read_text())
     for trainer, file in files.items():
-        if of_file := [one for one in runs if one["name"].startswith(f"{file}::")]:
+        if file in selected:
+            of_file = [one for one in runs if one["name"].startswith(f"{file}::")]
             yield compare(trainer, of_file, selected[file])
 
 

@@ -101,6 +101,7 @@ class TestPage:
         assert text.endswith(f"{suite.END}\nB\n")
         assert "| dpo | 4 | 1 | 0 | 0 | 1 | 0 | 1 | 1 |" in text
         assert "- dpo: `TestDPO::test_train, enforce: failed, the guard: BudgetUnmet`" in text
+        assert "\n1 of 4 tests were run; these differ.\n" in text
         assert "old" not in text
 
     def test_a_folder_that_is_no_checkout(self, suite: ModuleType, tmp_path: Path) -> None:
