@@ -139,11 +139,10 @@ class Watches:
         self._leave_ranks()  # of a training before, from which somebody has caught an exception
         self._each(Watch.count_from_here)
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if self._compare_ranks and together:
+        compared = {name: guard for name, guard in self.guards.items() if guard.mode != "off"}
+        if self._compare_ranks and together and compared:
             atexit.register(self._at_exit)
-            for guard in self.guards.values():
-                if guard.mode != "off":
-                    self._ranks.enter_context(lensnet_guard.compare_ranks(guard))
+            self._ranks.enter_context(lensnet_guard.compare_ranks(compared))
 
     def _leave_ranks(self, error: BaseException | None = None) -> None:
         """Say to the other ranks, if they still compare, that this one has stopped, and why."""

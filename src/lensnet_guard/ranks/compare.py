@@ -56,7 +56,7 @@ def compare_ranks(
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised.
         TypeError: ``every`` is no whole number.
-        ValueError: ``every`` is less than 1.
+        ValueError: ``every`` is less than 1, or there is no guard.
         RankDivergence: The ranks differ; names every rank's counts and callers.
         RankStopped: Another rank raised, or its process ended; says what.
     """
@@ -125,6 +125,8 @@ class Ranks:
 
     def __init__(self, guards: Sequence[Guard[Any]], every: int) -> None:
         names = [guard.name for guard in guards]
+        if not names:
+            raise ValueError("there is nothing to compare: guards is empty")
         if operator.index(every) < 1:
             raise ValueError(f"ranks are compared every 1 or more micro-steps, not {every}")
         if not (dist.is_available() and dist.is_initialized()):

@@ -144,9 +144,10 @@ class Listener:
         Raises:
             RuntimeError: The store has gone.
         """
-        store, seen, written, before = self._store, 0, None, None
+        store, seen, written, before = self._store, None, None, None
+        store.add("news", 0)  # it is there from now on, and reading it writes nothing
         while not self._left.is_set():
-            news, apart = store.add("news", 0), self._differ.is_set()
+            news, apart = store.get("news"), self._differ.is_set()
             if news != seen:
                 seen = news
                 if store.check(["stopped"]):

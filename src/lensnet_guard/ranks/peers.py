@@ -30,7 +30,8 @@ class Peers:
             if number != rank and here and process.place == here
         }
         self._looked = self._heard = time.monotonic()
-        self._beats, self._silent = 0, False
+        self._beats: bytes | None = None
+        self._silent = False
 
     def is_time(self) -> bool:
         """Whether it is time for the next sign of life."""
@@ -55,7 +56,9 @@ class Peers:
             What is to be said of it, once; mostly None.
         """
         store.add(f"beat{self._rank}", 1)
-        beats, now = store.add(f"beat{self._next}", 0), time.monotonic()
+        if self._beats is None:
+            store.add(f"beat{self._next}", 0)  # it is there from now on
+        beats, now = store.get(f"beat{self._next}"), time.monotonic()
         silence, was_silent = now - self._heard, self._silent
         if beats != self._beats:
             self._beats, self._heard, self._silent = beats, now, False

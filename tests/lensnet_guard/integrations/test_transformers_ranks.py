@@ -130,7 +130,7 @@ class TestOneRankAlone:
             assert rank.code == 1
             assert "RankDivergence" in rank.err
             assert re.search(r"rank 0 +2 training calls in 2 micro-steps", rank.err)
-            assert re.search(r"rank 1 +3 training calls in 2 micro-steps", rank.err)
+            assert re.search(r"rank 1 +3 training calls in [12] micro-steps", rank.err)
 
     def test_an_exception_that_the_trainer_does_not_tell(self, ended):
         """The callback alone says so as the process ends."""

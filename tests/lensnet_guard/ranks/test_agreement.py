@@ -1,6 +1,8 @@
 """The judge, asked as ranks run that are as fast and as slow as they like."""
 
 from collections.abc import Iterator
+from functools import partial
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from lensnet_guard.ranks.agreement import judge
 from lensnet_guard.ranks.progress import Count
 
 Call = tuple[int, bool]  # which of two modules, and whether there is a collective in it
+Schedule = tuple[int, list[int]]  # a seed, and how fast each training and each listener is
 Program = list[list[Call]]  # the calls of each micro-step
 
 
@@ -74,8 +77,12 @@ class World:
         """Let a rank's listener do one step: look, or act on what it has seen."""
         next(self._listeners[rank])
 
-    def run(self) -> None:
-        """Let all go on until nothing moves any more."""
+    def run(self, schedule: Schedule) -> None:
+        """Let all go on at their speeds for a while, and then until nothing moves any more."""
+        seed, speeds = schedule
+        steps = [partial(act, rank) for act in (self.train, self.listen) for rank in self.ranks]
+        for step in Random(seed).choices(steps, speeds[: len(steps)], k=400):
+            step()
         moved = True
         while moved:
             moved = sum(self.train(rank) for rank in self.ranks) > 0
@@ -138,7 +145,8 @@ class World:
 
 MODULES = st.integers(0, 1)
 EVERY = st.integers(1, 3)
-SCHEDULE = st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=150)
+SPEEDS = st.lists(st.sampled_from([1, 10, 100]), min_size=6, max_size=6)
+SCHEDULE = st.tuples(st.integers(0, 10**6), SPEEDS)
 
 
 WHERE = st.booleans().map(lambda here: (here,) * 3) | st.tuples(*[st.booleans()] * 3)
@@ -154,7 +162,7 @@ def test_ranks_that_call_alike_are_left_alone(
     calls: list[list[tuple[int, tuple[bool, ...]]]],
     world: int,
     every: int,
-    schedule: list[tuple[int, bool]],
+    schedule: Schedule,
 ) -> None:
     """However fast each is, and however late anything is read; also where collectives differ."""
     programs = [
@@ -162,9 +170,7 @@ def test_ranks_that_call_alike_are_left_alone(
         for rank in range(world)
     ]
     ranks = World(programs, every)
-    for rank, trains in schedule:
-        (ranks.train if trains else ranks.listen)(rank % world)
-    ranks.run()
+    ranks.run(schedule)
     assert not ranks.told
     assert ranks.finished or any(program != programs[0] for program in programs)
 
@@ -179,13 +185,11 @@ def test_ranks_that_call_alike_are_left_alone(
     SCHEDULE,
 )
 def test_ranks_that_differ_are_told(
-    programs: list[Program], every: int, schedule: list[tuple[int, bool]]
+    programs: list[Program], every: int, schedule: Schedule
 ) -> None:
     """With a collective in each call, where those who make more hang before they can compare."""
     ranks = World(programs, every)
-    for rank, trains in schedule:
-        (ranks.train if trains else ranks.listen)(rank % len(programs))
-    ranks.run()
+    ranks.run(schedule)
     sums = {tuple(sum(map(len, p[: n * every])) for n in range(5)) for p in programs}
     modules = {
         tuple(sum(m for c in p[: n * every] for m, _ in c) for n in range(5)) for p in programs

@@ -273,6 +273,12 @@ class TestBadUse:
         ):
             pass
 
+    def test_no_guard(self) -> None:
+        """Of a mapping that was filtered too well."""
+        with pytest.raises(ValueError, match="nothing to compare: guards is empty"):
+            with compare_ranks({}):
+                pass
+
     @pytest.mark.parametrize(("every", "error"), [(0, ValueError), (1.5, TypeError)])
     def test_intervals_that_are_none(self, every: float, error: type[Exception]) -> None:
         """0 and fractions."""

@@ -102,9 +102,7 @@ def calls_line(made: str, doing: str) -> str:
 
 
 IN_B = r"has been in call {} of B for \d+ s, at \S+rank\.py:\d+ in Shared\.forward"
-LEFT = (
-    r"has waited for the others at the end of the block for \d+ s, at \S+rank\.py:\d+ in <module>"
-)
+LEFT = r"has waited for the others at the end of the block for \d+ s, at \S+rank\.py:\d+ in \S+"
 DONE = LEFT.replace("the block", "a micro-step")
 ENDED_HERE = "still waits after 4 s and is ended, here:"
 

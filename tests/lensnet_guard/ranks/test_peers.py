@@ -34,6 +34,7 @@ def test_silence_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "SILENT_S", 0.0)
     here, store = this_process(), dist.HashStore()
     first, second = (Peers(rank, [here, here]) for rank in range(2))
+    assert first.exchange(store) is None
     assert first.exchange(store) == (
         "rank 1 has been silent for 0 s: its process or its machine is stopped, or cut off; "
         "nothing is ended because of that"
