@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -191,6 +192,16 @@ class TestMethodsThatAreCalls:
             whole.module.generate(X)
         whole.uninstall()
         assert net.__dict__["generate"](X).shape == X.shape
+
+    def test_mocked_on_the_class(self, net):
+        """A mock that a test has put in a method's place is the method, and its runs count."""
+        with patch.object(Net, "generate", return_value=X) as mock:
+            guard = guard_module(net, policy=CallPolicy({"s": 1}, methods=("generate",)))
+            with guard.context("training"), guard.micro_step(0), guard.sanctioned("s"):
+                assert guard.module.generate(X) is X
+            assert (guard.count("training", "s"), mock.call_count) == (1, 1)
+            guard.uninstall()
+        assert net.generate(X).shape == X.shape
 
     @pytest.mark.filterwarnings("ignore::UserWarning:torch")
     def test_compiled(self, whole, net):
