@@ -2,8 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -41,14 +42,14 @@ def guard_module(
         The guard, whose ``module`` passes for the raw one.
 
     Raises:
-        TypeError: Not a module, or one that has no forward (a ModuleList); a policy, name or log
-            of another type.
+        TypeError: Not a module, or one that has no forward (a ModuleList) and of which the policy
+            counts neither methods nor parts; a policy, name or log of another type.
         ValueError: An unknown mode, a module that is guarded already, or a policy with a caller,
             method or submodule that there is not.
     """
-    _check_module(module)
     if policy is not None and not isinstance(policy, CallPolicy):
         raise TypeError(f"policy must be a CallPolicy, not {policy!r}")
+    _check_module(module, policy or CallPolicy())
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be a string, not {name!r}")
     chosen = _resolve_mode(mode)
@@ -66,7 +67,7 @@ def guard_module(
     return guard
 
 
-def _check_module(module: object) -> None:
+def _check_module(module: object, policy: CallPolicy) -> None:
     """Refuse what cannot be guarded."""
     guard = guard_of(module)
     if guard is not None:
@@ -84,10 +85,12 @@ def _check_module(module: object) -> None:
             f"this {type(module).__name__} is part of a {type(tripwire.module).__name__} that is "
             "guarded already; guard the part first, and then the whole"
         )
-    if not runs(module) and type(module).__call__ is nn.Module.__call__:
+    called = runs(module) or type(module).__call__ is not nn.Module.__call__
+    if not (called or policy.methods or policy.parts):
         raise TypeError(
             f"a {type(module).__name__} has no forward, so there is no call of it to count. Guard "
-            "the modules in it one by one"
+            "the modules in it one by one, or name what is called of it in "
+            "CallPolicy(methods=..., parts=...)"
         )
 
 
@@ -183,7 +186,10 @@ def _find_module(owner_or_module: Any, attribute: str) -> tuple[str | None, Any]
 def _installed(owner: Any, attribute: str, raw: nn.Module, proxy: nn.Module) -> Iterator[None]:
     """The proxy in the owner's place; afterwards the owner exactly as it was."""
     own = attribute in getattr(owner, "__dict__", ())
-    setattr(owner, attribute, proxy)
+    hidden = own and isinstance(owner, nn.Module)  # in its dict, so that it is no submodule
+    put: Callable[[str, nn.Module], None]
+    put = vars(owner).__setitem__ if hidden else partial(setattr, owner)
+    put(attribute, proxy)
     try:
         yield
     finally:
@@ -197,7 +203,7 @@ def _installed(owner: Any, attribute: str, raw: nn.Module, proxy: nn.Module) -> 
         elif not own and attribute in getattr(owner, "__dict__", ()):
             delattr(owner, attribute)  # it hid one that the owner inherits from its class
         else:
-            setattr(owner, attribute, raw)
+            put(attribute, raw)
 
 
 def _resolve_mode(mode: Mode | None) -> Mode:

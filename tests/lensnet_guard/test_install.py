@@ -69,6 +69,9 @@ def make_owner(kind):
     module = nn.Linear(3, 2)
     if kind == "plain":
         owner = Controller(module)
+    elif kind == "hidden in a module":
+        owner = nn.Module()
+        vars(owner)["lensnet"] = module
     elif kind == "module":
         owner = Model()
     elif kind == "slots":
@@ -90,7 +93,7 @@ def make_owner(kind):
 
 KINDS = [
     *("plain", "module", "slots", "slots and dict", "property", "class attribute"),
-    *("class itself", "inheriting class"),
+    *("class itself", "inheriting class", "hidden in a module"),
 ]
 
 
@@ -116,6 +119,12 @@ class TestInstallation:
             with guard.context("training"), guard.sanctioned("preference_scorer"):
                 owner.lensnet(X)
         assert guard.count() == 2
+
+    def test_a_hidden_module_does_not_become_a_submodule(self):
+        """A frozen teacher is often put past ``__setattr__``, and was saved in the block."""
+        owner, _ = make_owner("hidden in a module")
+        with lensnet_guard(owner):
+            assert not owner.state_dict()
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_restores_the_owner_exactly(self, kind):
@@ -489,9 +498,29 @@ class TestWrongArguments:
             guard_module(module, mode=mode)
         assert str(caught.value) == (
             f"a {type(module).__name__} has no forward, so there is no call of it to count. Guard "
-            "the modules in it one by one"
+            "the modules in it one by one, or name what is called of it in "
+            "CallPolicy(methods=..., parts=...)"
         )
         assert [type(part) for part in module.modules()] == before
+
+    def test_methods_of_a_module_without_a_forward_could_not_be_counted(self):
+        """Each run of one is a call then, and so is one behind the guard's back."""
+
+        class Average(nn.ModuleList):
+            def update(self):
+                return 7
+
+        guard = guard_module(Average([nn.Linear(1, 1)]), policy=CallPolicy(methods=("update",)))
+        assert guard_of(guard.module.__wrapped__) is guard
+        with guard.context("inference"):
+            assert guard.module.update() == 7
+            with pytest.raises(BypassedGuard):
+                guard.module.__wrapped__.update()
+        assert guard.count() == 1
+        with pytest.raises(BypassedGuard):
+            guard.module[0](torch.ones(1, 1))
+        guard.uninstall()
+        assert type(guard.module.__wrapped__) is Average
 
     def test_a_module_with_a_call_and_no_forward_was_refused(self):
         """Its calls can be counted, and past the proxy there is nothing to arm."""

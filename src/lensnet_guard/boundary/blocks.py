@@ -47,7 +47,8 @@ def window_block(admission: Admission, name: str) -> tuple[Block, Window]:
         ContextSwitchRefused: A window of that name is open already.
     """
     policy = admission.policy
-    if name not in {STEP, *policy.windows} and admission.mode != "observe":
+    can_be_one = isinstance(name, str) and name not in {"", MICRO_STEP}
+    if name not in {STEP, *policy.windows} and not (can_be_one and admission.mode == "observe"):
         raise ValueError(
             f"{name!r} is not a window of {admission.history.module}'s policy, whose scopes count "
             f"per {sorted({MICRO_STEP, *policy.windows})}"

@@ -38,7 +38,7 @@ Tell = Callable[[str], None]
 class Tripwire:
     """Arms a module and its submodules; `disarm` puts everything back as it was.
 
-    Left alone are parts that run nothing (a ModuleList) or no Python (TorchScript),
+    Left alone are parts that run nothing (a ModuleList inside) or no Python (TorchScript),
     parametrizations (reading a weight runs them), PEFT's prompts (saving them runs them), and parts
     that a guard of their own has armed.
 
@@ -91,7 +91,8 @@ class Tripwire:
         self._classes: dict[tuple[type, frozenset[str]], type] = {}
         try:
             for part in submodules.values():
-                if id(part) not in spared and runs(part) and armed_by(part) is None:
+                run = part is module or runs(part)  # the module may have counted methods alone
+                if id(part) not in spared and run and armed_by(part) is None:
                     self._arm(part)
         except BaseException:
             self.disarm()

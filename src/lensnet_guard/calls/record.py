@@ -6,12 +6,12 @@ No record ever holds a tensor, a tensor's values, or a frame: nothing is kept al
 """
 
 import contextlib
-import importlib.util
 import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from itertools import repeat
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -164,20 +164,21 @@ _get_logged = operator.attrgetter(*_schema.RECORD)
 
 def _folders_of(package: str) -> Iterator[str]:
     """Yield where a package is installed, if it is; it is not imported for that."""
-    found = importlib.util.find_spec(package)
+    found = PathFinder.find_spec(package)  # whatever else stands for it among the modules
     for folder in (found and found.submodule_search_locations) or ():
         yield os.path.abspath(folder) + os.sep
 
 
 # Frames of these files are never "the caller": the guard itself, torch, wrapt, and the standard
-# library's context managers that stand between a `with` statement and the guard; and PEFT, whose
-# models only hand a call on to the model inside.
+# library's context managers that stand between a `with` statement and the guard; and PEFT and
+# DeepSpeed, whose models and engines only hand a call on to the model inside.
 _INTERNAL_PATHS = (
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
     os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
     os.path.dirname(os.path.abspath(wrapt.__file__)) + os.sep,
     os.path.abspath(contextlib.__file__),
     *_folders_of("peft"),
+    *_folders_of("deepspeed"),
 )
 
 

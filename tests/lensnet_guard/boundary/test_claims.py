@@ -8,6 +8,7 @@ from tests.lensnet_guard.helpers import X
 from torch import nn
 
 from lensnet_guard import (
+    BudgetExceeded,
     BudgetUnmet,
     CallPolicy,
     ConditionUnmet,
@@ -114,6 +115,18 @@ class TestScopes:
             "for is_off: it is on."
         )
         assert guard.module.runs == 0
+
+    def test_one_that_is_spent(self):
+        """The message says why the call is in no other scope: that may be what is wrong."""
+        guard = guarded(scopes={"base": Scope(1, when=is_off), "policy": Scope(1, when=is_on)})
+        with pytest.raises(BudgetExceeded) as refused, guard.context("training"):
+            with guard.micro_step():
+                inner(guard.module, False)
+                inner(guard.module, False)
+        assert str(refused.value).splitlines()[0] == (
+            "Switch was called in training more often than its budget allows: not in the scope "
+            "'policy', for is_on: it is off."
+        )
 
     def test_a_state_that_cannot_be_told(self):
         """What a condition raised is in the message."""

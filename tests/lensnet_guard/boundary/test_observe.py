@@ -192,7 +192,9 @@ class TestTold:
         [
             lambda guard: guard.context("sideways").__enter__(),
             lambda guard: guard.sanctioned("unknown").__enter__(),
-            lambda guard: guard.window("unknown").__enter__(),
+            lambda guard: guard.window("micro_step").__enter__(),
+            lambda guard: guard.window("").__enter__(),
+            lambda guard: guard.window(3).__enter__(),
             lambda guard: guard.micro_step("one").__enter__(),
             lambda guard: guard.carry(lambda: (yield)),
             lambda guard: guard.count(scope="unknown"),

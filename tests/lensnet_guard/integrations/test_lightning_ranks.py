@@ -34,7 +34,8 @@ class Distiller(LightningModule):
                 self.ask(batch[0])
             if self.scenario == "failing":
                 raise ValueError("out of luck")
-        return F.mse_loss(self.net(batch[0]), target)
+        with sanctioned(self.net, "student"):
+            return F.mse_loss(self.net(batch[0]), target)
 
     def ask(self, x):
         with sanctioned(self.reference, "kl"):
@@ -45,9 +46,7 @@ class Distiller(LightningModule):
 
 def fit(scenario, strategy):
     torch.set_num_threads(1)
-    policies = {"reference": CallPolicy({"kl": (1, 2)}), "net": CallPolicy(
-        sanctioned_callers={f"{__name__}:Distiller.training_step": 1}
-    )}
+    policies = {"reference": CallPolicy({"kl": (1, 2)}), "net": CallPolicy({"student": 1})}
     callback = LensNetGuardCallback(policies, log=f"{scenario}.log", compare_ranks=True)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, callbacks=[callback],

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.lensnet_guard.helpers import FILE, read
 from torch import nn
 
 from lensnet_guard import (
@@ -63,8 +64,26 @@ class TestSeveral:
             "rewards.1: 2 micro-steps, 4 training calls (score 4), 0 inference calls, 0 violations"
         )
         assert (root.reference, root.rewards[1]) == raw
-        assert [path.name for path in tmp_path.iterdir()] == ["lensnet.rank0.jsonl"]
+        assert [path.name for path in tmp_path.iterdir()] == [FILE]
         assert read_verdict(tmp_path).violations == 0
+        header = read(tmp_path / FILE)[0]
+        assert header["module"] == "reference, rewards.1"
+        assert header["policies"] == {name: policy.to_json() for name, policy in target.items()}
+
+    @pytest.mark.parametrize("logs", [True, False])
+    def test_guards_of_before_are_given_back_without_the_log(self, tmp_path, logs):
+        """It ends with the training; one that logged before goes on."""
+        root = owner()
+        first, other = guard_module(root.reference), guard_module(root.rewards[1])
+        root.reference, root.rewards[1] = first.module, other.module
+        if logs:
+            first.start_log(tmp_path)
+        options = {} if logs else {"log": tmp_path}
+        watches = watching({"reference": None, "rewards.1": None}, root, **options)
+        assert first.log_path == other.log_path == tmp_path / FILE
+        watches.close()
+        assert (first.log is not None, other.log) == (logs, None)
+        assert len(read(tmp_path / FILE)) == (1 if logs else 2)
 
     def test_guards_of_several(self):
         """What `guard_modules` has made is taken as it is."""

@@ -161,6 +161,10 @@ class Kit:
     def sft(self, cls, **options):
         return self._made(cls or trl.SFTTrainer, trl.SFTConfig, chats, False, options)(self.model())
 
+    def arguments(self, config, **options):
+        """The settings of a quick training on the CPU."""
+        return config(output_dir=str(self.output), **(ARGUMENTS | options))
+
     def _online(self, cls, config, peft, judge, options):
         options = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1} | options
         return self._made(cls, config, prompts, peft, options)(
@@ -169,10 +173,9 @@ class Kit:
 
     def _made(self, cls, config, data, peft, options):
         """What makes a trainer of the models that it is given."""
-        arguments = config(output_dir=str(self.output), **(ARGUMENTS | options))
         return partial(
             cls,
-            args=arguments,
+            args=self.arguments(config, **options),
             train_dataset=data(),
             eval_dataset=data(4),
             processing_class=self.tokenizer,

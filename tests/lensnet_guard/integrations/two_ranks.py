@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LAUNCHER = """
-import os, socket, sys
+import contextlib, importlib, os, socket, sys
 
 {body}
+
+for name in "torch._dynamo", "datasets":  # what DDP and accelerate import later, in every rank
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
 
 os.environ.pop("RANK", None)
 for scenario in {scenarios!r}:

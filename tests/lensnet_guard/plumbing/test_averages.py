@@ -97,11 +97,12 @@ class NoGuard:
         return lambda *_: contextlib.nullcontext()
 
 
-def distil(teacher, student, method, guard, updates=1):
+def distil(teacher, student, method, guard, updates=1, ask=None):
     """A student that follows its own average; its losses, to the last bit.
 
     Args:
         updates: How often the average is updated in a step; more than once is once per micro-step.
+        ask: What of it is called, if not the average itself.
     """
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     losses = []
@@ -115,7 +116,7 @@ def distil(teacher, student, method, guard, updates=1):
             for n in range(ACCUMULATED):
                 with guard.micro_step(step, n):
                     with torch.no_grad(), guard.sanctioned("soft"):
-                        soft = teacher(X * (n + 1))
+                        soft = (ask or teacher)(X * (n + 1))
                     loss = F.mse_loss(student(X * (n + 1)), soft + n + 1)
                     loss.backward()
                     if updates > 1:
@@ -234,3 +235,30 @@ def test_the_statistics_of_a_guarded_average():
         update_bn([X, X], guard.module)
     assert guard.count("inference") == 2
     assert guard.module.module[1].num_batches_tracked == 2
+
+
+class TestTimmVersion2:
+    """Its average has no forward: what is called is the module inside, and `update`."""
+
+    def make(self):
+        policy = CallPolicy(
+            {"soft": 1, "update": Scope(1, per="step")}, methods=("update",), parts=("module",)
+        )
+        student = make_student()
+        return guard_module(from_timm_2(student), policy=policy, name="teacher"), student
+
+    def test_a_teacher_without_a_forward_could_not_be_guarded(self):
+        """Trained by its own average, with a call of the part in every micro-step."""
+        guard, student = self.make()
+        with guard.context("training"):
+            losses = distil(guard.module, student, "update", guard, ask=guard.module.module)
+        twin = make_student()
+        plain = from_timm_2(twin)
+        assert distil(plain, twin, "update", NoGuard(), ask=plain.module) == losses
+        assert guard.count("training", "soft") == STEPS * ACCUMULATED
+        assert guard.count("training", "update") == STEPS
+
+    def test_behind_its_back(self):
+        """An update of the raw average is a bypass."""
+        guard, student = self.make()
+        assert is_refused(guard.module.__wrapped__.update, student)
