@@ -24,6 +24,7 @@ from lensnet_guard import (
     LensNetHazard,
     Scope,
     UnsanctionedCall,
+    active_adapter,
     adapters_off,
     adapters_on,
     autocast,
@@ -51,6 +52,7 @@ CONDITIONS = {
     "eval_mode": (eval_mode, "reference-in-train-mode"),
     "adapters_off": (adapters_off, "reference-with-adapters"),
     "adapters_on": (adapters_on, "reference-with-adapters"),
+    "active_adapter": (active_adapter("ref"), "reference-with-adapters"),
     "autocast": (autocast(None), "reference-out-of-autocast"),
     "finite": (finite, "reference-out-of-autocast"),
     "frozen": (frozen, "moved-weights"),
@@ -99,8 +101,8 @@ class TestEntries:
     @pytest.mark.parametrize("name", ENTRIES)
     def test_the_guard_names_it(self, name):
         """What `after` prints ends with the entry that it leads to, where there is a message."""
-        lines = ENTRIES[name].text.rstrip("`\n").splitlines()
-        named = re.findall(r"^  explained by lensnet-guard explain (\S+)$", lines[-1])
+        last = ENTRIES[name].text.rstrip("`…\n").rpartition("\n")[2]
+        named = re.findall(r"^  explained by lensnet-guard explain (\S+)$", last)
         others = {"recompute-counted": []} | {
             name: ["moved-weights"] for name in ("moving-batch-norm", "teacher-is-student")
         }

@@ -249,7 +249,8 @@ class TestBlocks:
         assert lines[0].endswith(
             "its scope 'reference' counts per \"generation\", and no such window is open."
         )
-        assert lines[-2].endswith(f'`with guard.window("generation"):` around {caller}.')
+        told = f'Only calls from {caller} inside `with guard.window("generation"):` are legal.'
+        assert lines[-2].endswith(told)
 
     def test_in_observe_mode_nothing_is_raised(self):
         """All of the above is written down, and runs."""

@@ -77,6 +77,7 @@ class active_adapter:  # noqa: N801  # it is written where it is asked for, as s
 
     name: str
     about: ClassVar[str] = "the active adapter"
+    mistake: ClassVar[str] = "reference-with-adapters"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):

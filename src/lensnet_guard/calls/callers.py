@@ -56,18 +56,34 @@ def qualname(frame: FrameType) -> str:
 
 
 def derived_qualname(frame: FrameType) -> str:
-    """Return what ``co_qualname`` says, worked out for Python 3.10 from the frame's first argument.
+    """Return what ``co_qualname`` says, worked out for Python 3.10.
 
+    That is from the frame's first argument, or for static methods from the classes of its module.
     Names of functions defined inside functions come out without their ``<locals>`` prefix.
     """
     code = frame.f_code
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     for cls in (first if isinstance(first, type) else type(first)).__mro__:
-        member = cls.__dict__.get(code.co_name)
-        function: Any = getattr(member, "__func__", member)
-        if callable(function) and getattr(inspect.unwrap(function), "__code__", None) is code:
+        if _defines(cls, code):
             return f"{cls.__qualname__}.{code.co_name}"
-    return code.co_name
+    module = frame.f_globals.get("__name__", "")
+    key = module, code.co_filename, code.co_firstlineno, code.co_name
+    if key not in _STATIC:
+        classes = [value for value in tuple(frame.f_globals.values()) if isinstance(value, type)]
+        owners = (cls for cls in classes if cls.__module__ == module and _defines(cls, code))
+        owner = next(owners, None)
+        _STATIC[key] = code.co_name if owner is None else f"{owner.__qualname__}.{code.co_name}"
+    return _STATIC[key]
+
+
+_STATIC: dict[tuple[str, str, int, str], str] = {}  # for the walk takes longer than a call
+
+
+def _defines(cls: type, code: CodeType) -> bool:
+    """Return whether a class has a method that runs this code."""
+    member = cls.__dict__.get(code.co_name)
+    function: Any = getattr(member, "__func__", member)
+    return callable(function) and getattr(inspect.unwrap(function), "__code__", None) is code
 
 
 # What a name in a policy means --------------------------------------------------------------------

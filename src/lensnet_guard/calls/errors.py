@@ -51,10 +51,7 @@ class UnsanctionedCall(LensNetViolation):
     """A training call outside every sanctioned scope."""
 
     headline = "{module} was called in training outside its sanctioned scope"
-    remedy = (
-        "Remove the call, or run it in inference context outside the micro-step. Only the "
-        "contract's one caller opens {sanction}."
-    )
+    remedy = "Remove the call, or run it in inference context outside the micro-step. {sanction}."
 
 
 class BudgetExceeded(LensNetViolation):
@@ -275,17 +272,19 @@ def _spent(made: int | None, scope: "Scope") -> str:
 
 
 def _sanction(policy: "CallPolicy") -> str:
-    """Return the code that makes a training call legal."""
+    """Return what makes a training call legal."""
     opened = [name for name, scope in policy.in_full.items() if scope.is_opened]
     if opened:
-        return " or ".join(f'`with guard.sanctioned("{name}"):`' for name in opened)
-    around: dict[str, list[str]] = {}
+        blocks = " or ".join(f'`with guard.sanctioned("{name}"):`' for name in opened)
+        return f"Only the contract's one caller opens {blocks}"
+    inside: dict[str, list[str]] = {}
     for scope in policy.in_full.values():
-        step = scope.per == MICRO_STEP
-        block = "guard.micro_step(step)" if step else f'guard.window("{scope.per}")'
-        state = f"calls with {name_of(scope.when)}" if scope.when is not None else ""
-        around.setdefault(block, []).append(scope.caller or state)
-    return ", ".join(f"`with {block}:` around {' or '.join(who)}" for block, who in around.items())
+        block = "micro_step(step)" if scope.per == MICRO_STEP else f'window("{scope.per}")'
+        state = f"with {name_of(scope.when)}" if scope.when is not None else ""
+        who = f"from {scope.caller}" if scope.caller else state
+        inside.setdefault(f"`with guard.{block}:`", []).append(who)
+    calls = ", ".join(f"{' or '.join(who)} inside {block}" for block, who in inside.items())
+    return f"Only calls {calls} are legal"
 
 
 def _end_of(call: "CallRecord") -> str:

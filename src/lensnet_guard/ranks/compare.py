@@ -33,7 +33,7 @@ _numbers = itertools.count()
 
 @contextmanager
 def compare_ranks(
-    guards: Guard[Any] | Mapping[str, Guard[Any]], *, every: int = 1
+    guard: Guard[Any] | Mapping[str, Guard[Any]], *, every: int = 1
 ) -> Iterator[None]:
     """Hold guards' contracts across the ranks of a distributed run, while the block is open.
 
@@ -48,7 +48,7 @@ def compare_ranks(
     What raises out of the block on one rank is told to all others, which end too.
 
     Args:
-        guards: The module's guard, or those of several modules (`guard_modules`), which are
+        guard: The module's guard, or those of several modules (`guard_modules`), which are
             compared together.
         every: Micro-steps between comparisons. 1 notices before the backward of the very micro-step
             that differs; a comparison takes as long as a small all-reduce between the hosts.
@@ -60,11 +60,11 @@ def compare_ranks(
         RankDivergence: The ranks differ; names every rank's counts and callers.
         RankStopped: Another rank raised, or its process ended; says what.
     """
-    members = tuple(guards.values()) if isinstance(guards, Mapping) else (guards,)
+    members = tuple(guard.values()) if isinstance(guard, Mapping) else (guard,)
     ranks = Ranks(members, every)
     sinks = [_Calls(ranks, number) for number in range(len(members))]
-    for guard, sink in zip(members, sinks, strict=True):
-        guard.add_sink(sink)
+    for member, sink in zip(members, sinks, strict=True):
+        member.add_sink(sink)
     try:
         yield
         ranks.compare(leaving=True)
@@ -75,8 +75,8 @@ def compare_ranks(
             raise said from error
         raise
     finally:
-        for guard, sink in zip(members, sinks, strict=True):
-            guard.remove_sink(sink)
+        for member, sink in zip(members, sinks, strict=True):
+            member.remove_sink(sink)
         ranks.leave()
 
 
@@ -126,7 +126,7 @@ class Ranks:
     def __init__(self, guards: Sequence[Guard[Any]], every: int) -> None:
         names = [guard.name for guard in guards]
         if not names:
-            raise ValueError("there is nothing to compare: guards is empty")
+            raise ValueError("there is nothing to compare: the mapping of guards is empty")
         if operator.index(every) < 1:
             raise ValueError(f"ranks are compared every 1 or more micro-steps, not {every}")
         if not (dist.is_available() and dist.is_initialized()):

@@ -23,6 +23,7 @@ from lensnet_guard.ranks.progress import Progress, RankState
 POLL_S = 0.25  # between looks for what another rank has told
 GATHER_S = 2.0  # that the lines and counts of all ranks are waited for
 TELL_S = 3.0  # that a rank which stops waits for the others to hear why
+RAISE_S = 0.5  # from telling that ranks differ to saying so for a training that does not
 APART_S = 4.0  # from telling that ranks differ to the end of a process that still waits
 GRACE_S = 10.0  # from hearing that a rank stopped to the end of a process that still waits
 
@@ -180,9 +181,10 @@ class Listener:
             _wait_for(store, "stated", len(self._processes), GATHER_S, mine=1)
         self.states = self._read_states(store)
         self.told.set()
-        module = self._progress.modules[differing(self.states)]
-        words = in_words(self.states)
-        _say(f"rank {self._rank}: {module} was not called alike by all ranks:{words}")
+        if not (self._enforced and self._left.wait(RAISE_S)):  # what is raised says it itself
+            module = self._progress.modules[differing(self.states)]
+            words = in_words(self.states)
+            _say(f"rank {self._rank}: {module} was not called alike by all ranks:{words}")
         with contextlib.suppress(RuntimeError):  # whoever holds the store stays until all have read
             stated = sum(state is not None for state in self.states)
             _wait_for(store, "known", stated, TELL_S, mine=1)

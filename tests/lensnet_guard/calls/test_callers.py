@@ -53,6 +53,10 @@ def decorated_by(wraps):
 
 
 class Owner:
+    @staticmethod
+    def static(first=None):
+        return this_frame()
+
     def method(self):
         return this_frame()
 
@@ -115,6 +119,9 @@ class TestDerivedQualname:
             Heir().method(),
             Heir.of_class(),
             Heir().overridden(),
+            Owner.static(),
+            Owner().static(Owner()),
+            Heir.static(),
         ],
         ids=lambda frame: frame.f_code.co_name,
     )
@@ -123,7 +130,7 @@ class TestDerivedQualname:
         assert derived_qualname(frame) == frame.f_code.co_qualname == qualname(frame)
 
     def test_static_method_and_deleted_self(self):
-        """Where the first argument says nothing, the plain name is given, and nothing fails."""
+        """Where nothing says whose they are, the plain name is given, and nothing fails."""
 
         class Local:
             @staticmethod

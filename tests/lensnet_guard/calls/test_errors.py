@@ -150,7 +150,7 @@ class TestMessages:
             f"  budget       {caller}: 0 of 1 spent",
             "  what to do   Remove the call, or run it in inference context outside the "
             "micro-step. "
-            f"Only the contract's one caller opens `with guard.micro_step(step):` around {caller}.",
+            f"Only calls from {caller} inside `with guard.micro_step(step):` are legal.",
             "  explained by lensnet-guard explain called-from-elsewhere",
         ]
 

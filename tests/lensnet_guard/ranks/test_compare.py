@@ -275,7 +275,7 @@ class TestBadUse:
 
     def test_no_guard(self) -> None:
         """Of a mapping that was filtered too well."""
-        with pytest.raises(ValueError, match="nothing to compare: guards is empty"):
+        with pytest.raises(ValueError, match="nothing to compare: the mapping of guards is empty"):
             with compare_ranks({}):
                 pass
 
