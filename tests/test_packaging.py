@@ -265,7 +265,8 @@ class TestGuardAlone:
             "if rank == 0:\n"
             "    os.wait()\n"
         )
-        assert bare("python", "-W", "ignore", "-c", code) == "told\ntold\n"
+        printed = bare("python", "-W", "ignore", "-c", code).splitlines()
+        assert printed.count("told") == 2  # beside what the listeners may have said before
 
     def test_has_the_pytest_plugin(self, bare: Execute) -> None:
         """Found by its entry point; its fixtures, marker, log and summary work."""
