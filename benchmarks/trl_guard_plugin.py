@@ -28,7 +28,7 @@ from lensnet_guard.integrations import NoContract
 from lensnet_guard.integrations.transformers import guarded_trainer
 
 MODES = ("none", "enforce", "observe")
-TIMES = re.compile(r"time|per_second|flos")  # logged, and never the same twice
+TIMES = re.compile(r"time|per_second|flos|^eps$")  # logged, and never the same twice
 
 
 @dataclass
