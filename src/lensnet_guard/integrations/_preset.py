@@ -179,7 +179,9 @@ def _installed(kind: type) -> str:
 
 
 @contextmanager
-def around(trainer: Any, blocks: Mapping[str, Callable[[], AbstractContextManager[Any]]]) -> Any:
+def around(
+    trainer: Any, blocks: Mapping[str, Callable[[], AbstractContextManager[Any]]]
+) -> Iterator[None]:
     """Open a block around each run of a trainer's methods, while this one is open.
 
     Args:

@@ -251,22 +251,18 @@ def _online(old: Setting) -> tuple[tuple[Held, ...], Held]:
     return held, Held("model", (writes, before, policy), methods=("generate",))
 
 
-def _preset(read_from: str, held: tuple[tuple[Held, ...], Held], **options: Any) -> Preset:
-    return Preset(read_from, *held, **options)
-
-
 _EACH_GENERATION = {GENERATION: "_generate_and_score_completions"}
 _REWARDED = "trl.experimental.utils:get_reward"
 _PPO = "trl.experimental.ppo.ppo_trainer"
 
 PRESETS: Mapping[str, Preset] = {
-    "trl.trainer.dpo_trainer:DPOTrainer": _preset("trl 1.16.0", _preference(estimates_kl=False)),
-    "trl.trainer.kto_trainer:KTOTrainer": _preset("trl 1.16.0", _preference(estimates_kl=True)),
-    "trl.trainer.grpo_trainer:GRPOTrainer": _preset(
-        "trl 1.16.0", _online(_grpo_old_chunks), windows=_EACH_GENERATION
+    "trl.trainer.dpo_trainer:DPOTrainer": Preset("trl 1.16.0", *_preference(estimates_kl=False)),
+    "trl.trainer.kto_trainer:KTOTrainer": Preset("trl 1.16.0", *_preference(estimates_kl=True)),
+    "trl.trainer.grpo_trainer:GRPOTrainer": Preset(
+        "trl 1.16.0", *_online(_grpo_old_chunks), windows=_EACH_GENERATION
     ),
-    "trl.trainer.rloo_trainer:RLOOTrainer": _preset(
-        "trl 1.16.0", _online(_chunks), windows=_EACH_GENERATION
+    "trl.trainer.rloo_trainer:RLOOTrainer": Preset(
+        "trl 1.16.0", *_online(_chunks), windows=_EACH_GENERATION
     ),
     "trl.experimental.online_dpo.online_dpo_trainer:OnlineDPOTrainer": Preset(
         "trl 1.16.0",

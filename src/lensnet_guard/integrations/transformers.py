@@ -62,7 +62,8 @@ class LensNetGuardCallback(TrainerCallback):
         self._owns_watch = watch is None
         self._substep = 0
         self._complete = False
-        self.guards = guard if isinstance(guard, Guards) else {guard.name: guard}
+        alone = guard if isinstance(guard, Guards) else {guard.name: guard}
+        self.guards = alone if watch is None else watch.guards
         self.guard = next(iter(self.guards.values()))
         self.verdict: Verdict | Verdicts | None = None
 
@@ -264,7 +265,6 @@ def _told(trainer: Trainer, watch: Watches, guard: Guard) -> Iterator[LensNetGua
     preset = preset_of(trainer)
     kind = UpdatesCallback if preset is not None and preset.own_loop else LensNetGuardCallback
     callback = kind(guard, watch=watch)
-    callback.guards = watch.guards
     trainer.add_callback(callback)
     with ExitStack() as added:
         added.callback(trainer.remove_callback, callback)
