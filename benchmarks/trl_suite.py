@@ -220,7 +220,8 @@ def markdown(rows: list[Row], command: str) -> str:
     versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in LIBRARIES)
     differ = [f"- {row.trainer}: `{line}`" for row in rows for line in row.differ]
     ran = sum(row.run for row in rows)
-    words = "these differ" if differ else "none of them differs"
+    compared = sum(row.guarded for row in rows)
+    words = "these differ" if differ else f"of {compared} that were compared none differs"
     return "\n".join(
         [
             f"`{command}`, {time.strftime('%d %B %Y')}; {versions}.",
