@@ -179,6 +179,8 @@ class TestCorrectTraining:
         guard = guard_module(scorer)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
             train(guard, guard.module)
+        assert guard.count("training") > 0
+        assert guard.violation_count == 0
 
 
 class TestStaysClosed:
