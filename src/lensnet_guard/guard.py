@@ -20,7 +20,11 @@ from lensnet_guard.boundary.blocks import (
 )
 from lensnet_guard.boundary.doors import check_doors
 from lensnet_guard.boundary.inside import Inside
-from lensnet_guard.boundary.keeper import GuardKeeper, header_of
+from lensnet_guard.boundary.keeper import (
+    GuardKeeper,
+    header_of,
+    rebuild,  # noqa: F401  # pickles of before name it here
+)
 from lensnet_guard.boundary.observing import teller
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
 from lensnet_guard.boundary.settlement import WindowBlock, opened

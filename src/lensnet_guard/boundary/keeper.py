@@ -59,7 +59,7 @@ class GuardKeeper:
         if not self._guard_copies and not spawning:
             return _itself, (module,)
         place = (log.folder, log.pid) if log is not None and spawning else None
-        return _rebuild, (place, type(guard), module, guard.policy, guard.mode, guard.name)
+        return rebuild, (place, type(guard), module, guard.policy, guard.mode, guard.name)
 
 
 def _itself(module: nn.Module) -> nn.Module:
@@ -67,7 +67,7 @@ def _itself(module: nn.Module) -> nn.Module:
     return module
 
 
-def _rebuild(
+def rebuild(
     place: tuple[Path, int] | None,
     kind: type[Any],
     module: nn.Module,
