@@ -140,7 +140,8 @@ class Watches:
 
         All ranks come here together. Where there is one process only, nothing is compared.
         """
-        self._leave_ranks()  # of a training before, from which somebody has caught an exception
+        self._leave_ranks()  # of a training before, from which somebody has caught an exception,
+        self._each(Watch.cut_short)  # as accelerate does where a batch was too large
         self._each(Watch.count_from_here)
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         compared = {name: guard for name, guard in self.guards.items() if guard.mode != "off"}

@@ -277,6 +277,22 @@ class TestCutShort:
             trainer.train()
         assert guarded.verdict.violations == guarded.guard.violation_count == 0
 
+    @pytest.mark.parametrize("per", ["micro_step", "step"])
+    def test_a_batch_that_was_too_large(self, make_trainer, per):
+        """accelerate catches that inside of ``train``, and begins again with smaller ones."""
+        trainer = make_trainer(auto_find_batch_size=True, max_steps=2)
+        policy = CallPolicy({"kl": Scope(1 if per == "micro_step" else 2, per=per)})
+        left = [torch.OutOfMemoryError("CUDA out of memory.")]
+
+        def fill(_):
+            if left:
+                raise left.pop()
+
+        trainer.extra = fill
+        with guarded_trainer(trainer, "reference", policy=policy) as guarded:
+            trainer.train()
+        assert (guarded.verdict.calls, guarded.verdict.violations) == ({"kl": 4}, 0)
+
     def test_leaves_the_trainer_as_it_was(self, make_trainer):
         """Its methods are of its class again."""
         trainer = make_trainer()
