@@ -66,6 +66,7 @@ def watches_for(
     *,
     must_be_found: bool = True,
     compare_ranks: bool = False,
+    ranges: bool = True,
 ) -> "Watches":
     """Return the watches of modules that hang at one root.
 
@@ -74,10 +75,12 @@ def watches_for(
         root: Where to look for them.
         must_be_found: As for `Watch`.
         compare_ranks: As for `Watches`.
+        ranges: As for `Watches`.
     """
     return Watches(
         {name: Watch(one, root, must_be_found=must_be_found) for name, one in contracts.items()},
         compare_ranks=compare_ranks,
+        ranges=ranges,
     )
 
 
@@ -87,11 +90,14 @@ class Watches:
     Args:
         watches: Of each module, by its name. All log to the file of the first.
         compare_ranks: Whether the ranks of a distributed training compare what they call.
+        ranges: As for `lensnet_guard.compare_ranks`.
     """
 
-    def __init__(self, watches: Mapping[str, Watch], *, compare_ranks: bool = False) -> None:
+    def __init__(
+        self, watches: Mapping[str, Watch], *, compare_ranks: bool = False, ranges: bool = True
+    ) -> None:
         self._watches = dict(watches)
-        self._compare_ranks = compare_ranks
+        self._compare_ranks, self._ranges = compare_ranks, ranges
         self._logs = ExitStack()
         self._ranks = ExitStack()
 
@@ -147,7 +153,7 @@ class Watches:
         compared = {name: guard for name, guard in self.guards.items() if guard.mode != "off"}
         if self._compare_ranks and together and compared:
             atexit.register(self._at_exit)
-            self._ranks.enter_context(lensnet_guard.compare_ranks(compared))
+            self._ranks.enter_context(lensnet_guard.compare_ranks(compared, ranges=self._ranges))
 
     def _leave_ranks(self, error: BaseException | None = None) -> None:
         """Say to the other ranks, if they still compare, that this one has stopped, and why."""
