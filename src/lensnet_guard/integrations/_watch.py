@@ -6,11 +6,19 @@ is raised. Here is held what is open between them.
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of, lensnet_guard
+from lensnet_guard import (
+    CallPolicy,
+    Guard,
+    MicroStep,
+    Mode,
+    guard_module,
+    guard_of,
+    lensnet_guard,
+)
 from lensnet_guard._text import absolute, add_note, short_path
 from lensnet_guard.integrations._place import (
     GuardLost,
@@ -94,6 +102,7 @@ class Watch:
         self._context: Literal["training", "inference"] | None = None
         self._in_context = ExitStack()
         self._step: ExitStack | None = None
+        self._ledger: MicroStep | None = None  # the last
         self._optimizer_step = ExitStack()
         self._number: int | None = None  # of the optimizer step whose window is open
         self._tally: Tally | None = None
@@ -179,8 +188,19 @@ class Watch:
             self._number = step
         block = ExitStack()
         self.begun += 1
-        block.enter_context(self.guard.micro_step(step, micro_step))
+        self._ledger = block.enter_context(self.guard.micro_step(step, micro_step))
         self._step = block
+
+    def window(self, name: str) -> AbstractContextManager[object]:
+        """Return a block that is a window, if the policy counts in it; of a micro-step the first.
+
+        Another stays closed, so that its calls are too many.
+        """
+        guard = self.guard
+        assert guard is not None
+        counts = name in guard.policy.windows or guard.mode == "observe"
+        had = self._ledger is not None and name in self._ledger.ended
+        return guard.window(name) if counts and not had else nullcontext()
 
     def end_step(self) -> None:
         """Close the micro-step, if one is open, and settle its budgets.

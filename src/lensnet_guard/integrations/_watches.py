@@ -186,15 +186,14 @@ class Watches:
 
     @contextmanager
     def window(self, name: str) -> Iterator[None]:
-        """Open a window of all whose policies count in it.
+        """Open a window of all whose policies count in it; one in a micro-step.
 
         Raises:
             LensNetViolation: As the end of ``guard.window``.
         """
         with ExitStack() as blocks:
-            for guard in self.guards.values():
-                if name in guard.policy.windows or guard.mode == "observe":
-                    blocks.enter_context(guard.window(name))
+            for watch in self._watches.values():
+                blocks.enter_context(watch.window(name))
             yield
 
     @contextmanager
