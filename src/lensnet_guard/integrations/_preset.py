@@ -1,7 +1,7 @@
 """From a trainer to its contracts: what it holds, the preset of its kind, and the policies."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -49,23 +49,35 @@ def contracts_of(trainer: Any) -> dict[str, CallPolicy]:
     preset = preset_of(trainer)
     if preset is None:
         raise _unknown(trainer)
-    found = [
-        (place, module, held)
-        for held in preset.held
-        if held.given(trainer)
-        for place, module in _modules_at(trainer, held.place)
-    ]
+    found = _held(trainer, preset.held)
     if not found and preset.otherwise is not None:
-        held = preset.otherwise
-        found = [(held.place, getattr_path(trainer, held.place), held)]
+        found = _held(trainer, (preset.otherwise,))
     if not found:
-        places = " and ".join(sorted({held.place for held in preset.held}))
-        raise NoContract(
-            f"{type(trainer).__name__} holds nothing to guard: its {places} is no module here.\n"
-            "  what to do   Train it without guarded_trainer, or name what it calls."
-        )
+        raise _nothing(trainer, preset)
     _check_each_is_another(trainer, {place: module for place, module, _ in found})
     return {place: _policy(trainer, preset, held, module) for place, module, held in found}
+
+
+def _held(trainer: Any, of: Iterable[Held]) -> list[tuple[str, nn.Module, Held]]:
+    """Return the modules that are held and can be guarded, each with its place."""
+    return [
+        (place, module, held)
+        for held in of
+        if held.given(trainer) and held.beyond(trainer) is None
+        for place, module in _modules_at(trainer, held.place)
+    ]
+
+
+def _nothing(trainer: Any, preset: Preset) -> NoContract:
+    """Return what says why there is nothing to guard."""
+    held = [*preset.held, *filter(None, [preset.otherwise])]
+    places = " and ".join(sorted({one.place for one in preset.held}))
+    whys = (one.beyond(trainer) for one in held if getattr_path(trainer, one.place) is not None)
+    why = next(filter(None, whys), f"its {places} is no module here")
+    return NoContract(
+        f"{type(trainer).__name__} holds nothing to guard: {why}.\n"
+        "  what to do   Train it without guarded_trainer, or name what it calls."
+    )
 
 
 def _check_each_is_another(trainer: Any, modules: Mapping[str, nn.Module]) -> None:
