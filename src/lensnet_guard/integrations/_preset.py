@@ -55,6 +55,9 @@ def contracts_of(trainer: Any) -> dict[str, CallPolicy]:
     if not found:
         raise _nothing(trainer, preset)
     _check_each_is_another(trainer, {place: module for place, module, _ in found})
+    for place, module, held in found:
+        if frozen in held.requires:
+            _check_shares_nothing(trainer, place, module)
     return {place: _policy(trainer, preset, held, module) for place, module, held in found}
 
 
@@ -104,6 +107,34 @@ def _check_each_is_another(trainer: Any, modules: Mapping[str, nn.Module]) -> No
                 f"say which of them is called.\n  what to do   {what_to_do}"
             )
         places[id(module)] = place
+
+
+def _check_shares_nothing(trainer: Any, place: str, module: nn.Module) -> None:
+    """Refuse a reference that has weights in the memory of the model that is trained.
+
+    Torch counts writes by tensor, so `frozen` would not see that they are written by another.
+
+    Raises:
+        NoContract: It would be trained with the model.
+    """
+    named = trainer.model.named_parameters()
+    trained = {_memory(it): name for name, it in named if it.requires_grad and _memory(it)}
+    for name, parameter in module.named_parameters():
+        if (other := trained.get(_memory(parameter))) is not None:
+            raise NoContract(
+                f"{name} of {place} of {type(trainer).__name__} is in the memory of {other} of "
+                "model, which it trains, so the one would move with the other.\n"
+                "  what to do   Load it twice; or freeze in model what they share, "
+                "requires_grad_(False)."
+            )
+
+
+def _memory(parameter: nn.Parameter) -> int:
+    """Return where a parameter has its values; 0 where it has none, or nobody can tell."""
+    try:
+        return parameter.untyped_storage().data_ptr()
+    except RuntimeError:  # of a kind without, of which there are many
+        return 0
 
 
 _TEACHES_NOTHING = (
