@@ -6,7 +6,7 @@ is raised. Here is held what is open between them.
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -87,6 +87,7 @@ class Watch:
 
     Attributes:
         guard: The guard; None before `open` when it is made there.
+        micro_step: The last that was begun; None before.
         begun: Training micro-steps that were begun since `open`, or since `count_from_here`.
         log: Where `Watches` are to log, when this one is their first.
     """
@@ -102,11 +103,11 @@ class Watch:
         self._context: Literal["training", "inference"] | None = None
         self._in_context = ExitStack()
         self._step: ExitStack | None = None
-        self._ledger: MicroStep | None = None  # the last
         self._optimizer_step = ExitStack()
         self._number: int | None = None  # of the optimizer step whose window is open
         self._tally: Tally | None = None
         self.guard: Guard | None = None
+        self.micro_step: MicroStep | None = None
         self.begun = 0
         target = contract.target
         if isinstance(target, Guard):
@@ -188,19 +189,8 @@ class Watch:
             self._number = step
         block = ExitStack()
         self.begun += 1
-        self._ledger = block.enter_context(self.guard.micro_step(step, micro_step))
+        self.micro_step = block.enter_context(self.guard.micro_step(step, micro_step))
         self._step = block
-
-    def window(self, name: str) -> AbstractContextManager[object]:
-        """Return a block that is a window, if the policy counts in it; of a micro-step the first.
-
-        Another stays closed, so that its calls are too many.
-        """
-        guard = self.guard
-        assert guard is not None
-        counts = name in guard.policy.windows or guard.mode == "observe"
-        had = self._ledger is not None and name in self._ledger.ended
-        return guard.window(name) if counts and not had else nullcontext()
 
     def end_step(self) -> None:
         """Close the micro-step, if one is open, and settle its budgets.

@@ -173,3 +173,24 @@ def test_a_model_without_adapters():
         guard.module.lm_head.weight.mul_(2)
     with pytest.raises(ConditionUnmet, match=r"lm_head\.weight was written in place 1 time"):
         call(guard, input_ids=IDS)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "IA3"])
+def test_does_not_look_through_the_model_again(adapted, kind, monkeypatch):
+    """Where nothing but adapters has moved, and an added adapter is of no matter."""
+    model, guard = adapted(CONFIGS[kind]())
+    base_pass(model, guard)
+    with guard.context("inference"):
+        train(guard.module)
+    looked, ask = [], model.named_parameters
+
+    def named_parameters(*args, remove_duplicate=True, **options):
+        looked.extend([] if remove_duplicate else ["all of them"])  # as nobody else does
+        return ask(*args, remove_duplicate=remove_duplicate, **options)
+
+    monkeypatch.setattr(model, "named_parameters", named_parameters)
+    base_pass(model, guard)
+    assert looked == []
+    model.add_adapter("other", model.peft_config["default"])
+    base_pass(model, guard)
+    assert looked == ["all of them"]
