@@ -3,7 +3,7 @@
 import atexit
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -192,15 +192,14 @@ class Watches:
 
     @contextmanager
     def window(self, name: str) -> Iterator[None]:
-        """Open a window of all whose policies count in it.
+        """Open a window of all whose policies count in it; one in a micro-step.
 
         Raises:
             LensNetViolation: As the end of ``guard.window``.
         """
         with ExitStack() as blocks:
-            for guard in self.guards.values():
-                if name in guard.policy.windows or guard.mode == "observe":
-                    blocks.enter_context(guard.window(name))
+            for watch in self._watches.values():
+                blocks.enter_context(_window(watch, name))
             yield
 
     @contextmanager
@@ -288,3 +287,15 @@ class Watches:
                 raise raised[0]
             finally:
                 raised.clear()  # or this frame, which its traceback holds, would hold it
+
+
+def _window(watch: Watch, name: str) -> AbstractContextManager[object]:
+    """Return a block that is a window, if the policy counts in it; of a micro-step the first.
+
+    Another stays closed, so that its calls are too many.
+    """
+    guard, micro_step = watch.guard, watch.micro_step
+    assert guard is not None
+    counts = name in guard.policy.windows or guard.mode == "observe"
+    had = micro_step is not None and name in micro_step.ended
+    return guard.window(name) if counts and not had else nullcontext()
