@@ -5,7 +5,7 @@ Each function says which torch it was read from. Where torch has changed it answ
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from inspect import signature
 from operator import attrgetter
@@ -316,6 +316,15 @@ def holders(module: torch.nn.Module) -> tuple[Mapping[str, Any], ...] | None:
     found = vars(module)
     kept = tuple(found.get(name) for name in ("_parameters", "_buffers", "_modules"))
     return None if None in kept else kept  # type: ignore[return-value]
+
+
+def transient_buffers(module: torch.nn.Module) -> Iterable[str]:
+    """Return the names of a module's own buffers that its state dict leaves out; none if unknown.
+
+    Read from torch 2.7 to 2.15, torch/nn/modules/module.py.
+    """
+    names: Iterable[str] = vars(module).get("_non_persistent_buffers_set", ())
+    return names
 
 
 def _named_children(module: torch.nn.Module) -> Mapping[str, torch.nn.Module]:

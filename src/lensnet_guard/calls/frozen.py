@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lensnet_guard._text import count
-from lensnet_guard._torch_internals import holders, writes_to
+from lensnet_guard._torch_internals import holders, transient_buffers, writes_to
 from lensnet_guard.calls.adapters import parameters_of_adapters
 from lensnet_guard.calls.call import Call
 from lensnet_guard.calls.checksum import checksums
@@ -33,7 +33,9 @@ def frozen(call: Call | None = None, /, *, fingerprint: bool = False) -> str | C
     It stops a reference that an optimizer trains, a loader loads or a trainer replaces, and batch
     norms that take statistics from what they see. What is compared is which tensors there are, and
     the counter that moves with each write in place; no values are read. A change is told once: what
-    it made of the module is what the next call is compared with.
+    it made of the module is what the next call is compared with. Buffers that a state dict leaves
+    out are a module's own notes (the angles of rotary positions that grow with the sequence), and
+    are not compared.
 
     Writes through ``.data``, as ZeRO makes them, move no counter. They are found by
     ``frozen(fingerprint=True)``, which takes a checksum of all bits at every call, and waits for
@@ -65,7 +67,8 @@ class _Frozen:
         before: _Seen | None = call.memory.get(self)
         if before is not None and before.holds():
             return None
-        found, look = list(_content(call.module)), _quick_look(call.module)
+        found = list(_content(call.module))
+        look = _quick_look(call.module, frozenset(map(id, _notes(call.module))))
         now = call.memory[self] = _Seen(found, look, fingerprint=self.fingerprint)
         return _first_change(before, now, call.earlier)
 
@@ -100,7 +103,7 @@ def frozen_base(call: Call) -> str | None:
         for path, parameter in call.module.named_parameters(remove_duplicate=False)
         if id(parameter) not in idle
     ]
-    now = call.memory[frozen_base] = _Seen(found, _quick_look(call.module, idle))
+    now = call.memory[frozen_base] = _Seen(found, _quick_look(call.module, idle, buffers=False))
     trained = [path for path, _, it in found if it.requires_grad and id(it) not in works]
     return _first_change(before, now, call.earlier) or _in_words(trained, len(found))
 
@@ -198,9 +201,20 @@ def _content(module: nn.Module) -> Iterator[_Content]:
     for path, part in module.named_modules(remove_duplicate=False):
         if path:
             yield path, "submodule", part
+        notes = transient_buffers(part)
         for kind, named in (("parameter", part.named_parameters), ("buffer", part.named_buffers)):
             for name, tensor in named(recurse=False, remove_duplicate=False):
+                if kind == "buffer" and name in notes:
+                    continue
                 yield f"{path}.{name}" if path else name, kind, tensor
+
+
+def _notes(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the buffers that are not compared."""
+    for part in module.modules():
+        if notes := transient_buffers(part):
+            own = dict(part.named_buffers(recurse=False))
+            yield from (own[name] for name in notes if name in own)
 
 
 def _read(tensors: list[torch.Tensor]) -> list[tuple[int, ...] | str]:
@@ -249,7 +263,7 @@ def _changes(before: _Seen, now: _Seen) -> Iterator[str]:
             yield f"the {was.kind} {path} is gone"
 
 
-def _quick_look(module: nn.Module, idle: frozenset[int] | None = None) -> _Look:
+def _quick_look(module: nn.Module, idle: frozenset[int], *, buffers: bool = True) -> _Look:
     """Return a function that looks at a whole module in microseconds, many things at each step.
 
     It looks into the dicts in which the parts of a module keep their things. Of the tensors it has
@@ -257,7 +271,8 @@ def _quick_look(module: nn.Module, idle: frozenset[int] | None = None) -> _Look:
 
     Args:
         module: The module.
-        idle: Of the parameters those that may change, by their ids; then buffers may, too.
+        idle: What may change, by their ids.
+        buffers: Whether to look at buffers.
 
     Returns:
         The function. It returns all tensors of the module, as `_content` orders them, if none was
@@ -265,9 +280,9 @@ def _quick_look(module: nn.Module, idle: frozenset[int] | None = None) -> _Look:
         such dicts, or a tensor no counter.
     """
     kept = [holders(part) for _, part in module.named_modules(remove_duplicate=False)]
-    kinds = 2 if idle is None else 1
+    kinds = 1 + buffers
     dicts = [held for own in kept if own is not None for held in own[:kinds]]
-    dicts, single = _without(dicts, idle or frozenset())
+    dicts, single = _without(dicts, idle)
     trees = [own[2] for own in kept if own is not None]
     if len(trees) < len(kept):
         return _nothing

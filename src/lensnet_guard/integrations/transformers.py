@@ -106,15 +106,14 @@ class LensNetGuardCallback(TrainerCallback):
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Settle one micro-step, and open the next: it has no hook of its own to begin."""
-        self._end()
+        self.settle()
         self._begin(state, self._substep + 1)
 
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Settle the last micro-step; an evaluation may come now."""
-        self._end()
-        self._enter("inference")
+        self.settle()
 
     def on_epoch_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,6 +136,11 @@ class LensNetGuardCallback(TrainerCallback):
             if state.is_world_process_zero:
                 for line in str(self.verdict).splitlines():
                     print(f"lensnet_guard: {line}")
+
+    def settle(self) -> None:
+        """Settle the micro-step that is open: a step or a substep has ended."""
+        self._end()
+        self._enter("inference")
 
     def _begin(self, state: TrainerState, substep: int) -> None:
         self._substep = substep
@@ -166,8 +170,29 @@ class UpdatesCallback(LensNetGuardCallback):
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Settle an update, and open the next; after the last it is given up."""
-        self._end()
+        self.settle()
         self._begin(state, 0)
+
+
+class _Settles(TrainerCallback):
+    """Comes before a trainer's other callbacks as a step ends, so that these are outside of it.
+
+    Args:
+        told: It comes after them, and opens what begins.
+    """
+
+    def __init__(self, told: LensNetGuardCallback) -> None:
+        self._told = told
+
+    def on_substep_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._told.settle()
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._told.settle()
 
 
 _NO_PRESET = Preset("", ())
@@ -189,9 +214,9 @@ def guarded_trainer(
     reference, reward models, value model or teacher are found, and have the contract that this
     kind of trainer keeps, from `lensnet_guard.integrations.presets`.
 
-    Outside the micro-steps of ``train``, and in ``evaluate`` and ``predict``, calls are free. Copies
-    of the modules are not guarded. At the end of the block, and after an exception, the modules are
-    as they were.
+    Outside the micro-steps of ``train``, and in ``evaluate`` and ``predict``, calls are free; also
+    in other callbacks as a step ends. Copies of the modules are not guarded. At the end of the
+    block, and after an exception, the modules are as they were.
 
     Args:
         trainer: The trainer; its callback is added for the length of the block.
@@ -261,6 +286,8 @@ def _told(trainer: Trainer, watch: Watches) -> Iterator[LensNetGuardCallback]:
     preset = preset_of(trainer) or _NO_PRESET
     kind = UpdatesCallback if preset.own_loop else LensNetGuardCallback
     callback = kind(first, watch=watch)
+    settles = _Settles(callback)
+    trainer.callback_handler.callbacks.insert(0, settles)
     trainer.add_callback(callback)
     try:
         decorators: dict[str, Decorator] = {
@@ -272,3 +299,4 @@ def _told(trainer: Trainer, watch: Watches) -> Iterator[LensNetGuardCallback]:
             yield callback
     finally:
         trainer.remove_callback(callback)
+        trainer.remove_callback(settles)

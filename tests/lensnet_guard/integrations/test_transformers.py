@@ -245,6 +245,19 @@ class TestEvaluationInBetween:
         assert (guarded.verdict.calls, guarded.verdict.violations) == ({"kl": 10}, 0)
         assert guarded.verdict.inference_calls == 2 * times
 
+    @pytest.mark.parametrize(("hook", "times"), [("on_step_end", 6), ("on_substep_end", 4)])
+    def test_a_callback_that_calls_the_module_itself(self, make_trainer, hook, times):
+        """As a step has ended, for a metric: outside of it, whoever came first."""
+        trainer = make_trainer(eval_strategy="no")
+        callback = TrainerCallback()
+        batch = {"input_ids": torch.arange(4)[None]}
+        setattr(callback, hook, lambda *_, **__: trainer.reference(**batch) and None)
+        trainer.add_callback(callback)
+        with guarded_trainer(trainer, "reference", policy=KL) as guarded:
+            trainer.train()
+        assert (guarded.verdict.calls, guarded.verdict.violations) == ({"kl": 10}, 0)
+        assert guarded.verdict.inference_calls == times
+
     def test_does_not_pay_for_the_micro_step(self, make_trainer):
         """A loss that asks the reference never, but evaluates."""
         trainer = make_trainer()

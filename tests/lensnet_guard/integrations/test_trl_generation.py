@@ -196,14 +196,18 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"),
-    [("dpo", [*CALLBACKS]), ("reward", ["averages", "shows progress"])],
+    ("kind", "options", "names"),
+    [
+        ("dpo", {}, [*CALLBACKS]),
+        ("dpo", {"peft": True}, ["logs completions"]),
+        ("reward", {}, ["averages", "shows progress"]),
+    ],
 )
-def test_the_librarys_callbacks(make, kind, names):
+def test_the_librarys_callbacks(make, kind, options, names):
     """They are given the trained model, which is guarded where nothing else is held."""
     logged = []
     for guarded in (False, True):
-        trainer = make(kind, max_steps=2)
+        trainer = make(kind, max_steps=2, **options)
         for name in names:
             trainer.add_callback(CALLBACKS[name](trainer))
         if guarded:
@@ -214,4 +218,5 @@ def test_the_librarys_callbacks(make, kind, names):
         logged.append(losses(trainer))
     assert logged[0] == logged[1]
     assert callback.verdict.violations == 0
-    assert (Path(trainer.args.output_dir) / "bema" / "config.json").is_file()
+    averaged = Path(trainer.args.output_dir) / "bema" / "config.json"
+    assert averaged.is_file() == ("averages" in names)
