@@ -1,16 +1,18 @@
 """What ``megacontext eval`` prints: a table in sections by kind of way, and plain words."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
+from rich import box
 from rich.table import Table
 
 from megacontext.evaluation.rows import Interval, Row, as_good_as_lensnet
-from megacontext.evaluation.ways import LENSNET
+from megacontext.evaluation.ways import FULL, LENSNET, ORACLE, RANDOM
 
 
 def comparison_table(rows: Sequence[Row], title: str) -> Table:
-    """Make the table.
+    """Make the table, for a terminal of 80 columns.
 
     Args:
         rows: Those of one kind one after another.
@@ -19,11 +21,11 @@ def comparison_table(rows: Sequence[Row], title: str) -> Table:
     Returns:
         The table.
     """
-    table = Table(title=title, pad_edge=False)
-    table.add_column("way to pick", overflow="fold")
-    for heading in ("entries", "NLL, nats", "above LensNet focus"):
-        table.add_column(heading, justify="right")
-    for heading in ("closed\nto oracle", "\nto full"):
+    usual = Counter(row.entries for row in rows).most_common(1)[0][0]
+    table = Table(title=f"{title}, {usual} entries", box=box.HORIZONTALS, padding=0, pad_edge=False)
+    table.add_column("way to pick", min_width=30)
+    headings = ("NLL,\nnats", "above LensNet focus", "closed,\noracle", "closed,\nfull")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for kind, of_kind in groupby(rows, key=lambda row: row.kind):
         table.add_section()
@@ -31,9 +33,8 @@ def comparison_table(rows: Sequence[Row], title: str) -> Table:
         for row in of_kind:
             behind = f"{row.behind:+.3f} {interval_text(row.behind_interval, '+')}"
             table.add_row(
-                f"  {row.way}",
-                str(row.entries),
-                f"{row.nll:.3f} {interval_text(row.interval)}",
+                row.way if row.entries <= usual else f"{row.way} ({row.entries})",
+                f"{row.nll:.3f}",
                 "" if row.way == LENSNET else behind,
                 f"{row.closed:.2f}",
                 f"{row.closed_to_full:.2f}",
@@ -50,14 +51,19 @@ def plain_words(rows: Sequence[Row]) -> list[str]:
     Returns:
         Lines.
     """
+    lines = [
+        f"Above {LENSNET}: nats, with 95 % intervals, paired by sequence. Closed: the share of the "
+        f"gap from {RANDOM} to the {ORACLE}, and to {FULL}."
+    ]
     good = as_good_as_lensnet(rows)
     if good:
         named = "; ".join(f"{row.way} ({row.behind:+.3f})" for row in good)
-        return [f"Not clearly worse than {LENSNET} (no interval above 0): {named}."]
+        return [*lines, f"Not clearly worse than {LENSNET} (no interval above 0): {named}."]
     best = min((row for row in rows if row.kind.is_baseline), key=lambda row: row.nll)
     return [
+        *lines,
         f"{LENSNET} is better than every baseline; the best of them is {best.way}, "
-        f"{best.behind:.3f} nats behind {interval_text(best.behind_interval)}."
+        f"{best.behind:.3f} nats behind {interval_text(best.behind_interval)}.",
     ]
 
 

@@ -130,6 +130,7 @@ class MQARSource:
             torch.from_numpy(labelled),
             fact_blocks=np.broadcast_to(np.arange(blocks), (batch_size, blocks)),
             asked_blocks=asked,
+            question_tokens=self.questions,
         )
 
 

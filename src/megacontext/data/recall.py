@@ -95,6 +95,7 @@ class RecallSource:
             None if self.label_all else torch.from_numpy(labelled),
             fact_blocks,
             fact_blocks[rows, which],
+            question_tokens=self.questions,
         )
 
     def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:

@@ -31,6 +31,7 @@ class Batch:
         fact_blocks: The blocks that hold facts, int64 ``[B, facts]``; None where there are none.
         asked_blocks: Those of the facts that are asked for, int64 ``[B, asked]``; -1 fills up the
             rows of sequences that ask for fewer.
+        question_tokens: Of the question that ends where the horizon begins, where all are as long.
         files: The file that each sequence is from, by number, int64 ``[B]``; None where no two
             sequences have anything in common.
     """
@@ -39,12 +40,13 @@ class Batch:
     labelled: Tensor | None
     fact_blocks: Ints | None = None
     asked_blocks: Ints | None = None
+    question_tokens: int | None = None
     files: Ints | None = None
 
     def share(self, rank: int, size: int) -> "Batch":
         """Return every ``size``-th sequence, from number ``rank`` on."""
         every = slice(rank, None, size)
-        parts = {name: value[every] for name, value in vars(self).items() if value is not None}
+        parts = {k: v[every] for k, v in vars(self).items() if isinstance(v, Tensor | np.ndarray)}
         return replace(self, **parts)
 
     def to(self, device: torch.device) -> "Batch":

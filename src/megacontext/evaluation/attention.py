@@ -65,10 +65,19 @@ def attention(
     Returns:
         The mean over all heads of all layers, and their maximum, ``[S, blocks]`` each. What goes to
         the first `SINK` tokens does not count.
+
+    Raises:
+        RuntimeError: No attention was seen, for it is computed in another way.
     """
     noted = _AttentionOfLast(last)
     with torch.no_grad(), noted:
         read(torch.from_numpy(visible.tokens))
+    if not noted.noted:
+        raise RuntimeError(
+            "the language model computes attention otherwise than by "
+            "torch.nn.functional.scaled_dot_product_attention, so what it attends to was not seen: "
+            'make it with attn_implementation="sdpa"'
+        )
     k = visible.block_size
     heads = torch.cat(noted.noted, dim=1)  # [S, layers · heads, T]
     heads[:, :, :SINK] = 0

@@ -117,6 +117,8 @@ class Chunk:
             yield way(f"lexical, {where}", partial(overlap, self.visible, last))
             yield way(f"lexical with IDF, {where}", partial(overlap, self.visible, last, idf=True))
             yield way(f"BM25, {where}", partial(bm25, self.visible, last))
+        if question := self.batch.question_tokens:  # whoever knows the data set knows where it is
+            yield way("lexical, the question alone", partial(overlap, self.visible, question))
 
     def _by_vectors(self) -> Iterator[Way]:
         way = partial(self._scored, kind=Kind.VECTORS)
