@@ -46,7 +46,11 @@ class Batch:
     def share(self, rank: int, size: int) -> "Batch":
         """Return every ``size``-th sequence, from number ``rank`` on."""
         every = slice(rank, None, size)
-        parts = {k: v[every] for k, v in vars(self).items() if isinstance(v, Tensor | np.ndarray)}
+        parts: dict[str, Any] = {
+            name: value[every]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor | np.ndarray)
+        }
         return replace(self, **parts)
 
     def to(self, device: torch.device) -> "Batch":

@@ -101,6 +101,7 @@ def draw_evaluation(
     left.grid(axis="x", alpha=0.3)
     _draw_strips(right, [(row.way, examples[row.way]) for row in rows], num_tokens)
     right.set(title="LOD of every token of one sequence", xlabel="token", yticks=[])
+    right.get_legend().set_bbox_to_anchor((0.5, -2 / len(rows)))  # below the token axis
     for last in np.flatnonzero([a.kind is not b.kind for a, b in pairwise(rows)]):
         for axes in (left, right):
             axes.axhline(last + 0.5, color="black", lw=0.8)
