@@ -117,6 +117,15 @@ class TestEvaluate:
         assert means["lexical, the question alone"] < 0.01
         assert means["lexical, whole tail"] > means[ASKED] + 0.1
 
+    def test_facts_are_where_they_are_said_to_be(self) -> None:
+        """Also where the oldest tokens go: sequences are made as long as they are kept."""
+        mc = MCController(dataclasses.replace(CONFIG, sequence_tokens=147))
+        mc.language_model = _Copier(mc.language_model)  # type: ignore[assignment]
+        what = Comparing(oracle_draws=1, greedy=False, in_session=False)
+        found = evaluate(mc, RecallSource(), sequences=20, seed=5, what=what)
+        assert found.tokens == 144
+        assert found.nll[ASKED].mean() < 0.01
+
     def test_a_session_is_the_last_of_lensnets_ways(self, evaluation: Evaluation) -> None:
         """Kinds stand one after another, as in the table; each knows whether it is a baseline."""
         kinds = list(evaluation.kinds.values())
@@ -155,8 +164,8 @@ class TestEvaluate:
         assert all((cut.lods == 0).all() for cut in found.examples.values())
 
     def test_clusters_are_files(self) -> None:
-        """Of windows of files, and of nothing else; sequences are of the length that is kept."""
-        mc = MCController(dataclasses.replace(CONFIG, vocab_size=256, sequence_tokens=147))
+        """Of windows of files, and of nothing else."""
+        mc = MCController(dataclasses.replace(CONFIG, vocab_size=256))
         texts = [(f"{i}", bytes(range(256))) for i in range(12)]
         source = WindowSource(split_documents(texts, ByteTokenizer()), 24, 6)
         what = Comparing(oracle_draws=1, greedy=False, in_session=False)
@@ -164,7 +173,6 @@ class TestEvaluate:
         assert found.clusters is not None
         assert len(found.clusters) == 40
         assert set(found.clusters.tolist()) <= set(range(len(source.documents.held_out)))
-        assert found.tokens == 144
 
     def test_similarity_is_among_the_ways_where_tokens_are_text(self) -> None:
         """Given what embeds texts; of numbers there is nothing to embed."""
