@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ Examples:
   megacontext eval --run-dir runs/mine --data reuse --no-greedy
   megacontext eval --run-dir runs/recall --ablate
 """
+_OTHER_PARTS = (
+    "The run was trained on text, which holds other files out than {} does: it may have read some "
+    "of these. Train it with --data files for files that it never saw."
+)
 _OPTIONS = (
     click.option(
         "--run-dir",
@@ -121,7 +126,8 @@ def command(run_dir: Path, as_json: bool, **options: Any) -> None:
             result = _ablate(console, folder, options["steps"], sequences, seed)
         else:
             mc = load_model(folder.path, where)
-            with usage_errors():
+            others = options["data"] or options["text"]
+            with usage_errors() if others else nullcontext():
                 settings = _settings(folder, options["data"], options["text"])
                 source = load_source(settings, mc.config)
             what = Comparing(
@@ -150,11 +156,10 @@ def _check_ablate(options: dict[str, Any]) -> None:
 def _settings(folder: RunFolder, data: str | None, text: Sequence[Path]) -> TrainConfig:
     """Return the run's settings, for other data where that was asked for."""
     settings = read_run(folder).settings
-    given = tuple(str(path.absolute()) for path in text)
-    if data is None and not given:
+    if data is None and not text:
         return settings
-    data = data or settings.data
-    return dataclasses.replace(settings, data=data, text=given)
+    given = tuple(str(path.absolute()) for path in text)
+    return dataclasses.replace(settings, data=data or settings.data, text=given)
 
 
 def _evaluate(
@@ -167,6 +172,9 @@ def _evaluate(
     sequences: int,
     seed: int,
 ) -> dict[str, Any]:
+    own = read_run(folder).settings
+    if own.data == "text" and settings.data in ("files", "reuse"):
+        console.print(_OTHER_PARTS.format(settings.data), markup=False, soft_wrap=True)
     if what.embed is None and source.tokenizer is not None:
         console.print(MISSING, markup=False, soft_wrap=True)
     with _progress(console) as progress:
@@ -195,9 +203,8 @@ def _evaluate(
         "as_good_as_lensnet": [row.way for row in as_good_as_lensnet(rows)],
         "ways": [row.to_json() for row in rows],
     }
-    own = settings == read_run(folder).settings
-    name = "eval" + ("" if own else f"-{settings.data}") + ("" if what.gists else "-no-gists")
-    path = folder.path / f"{name}.json"
+    other = "" if settings == own else f"-{settings.data}"
+    path = folder.path / f"eval{other}{'' if what.gists else '-no-gists'}.json"
     write_atomically(path, json.dumps(result, indent=2).encode() + b"\n")
     draw_evaluation(path.with_suffix(".png"), rows, evaluation.examples, evaluation.tokens)
     return result

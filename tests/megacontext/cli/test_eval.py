@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,11 +86,28 @@ class TestEval:
             result = json.loads(out)
             assert json.loads((trained_on_text / f"eval-{data}.json").read_text()) == result
             assert result["data"] == data
+            assert "may have read some of these" not in err
             assert (result["clusters"] is None) == (data == "mqar")
         assert not (trained_on_text / "eval.json").exists()
         code, _, err = invoke(*run, "--data", "needles")
         assert code == 2
         assert "block_size must be at least that" in " ".join(err.split())
+
+    def test_files_that_the_run_may_have_read(self, trained_on_text: Path, tmp_path: Path) -> None:
+        """Other ones are held out from a run on text: it is told."""
+        run_dir = tmp_path / "run"
+        shutil.copytree(trained_on_text, run_dir)
+        config = json.loads((run_dir / "config.json").read_text())
+        config["train"]["data"] = "text"
+        (run_dir / "config.json").write_text(json.dumps(config))
+        arguments = ("--sequences", 1, "--oracle-draws", 1, "--no-greedy", "--no-session")
+        given = ("--data", "reuse", "--text", TEXT[0])
+        code, out, _ = invoke("eval", "--run-dir", run_dir, *arguments, *given)
+        assert code == 0
+        assert (
+            "The run was trained on text, which holds other files out than reuse does: it may have "
+            "read some of these. Train it with --data files for files that it never saw.\n"
+        ) in out
 
     def test_the_same_command_twice(self, trained: Path) -> None:
         """The same figures."""

@@ -69,6 +69,14 @@ class TestEvaluate:
             end = 143 if way == SESSION else 144  # nothing follows the last token
             cut.check(0, end, recent_tokens=24)
 
+    def test_windows_hold_the_last_tokens(self, evaluation: Evaluation) -> None:
+        """And, with a sink, the first four; each token in detail."""
+        window, sink = (evaluation.examples[way] for way in (RECENCY, "recency + sink"))
+        assert window.positions.tolist() == [*range(144 - 67, 144)]
+        assert sink.positions.tolist() == [*range(4), *range(144 - 63, 144)]
+        assert not window.lods.any()
+        assert not sink.lods.any()
+
     def test_the_oracle_is_the_best_of_random_cuts(self, evaluation: Evaluation) -> None:
         """By loss; more draws make it better."""
         more = evaluate(
