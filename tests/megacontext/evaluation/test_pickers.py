@@ -97,7 +97,9 @@ class TestSimilarity:
         """Of each block's text with the query's; equal texts come first."""
 
         def embed(texts: Sequence[str]) -> Floats:
-            seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) for text in texts]
+            seeds = [
+                int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in texts
+            ]
             vectors = np.stack([np.random.default_rng(seed).normal(size=8) for seed in seeds])
             return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
