@@ -47,8 +47,9 @@ class Cut:
     def token_lods(self, num_tokens: int) -> Ints:
         """Return the LOD of each token, int64 ``[num_tokens]``; -1 where it is not held."""
         lods = np.full(num_tokens, -1, dtype=np.int64)
-        if len(self):
-            lods[self.positions[0] : self.ends[-1]] = np.repeat(self.lods, self.spans)
+        spans = self.spans
+        within = np.arange(spans.sum()) - np.repeat(spans.cumsum() - spans, spans)
+        lods[np.repeat(self.positions, spans) + within] = np.repeat(self.lods, spans)
         return lods
 
     def check(self, first: int, end: int, recent_tokens: int = 0) -> None:

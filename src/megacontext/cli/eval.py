@@ -3,32 +3,32 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megacontext.cli.endings import EXIT_CODES, plain_endings, usage_errors
-from megacontext.cli.options import with_options
+from megacontext.cli.eval_table import comparison_table, interval_text, plain_words
+from megacontext.cli.options import DATA_HELP, with_options
 from megacontext.cli.streams import PipeConsole
-from megacontext.evaluation.compare import (
-    LENSNET,
-    Evaluation,
-    bootstrap_interval,
-    evaluate,
-    gap_closed,
-)
+from megacontext.controller import MCController
+from megacontext.data.source import Source
+from megacontext.evaluation.compare import evaluate
+from megacontext.evaluation.minilm import MISSING, load_minilm
 from megacontext.evaluation.overview import draw_evaluation
+from megacontext.evaluation.rows import as_good_as_lensnet, comparison_rows
+from megacontext.evaluation.ways import LENSNET, Comparing
 from megacontext.files import write_atomically
 from megacontext.training import ablation
 from megacontext.training.pretrained import load_model, read_run, usable_device
 from megacontext.training.run_folder import RunFolder
 from megacontext.training.sources import load_source
+from megacontext.training.train_config import DATA, TrainConfig
 from megacontext.training.train_result import StepReport
 
 _HELP = """Compare ways to pick a working context, LensNet among them, at equal length.
@@ -40,14 +40,33 @@ eval.png (with --ablate, ablations.json).
 Examples:
   megacontext eval --run-dir runs/recall
   megacontext eval --run-dir runs/recall --sequences 512 --seed 7 --json
+  megacontext eval --run-dir runs/mine --data reuse --no-greedy
   megacontext eval --run-dir runs/recall --ablate
 """
+_OTHER_PARTS = (
+    "The run was trained on text, which holds other files out than {} does: it may have read some "
+    "of these. Train it with --data files for files that it never saw."
+)
 _OPTIONS = (
     click.option(
         "--run-dir",
         type=click.Path(path_type=Path, exists=True, file_okay=False),
         required=True,
-        help="Folder of a trained run; eval.json and eval.png go there.",
+        help="Folder of a trained run; eval.json and eval.png go there (of other data than the "
+        "run's, or without gists, with that in their names).",
+    ),
+    click.option(
+        "--data",
+        type=click.Choice(DATA),
+        show_default="the run's",
+        help=DATA_HELP,
+    ),
+    click.option(
+        "--text",
+        type=click.Path(exists=True, path_type=Path),
+        multiple=True,
+        show_default="as train has it",
+        help="File or folder that sequences are taken from; may be repeated.",
     ),
     click.option(
         "--sequences", type=click.IntRange(min=1), default=256, help="Held-out sequences."
@@ -58,6 +77,21 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         default=64,
         help="Random cuts of which the oracle takes the best.",
+    ),
+    click.option(
+        "--greedy/--no-greedy",
+        default=True,
+        help="Add blocks one by one, each the one that helps most: the slowest way by far.",
+    ),
+    click.option(
+        "--session/--no-session",
+        default=True,
+        help="Let histories come bit by bit, in a session that refocuses.",
+    ),
+    click.option(
+        "--gists/--no-gists",
+        default=True,
+        help="Hold as gists what is not held in detail; or leave it out, for all ways alike.",
     ),
     click.option("--device", default="cpu", help="Torch device, such as cpu or cuda."),
     click.option(
@@ -78,95 +112,71 @@ _OPTIONS = (
 
 @click.command("eval", help=_HELP, epilog=EXIT_CODES, context_settings={"show_default": True})
 @with_options(_OPTIONS)
-def command(
-    run_dir: Path,
-    sequences: int,
-    seed: int,
-    oracle_draws: int,
-    device: str,
-    ablate: bool,
-    steps: int | None,
-    as_json: bool,
-) -> None:
+def command(run_dir: Path, as_json: bool, **options: Any) -> None:
     """Evaluate; `_HELP` is what a user reads."""
-    if steps is not None and not ablate:
-        raise click.UsageError("--steps is of the trainings of --ablate; leave it out, or add that")
+    _check_ablate(options)
     console = PipeConsole(stderr=as_json, highlight=False)
+    sequences, seed = options["sequences"], options["seed"]
     with plain_endings():
         folder = RunFolder(run_dir)
         with usage_errors():
             folder.require_run()
-            where = usable_device(device)
-        if ablate:
-            result = _ablate(console, folder, steps, sequences, seed)
+            where = usable_device(options["device"])
+        if options["ablate"]:
+            result = _ablate(console, folder, options["steps"], sequences, seed)
         else:
-            result = _evaluate(console, folder, sequences, seed, oracle_draws, where)
+            mc = load_model(folder.path, where)
+            others = options["data"] or options["text"]
+            with usage_errors() if others else nullcontext():
+                settings = _settings(folder, options["data"], options["text"])
+                source = load_source(settings, mc.config)
+            what = Comparing(
+                oracle_draws=options["oracle_draws"],
+                greedy=options["greedy"],
+                in_session=options["session"],
+                gists=options["gists"],
+                embed=None if source.tokenizer is None else load_minilm(str(where)),
+            )
+            result = _evaluate(console, folder, mc, settings, source, what, sequences, seed)
         if as_json:
             click.echo(json.dumps(result))
 
 
-@dataclass(frozen=True)
-class _Row:
-    """What the table says of one way to pick.
-
-    Attributes:
-        way: Its name.
-        entries: Of its working contexts.
-        nll: Mean NLL per label, nats.
-        interval: Of that.
-        closed: Share of the gap from random collapse to the oracle that it closes.
-        behind: By how much its NLL is above that of LensNet focus, nats.
-        behind_interval: Of that.
-    """
-
-    way: str
-    entries: int
-    nll: float
-    interval: tuple[float, float]
-    closed: float
-    behind: float
-    behind_interval: tuple[float, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what ``eval.json`` is to hold of it."""
-        return {
-            "way": self.way,
-            "entries": self.entries,
-            "nll": self.nll,
-            "nll_interval": list(self.interval),
-            "gap_closed": self.closed,
-            "behind_lensnet": self.behind,
-            "behind_lensnet_interval": list(self.behind_interval),
-        }
-
-
-def _rows(evaluation: Evaluation) -> list[_Row]:
-    best = evaluation.nll[LENSNET]
-    return [
-        _Row(
-            way,
-            evaluation.entries[way],
-            float(nll.mean()),
-            bootstrap_interval(nll),
-            gap_closed(evaluation, way),
-            float((nll - best).mean()),
-            bootstrap_interval(nll - best),
+def _check_ablate(options: dict[str, Any]) -> None:
+    """Refuse what is of the other kind of evaluation."""
+    if options["steps"] is not None and not options["ablate"]:
+        raise click.UsageError("--steps is of the trainings of --ablate; leave it out, or add that")
+    if options["ablate"] and (options["data"] or options["text"] or not options["gists"]):
+        raise click.UsageError(
+            "--ablate trains and evaluates on the run's own data, with gists; leave out --data, "
+            "--text and --no-gists"
         )
-        for way, nll in evaluation.nll.items()
-    ]
 
 
-def _interval(interval: Sequence[float], sign: str = "") -> str:
-    low, high = (f"{bound:{sign}.3f}" for bound in interval)
-    return f"[{low}, {high}]"
+def _settings(folder: RunFolder, data: str | None, text: Sequence[Path]) -> TrainConfig:
+    """Return the run's settings, for other data where that was asked for."""
+    settings = read_run(folder).settings
+    if data is None and not text:
+        return settings
+    given = tuple(str(path.absolute()) for path in text)
+    return dataclasses.replace(settings, data=data or settings.data, text=given)
 
 
 def _evaluate(
-    console: Console, folder: RunFolder, sequences: int, seed: int, draws: int, device: torch.device
+    console: Console,
+    folder: RunFolder,
+    mc: MCController,
+    settings: TrainConfig,
+    source: Source,
+    what: Comparing,
+    sequences: int,
+    seed: int,
 ) -> dict[str, Any]:
-    settings = read_run(folder).settings
-    mc = load_model(folder.path, device)
-    source = load_source(settings, mc.config)
+    own = read_run(folder).settings
+    if own.data == "text" and settings.data in ("files", "reuse"):
+        console.print(_OTHER_PARTS.format(settings.data), markup=False, soft_wrap=True)
+    if what.embed is None and source.tokenizer is not None:
+        console.print(MISSING, markup=False, soft_wrap=True)
     with _progress(console) as progress:
         task = progress.add_task("sequences", total=sequences)
         evaluation = evaluate(
@@ -174,38 +184,29 @@ def _evaluate(
             source,
             sequences=sequences,
             seed=seed,
-            oracle_draws=draws,
+            what=what,
             progress=lambda done: progress.update(task, completed=done),
         )
-    rows = _rows(evaluation)
-    table = Table(title=f"{folder.path}: {sequences} held-out sequences, seed {seed}")
-    for heading in ("way to pick", "entries", "NLL, nats", "gap closed", "NLL above LensNet focus"):
-        table.add_column(heading, justify="left" if heading == "way to pick" else "right")
-    for row in rows:
-        behind = f"{row.behind:+.3f} {_interval(row.behind_interval, '+')}"
-        table.add_row(
-            row.way,
-            str(row.entries),
-            f"{row.nll:.3f} {_interval(row.interval)}",
-            f"{row.closed:.2f}",
-            "" if row.way == LENSNET else behind,
-        )
-    console.print(table)
+    rows = comparison_rows(evaluation)
+    title = f"{folder.path}: {sequences} held-out sequences of {settings.data}, seed {seed}"
+    console.print(comparison_table(rows, title))
+    for line in plain_words(rows):
+        console.print(line, markup=False, soft_wrap=True)
     result = {
         "run_dir": str(folder.path),
         "data": settings.data,
         "sequences": sequences,
+        "clusters": None if evaluation.clusters is None else len(set(evaluation.clusters)),
         "seed": seed,
-        "oracle_draws": draws,
+        "oracle_draws": what.oracle_draws,
+        "gists": what.gists,
+        "as_good_as_lensnet": [row.way for row in as_good_as_lensnet(rows)],
         "ways": [row.to_json() for row in rows],
     }
-    write_atomically(folder.path / "eval.json", json.dumps(result, indent=2).encode() + b"\n")
-    draw_evaluation(
-        folder.path / "eval.png",
-        {row.way: (row.nll, row.interval) for row in rows},
-        evaluation.examples,
-        evaluation.tokens,
-    )
+    other = "" if settings == own else f"-{settings.data}"
+    path = folder.path / f"eval{other}{'' if what.gists else '-no-gists'}.json"
+    write_atomically(path, json.dumps(result, indent=2).encode() + b"\n")
+    draw_evaluation(path.with_suffix(".png"), rows, evaluation.examples, evaluation.tokens)
     return result
 
 
@@ -241,7 +242,7 @@ def _ablate(
         table.add_column(f"{way}, nats", justify="right")
     rows = [result.to_json() for result in results]
     for row in rows:
-        lensnet = f"{row[LENSNET]:.3f} {_interval(row['interval'])}"
+        lensnet = f"{row[LENSNET]:.3f} {interval_text(row['interval'])}"
         table.add_row(row["name"], lensnet, *(f"{row[way]:.3f}" for way in ways[1:]))
     console.print(table)
     outcome = {"run_dir": str(folder.path), "sequences": sequences, "seed": seed, "rows": rows}

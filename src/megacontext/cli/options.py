@@ -5,6 +5,13 @@ from typing import Any, TypeVar
 
 import click
 
+DATA_HELP = (
+    "What sequences are: text, windows of files joined; files, windows that each lie within one "
+    "file; reuse, of 24 such windows the one that uses most rare tokens again from far back; "
+    "needles, facts in prose that are asked for at the end; mqar, pairs, likewise; recall, facts "
+    "in noise, likewise."
+)
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 

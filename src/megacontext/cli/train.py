@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megacontext.cli.endings import EXIT_CODES, Termination, plain_endings, usage_errors
-from megacontext.cli.options import option, with_options
+from megacontext.cli.options import DATA_HELP, option, with_options
 from megacontext.cli.streams import PipeConsole
 from megacontext.config import MCConfig
 from megacontext.data.tokenizer import has_tokenizer
@@ -28,7 +28,7 @@ from megacontext.training.presets import SETTINGS
 from megacontext.training.pretrained import usable_device
 from megacontext.training.run import train
 from megacontext.training.run_folder import RunFolder
-from megacontext.training.train_config import TrainConfig
+from megacontext.training.train_config import DATA, TrainConfig
 from megacontext.training.train_result import StepReport, TrainResult
 
 _Config = TypeVar("_Config", MCConfig, TrainConfig)
@@ -63,12 +63,13 @@ _OPTIONS = (
         help="Whose values the other options have by default: demo trains on text for a minute; "
         "recall learns to find facts far back; text is a longer run on text.",
     ),
+    click.option("--data", type=click.Choice(DATA), show_default="the setting's", help=DATA_HELP),
     click.option("--resume", is_flag=True, help="Continue the run in --run-dir with its settings."),
     click.option(
         "--text",
         type=click.Path(exists=True, path_type=Path),
         multiple=True,
-        show_default="the standard library's sources",
+        show_default="the standard library's sources; of needles, Python's manual",
         help="File or folder to train on, byte by byte, or by the tokenizer of --language-model; "
         "may be repeated.",
     ),

@@ -8,15 +8,12 @@ tells a key's value; and what was asked stands before the horizon, where LensNet
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from megacontext.data.source import Batch
-
-Ints = NDArray[np.int64]
+from megacontext.data.source import Batch, Ints
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,7 @@ class RecallSource:
     questions: int = 3
     block_size: int = 8
     label_all: bool = False
+    tokenizer: ClassVar[None] = None  # tokens stand for no text
 
     @property
     def vocab_size(self) -> int:
@@ -54,7 +52,7 @@ class RecallSource:
         """The sizes, by name."""
         return asdict(self)
 
-    def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> "RecallBatch":
+    def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
         """Draw random sequences.
 
         Args:
@@ -77,14 +75,14 @@ class RecallSource:
             )
         tokens = rng.integers(self.keys, self.vocab_size, size=(batch_size, length))
         rows = np.arange(batch_size)[:, None]
-        fact_blocks = _choose(rng, batch_size, blocks, self.facts)
-        keys = _choose(rng, batch_size, self.keys, self.facts)
+        fact_blocks = choose(rng, batch_size, blocks, self.facts)
+        keys = choose(rng, batch_size, self.keys, self.facts)
         values = rng.integers(self.keys, self.vocab_size, size=keys.shape)
         at = fact_blocks * self.block_size + rng.integers(0, self.block_size - 1, size=keys.shape)
         tokens[rows, at], tokens[rows, at + 1] = keys, values
 
         rounds = -(-self.questions // self.facts)
-        orders = [_choose(rng, batch_size, self.facts, self.facts) for _ in range(rounds)]
+        orders = [choose(rng, batch_size, self.facts, self.facts) for _ in range(rounds)]
         which = np.concatenate(orders, axis=1)[:, : self.questions]
         answers = length - self.horizon_tokens + 2 * np.arange(self.questions)
         questions = length - asked + np.arange(self.questions)
@@ -92,11 +90,12 @@ class RecallSource:
         tokens[rows, answers + 1] = values[rows, which]
         labelled = np.zeros(tokens.shape, dtype=np.bool_)
         labelled[:, answers + 1] = True
-        return RecallBatch(
+        return Batch(
             torch.from_numpy(tokens),
             None if self.label_all else torch.from_numpy(labelled),
             fact_blocks,
             fact_blocks[rows, which],
+            question_tokens=self.questions,
         )
 
     def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
@@ -115,20 +114,7 @@ class RecallSource:
         return math.log(self.symbols)
 
 
-@dataclass(frozen=True)
-class RecallBatch(Batch):
-    """Sequences and where their facts are.
-
-    Attributes:
-        fact_blocks: The blocks that hold facts, int64 ``[B, facts]``.
-        asked_blocks: Those of the facts that are asked for, int64 ``[B, questions]``.
-    """
-
-    fact_blocks: Ints
-    asked_blocks: Ints
-
-
-def _choose(rng: np.random.Generator, rows: int, among: int, number: int) -> Ints:
+def choose(rng: np.random.Generator, rows: int, among: int, number: int) -> Ints:
     """Choose for each row different numbers below ``among``, int64 ``[rows, number]``."""
     order: Ints = rng.random((rows, among)).argsort(axis=1)
     return order[:, :number]

@@ -1,40 +1,57 @@
 """A source gives batches of tokens to train on. Text is one, as bytes; `recall` is another."""
 
 import hashlib
-import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from megacontext.data.text_files import text_files
 from megacontext.data.tokenizer import ByteTokenizer, Tokenizer
 from megacontext.model.tokens import Ids, as_ids
 from megacontext.model.transfer import to_device
 
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+Ints = NDArray[np.int64]
+
 _HELD_OUT_ONE_IN = 10
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of equal length.
+    """Sequences of equal length, and what is known of them.
 
     Attributes:
         tokens: The sequences, int64 ``[B, T]``.
         labelled: The tokens that count in losses, bool ``[B, T]``; None for all.
+        fact_blocks: The blocks that hold facts, int64 ``[B, facts]``; None where there are none.
+        asked_blocks: Those of the facts that are asked for, int64 ``[B, asked]``; -1 fills up the
+            rows of sequences that ask for fewer.
+        question_tokens: Of the question that ends where the horizon begins, where all are as long.
+        files: The file that each sequence is from, by number, int64 ``[B]``; None where no two
+            sequences have anything in common.
     """
 
     tokens: Tensor
     labelled: Tensor | None
+    fact_blocks: Ints | None = None
+    asked_blocks: Ints | None = None
+    question_tokens: int | None = None
+    files: Ints | None = None
 
     def share(self, rank: int, size: int) -> "Batch":
         """Return every ``size``-th sequence, from number ``rank`` on."""
-        labelled = None if self.labelled is None else self.labelled[rank::size]
-        return replace(self, tokens=self.tokens[rank::size], labelled=labelled)
+        every = slice(rank, None, size)
+        parts: dict[str, Any] = {
+            name: value[every]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor | np.ndarray)
+        }
+        return replace(self, **parts)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same on a device."""
@@ -48,6 +65,10 @@ class Source(Protocol):
     @property
     def vocab_size(self) -> int:
         """Number of tokens: all are below it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What text became tokens by; None where tokens stand for no text."""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -102,25 +123,29 @@ class Corpus:
         validation: Tokens that are held out, likewise.
         files: How many files were read.
         sha256: Fingerprint of both parts; a resumed run must find the same.
-        vocab_size: Number of tokens; 256 for bytes.
-        unit: What to call them: ``"bytes"`` or ``"tokens"``.
+        tokenizer: Made them.
     """
 
     training: Ids
     validation: Ids
     files: int
     sha256: str
-    vocab_size: int = 256
-    unit: str = "bytes"
+    tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; 256 for bytes."""
+        return self.tokenizer.vocab_size
 
     @property
     def description(self) -> dict[str, Any]:
         """Fingerprint and sizes, by name."""
+        unit = self.tokenizer.unit
         return {
             "sha256": self.sha256,
             "files": self.files,
-            f"training_{self.unit}": len(self.training),
-            f"validation_{self.unit}": len(self.validation),
+            f"training_{unit}": len(self.training),
+            f"validation_{unit}": len(self.validation),
         }
 
     def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
@@ -160,16 +185,10 @@ def load_corpus(
         FileNotFoundError: A path does not exist.
         ValueError: Too little text; or a path that is a pipe or a device.
     """
-    files = _files(paths) if paths else _standard_library()
+    files = text_files(paths)
     tokenizer = tokenizer or ByteTokenizer()
-    size, whose = tokenizer.vocab_size, f"tokens of {type(tokenizer).__name__}"
-    empty = as_ids(np.empty(0, np.int64), size)
-
-    def encode(file: Path) -> Ids:
-        pieces = tokenizer.encode([file.read_bytes()])
-        return np.concatenate([empty, *(as_ids(piece, size, whose) for piece in pieces)])
-
-    texts = [encode(file) for file in files]
+    empty = as_ids(np.empty(0, np.int64), tokenizer.vocab_size)
+    texts = [encoded(file.read_bytes(), tokenizer) for file in files]
     if len(texts) >= _HELD_OUT_ONE_IN:
         held_out = range(_HELD_OUT_ONE_IN - 1, len(texts), _HELD_OUT_ONE_IN)
         training = [text for i, text in enumerate(texts) if i not in held_out]
@@ -192,46 +211,15 @@ def load_corpus(
         validation=parts[1],
         files=len(files),
         sha256=digest.hexdigest(),
-        vocab_size=tokenizer.vocab_size,
-        unit=tokenizer.unit,
+        tokenizer=tokenizer,
     )
 
 
-def _standard_library() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    return sorted(
-        path
-        for path in root.rglob("*.py")
-        if not _NOT_LIBRARY.intersection(path.relative_to(root).parts)
-    )
-
-
-def _files(paths: Sequence[Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file())
-            files += [p for p in inside if not _is_litter(p.relative_to(path))]
-        elif path.is_file():
-            files.append(path)
-        elif path.exists():
-            raise ValueError(
-                f"{path} is no file and no folder, and a resumed run must read its text again: "
-                "save it as a file"
-            )
-        else:
-            raise FileNotFoundError(f"no such text file or folder: {path}")
-    if not files:
-        raise ValueError(
-            f"there are no files in {', '.join(map(str, paths))}: hidden ones, and folders behind "
-            "links, are not read; give others, or what the links lead to"
-        )
-    return list(dict.fromkeys(file.resolve() for file in files))
-
-
-def _is_litter(path: Path) -> bool:
-    """Tell whether this is hidden or Python's cache: that is no text, and changes by itself."""
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+def encoded(text: bytes, tokenizer: Tokenizer) -> Ids:
+    """Turn a text into tokens ``[tokens]``, in the smallest type that holds them."""
+    size, whose = tokenizer.vocab_size, f"tokens of {type(tokenizer).__name__}"
+    empty = as_ids(np.empty(0, np.int64), size)
+    return np.concatenate([empty, *(as_ids(p, size, whose) for p in tokenizer.encode([text]))])
 
 
 def _windows(text: Ids, rng: np.random.Generator, batch_size: int, length: int) -> Batch:

@@ -32,6 +32,9 @@ class Tokenizer(Protocol):
     def decoder(self) -> Callable[[int], bytes]:
         """Make what turns each token of a text in turn into the bytes that are certain then."""
 
+    def text(self, tokens: Tokens) -> str:
+        """Return what tokens ``[n]`` say, with replacement characters where they are torn."""
+
 
 class ByteTokenizer:
     """Each byte is a token."""
@@ -47,6 +50,10 @@ class ByteTokenizer:
     def decoder(self) -> Callable[[int], bytes]:
         """Make what turns each token of a text in turn into the bytes that are certain then."""
         return lambda token: bytes([token])
+
+    def text(self, tokens: Tokens) -> str:
+        """Return what tokens ``[n]`` say, with replacement characters where they are torn."""
+        return tokens.astype(np.uint8).tobytes().decode(errors="replace")
 
 
 class PretrainedTokenizer:
@@ -97,22 +104,26 @@ class PretrainedTokenizer:
         tokens: list[int] = []
         known = 0
 
-        def text(of: list[int]) -> str:
-            decoded: str = self._tokenizer.decode(
-                of, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            return decoded
-
         def feed(token: int) -> bytes:
             nonlocal known, tokens
             tokens.append(token)
-            before, now = text(tokens[:known]), text(tokens)
+            before, now = self._text(tokens[:known]), self._text(tokens)
             if now.endswith("\ufffd") and len(tokens) - known < 8:  # more is no character
                 return b""
             tokens, known = tokens[known:], len(tokens) - known
             return now[len(before) :].encode()
 
         return feed
+
+    def text(self, tokens: Tokens) -> str:
+        """Return what tokens ``[n]`` say, with replacement characters where they are torn."""
+        return self._text(tokens.tolist())
+
+    def _text(self, tokens: list[int]) -> str:
+        decoded: str = self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return decoded
 
 
 def has_tokenizer(language_model: str) -> bool:

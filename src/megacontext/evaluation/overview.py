@@ -1,6 +1,7 @@
 """Pictures: of a run (losses, agreement, LensNet calls, LOD strips), and of an evaluation."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,9 +14,12 @@ from matplotlib.patches import Patch
 from lensnet_guard.postmortem import LogVerdict
 from megacontext.allocators.cut import Cut
 from megacontext.evaluation.lod_image import LOD_COLOURS, named_strips
+from megacontext.evaluation.rows import Row
+from megacontext.evaluation.ways import LENSNET, Kind
 from megacontext.files import replacing
 from megacontext.micro_step import Cuts
 
+_KIND_COLOURS = dict(zip(Kind, ("0.35", "#1b6ca8", "#6a4c93", "#b3312c", "#3a7d44"), strict=True))
 _LOD_NAMES = {-1: "not held", 0: "LOD0 (tokens)", 1: "LOD1 (gist)", 2: "LOD2 (gist of gists)"}
 
 
@@ -68,35 +72,39 @@ def draw_overview(
 
 
 def draw_evaluation(
-    path: Path,
-    losses: Mapping[str, tuple[float, tuple[float, float]]],
-    examples: Mapping[str, Cut],
-    num_tokens: int,
+    path: Path, rows: Sequence[Row], examples: Mapping[str, Cut], num_tokens: int
 ) -> None:
     """Write the picture of an evaluation.
 
     Args:
         path: Of the picture.
-        losses: By way of picking, mean NLL and its interval, nats.
+        rows: Of the ways of picking, those of one kind one after another.
         examples: By way, its cut of the same ``num_tokens`` tokens.
         num_tokens: Of that history.
 
     Raises:
         OSError: It cannot be written; what was there is kept.
     """
-    figure = Figure(figsize=(12, 0.42 * len(losses) + 2), layout="constrained")
+    figure = Figure(figsize=(14, 0.3 * len(rows) + 1.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rows = np.arange(len(losses))
-    means = np.array([mean for mean, _ in losses.values()])
-    intervals = np.array([interval for _, interval in losses.values()])
-    errors = np.maximum(np.abs(intervals.T - means), 0)
-    left.errorbar(means, rows, xerr=errors, fmt="o", color=LOD_COLOURS[0], capsize=3)
-    left.set_yticks(rows, list(losses))
-    left.set_ylim(len(losses) - 0.5, -0.5)
+    colours = [_KIND_COLOURS[row.kind] for row in rows]
+    for place, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+        errors = np.maximum([[row.nll - row.interval[0]], [row.interval[1] - row.nll]], 0)
+        left.errorbar(row.nll, place, xerr=errors, fmt="o", color=colour, capsize=3, ms=5)
+    lensnet = next(row.nll for row in rows if row.way == LENSNET)
+    left.axvline(lensnet, color=_KIND_COLOURS[Kind.LENSNET], ls="--", lw=1, zorder=0)
+    left.set_yticks(range(len(rows)), [row.way for row in rows])
+    for label, colour in zip(left.get_yticklabels(), colours, strict=True):
+        label.set_color(colour)
+    left.set_ylim(len(rows) - 0.5, -0.5)
     left.set(title="NLL on the horizon, 95 % intervals", xlabel="nats per label")
     left.grid(axis="x", alpha=0.3)
-    _draw_strips(right, [(name, examples[name]) for name in losses], num_tokens)
+    _draw_strips(right, [(row.way, examples[row.way]) for row in rows], num_tokens)
     right.set(title="LOD of every token of one sequence", xlabel="token", yticks=[])
+    right.get_legend().set_bbox_to_anchor((0.5, -2 / len(rows)))  # below the token axis
+    for last in np.flatnonzero([a.kind is not b.kind for a, b in pairwise(rows)]):
+        for axes in (left, right):
+            axes.axhline(last + 0.5, color="black", lw=0.8)
     with replacing(path) as file:  # a kill leaves the old picture or the new one
         _save(figure, file)
 

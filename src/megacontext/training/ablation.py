@@ -6,15 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megacontext.config import MCConfig, Recipe
-from megacontext.evaluation.compare import (
-    FULL,
-    LENSNET,
-    RANDOM,
-    SALIENCE,
-    Evaluation,
-    bootstrap_interval,
-    evaluate,
-)
+from megacontext.evaluation.compare import Evaluation, evaluate
+from megacontext.evaluation.intervals import paired_interval
+from megacontext.evaluation.ways import FULL, LENSNET, RANDOM, SALIENCE, Comparing
 from megacontext.training.pretrained import load_model
 from megacontext.training.run import train
 from megacontext.training.sources import load_source
@@ -73,7 +67,7 @@ class AblationResult:
         return {
             "name": self.name,
             **{way: float(nll[way].mean()) for way in WAYS if way in nll},
-            "interval": list(bootstrap_interval(nll[LENSNET])),
+            "interval": list(paired_interval(nll[LENSNET], self.evaluation.clusters)),
         }
 
 
@@ -111,7 +105,6 @@ def ablate(
         mc = load_model(folder, settings.device)
         # Judged as the recipe is, whatever it was trained on.
         source = load_source(settings, replace(mc.config, recipe=Recipe()))
-        evaluation = evaluate(
-            mc, source, sequences=sequences, seed=seed, oracle_draws=1, in_session=False
-        )
+        what = Comparing(oracle_draws=1, greedy=False, in_session=False)
+        evaluation = evaluate(mc, source, sequences=sequences, seed=seed, what=what)
         yield AblationResult(ablation.name, evaluation)

@@ -6,14 +6,19 @@ from typing import Any
 
 from megacontext.checks import check_choice, check_numbers
 
+# Windows of files joined; windows within a file, any ones or those that use again what is far back;
+# facts in prose, pairs of a key and a value, facts in noise: some are asked for at the end.
+DATA = ("text", "files", "reuse", "needles", "mqar", "recall")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train.
 
     Attributes:
-        data: ``"text"``, or ``"recall"`` for facts far back that are asked for at the end.
-        text: Files and folders to read; empty for the standard library's sources.
+        data: One of `DATA`.
+        text: Files and folders to read; empty for the standard library's sources, and for needles
+            for Python's reference manual.
         lm_steps: Optimizer steps of the language model alone, before anything else: LensNet learns
             from what its losses tell, so they must tell something.
         lm_batch_size: Sequences of each of them; several processes share them.
@@ -63,9 +68,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("warmup_steps", "lm_steps"))
-        check_choice("data", self.data, ("text", "recall"))
-        if self.data == "recall" and self.text:
-            raise ValueError("recall makes its own sequences; leave out the text")
+        check_choice("data", self.data, DATA)
+        if self.data in ("recall", "mqar") and self.text:
+            raise ValueError(f"{self.data} makes its own sequences; leave out the text")
         if self.compile and self.shard:
             raise ValueError(
                 "compile and shard cannot be combined: FSDP2 gathers weights between the blocks "

@@ -32,6 +32,15 @@ class TestCut:
         mixed = cut([0, 16, 20, 21], [2, 1, 0, 0])
         assert mixed.token_lods(22).tolist() == [2] * 16 + [1] * 4 + [0, 0]
 
+    def test_token_lods_of_a_cut_with_a_gap(self) -> None:
+        """What lies in it is not held: a window with a sink holds both ends of a history."""
+        assert cut([0, 1, 8, 12], [0, 0, 1, 0]).token_lods(14).tolist() == [
+            *([0] * 2),
+            *([-1] * 6),
+            *([1] * 4),
+            *(0, -1),
+        ]
+
     def test_from_block_lods(self) -> None:
         """A LOD2 span is one entry, a LOD1 block one, a LOD0 block K; the rest is LOD0."""
         made = from_block_lods(np.array([2, 2, 2, 2, 1, 0]), 25, 4)

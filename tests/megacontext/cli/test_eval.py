@@ -1,10 +1,12 @@
 """``megacontext eval``, as a user calls it."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
-from tests.megacontext.conftest import invoke
+from tests.megacontext.conftest import TEXT, invoke
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +16,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = "--steps 1 --lm-steps 1 --batch-size 2 --d-model 16 --num-heads 2 --lm-layers 1"
     code, out, _ = invoke("train", "--run-dir", folder, "--setting", "recall", *small.split())
     assert code == 0, out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_on_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of windows of files."""
+    folder = tmp_path_factory.mktemp("runs") / "files"
+    small = "--steps 1 --lm-steps 1 --batch-size 2 --d-model 16 --num-heads 2 --lm-layers 1"
+    sizes = "--sequence-tokens 160 --train-wc-length 83 --recent-tokens 32 --horizon-tokens 12"
+    arguments = (*small.split(), *sizes.split(), "--text", TEXT[0], "--data", "files")
+    code, out, _ = invoke("train", "--run-dir", folder, *arguments)
+    assert code == 0, out
+    assert json.loads((folder / "config.json").read_text())["train"]["data"] == "files"
     return folder
 
 
@@ -29,11 +44,70 @@ class TestEval:
         assert rows["LensNet focus"]["behind_lensnet"] == 0
         assert rows["random collapse"]["gap_closed"] == 0
         assert rows["oracle"]["gap_closed"] == 1
+        assert rows["full context"]["gap_to_full_closed"] == 1
+        assert result["clusters"] is None
         for way, row in rows.items():
-            assert way.split(",")[0].split()[0] in err
+            assert way.split(",")[0] in err
+            assert row["kind"] in err
             low, high = row["nll_interval"]
             assert low <= row["nll"] <= high
         assert (trained / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_the_table_fits_a_terminal_of_80_columns(self, trained: Path) -> None:
+        """No figure is cut off or wrapped; what is as good as LensNet is said in words."""
+        arguments = ("--sequences", 6, "--oracle-draws", 2, "--no-session")
+        code, out, _ = invoke("eval", "--run-dir", trained, *arguments)
+        assert code == 0
+        figures = r"\d\.\d{3} [+-]\d\.\d{3} \[[+-]\d\.\d{3}, [+-]\d\.\d{3}\]( +-?\d+\.\d\d){2}"
+        assert re.search(rf"^ lexical, last 16 +{figures} $", out, re.MULTILINE)
+        assert "in a session" not in out
+        assert "LensNet focus is better than every baseline" in out or "Not clearly worse" in out
+
+    def test_without_gists(self, trained: Path) -> None:
+        """In files of its own: the run's eval.json is with them."""
+        arguments = ("--sequences", 2, "--oracle-draws", 1, "--no-greedy", "--no-gists", "--json")
+        code, out, err = invoke("eval", "--run-dir", trained, *arguments)
+        assert code == 0, err
+        result = json.loads(out)
+        assert json.loads((trained / "eval-no-gists.json").read_text()) == result
+        assert result["gists"] is False
+        rows = {row["way"]: row for row in result["ways"]}
+        assert "greedy oracle" not in rows
+        assert rows["LensNet focus"]["entries"] == rows["recency window"]["entries"] == 95 - 23
+
+    def test_other_data_than_the_runs(self, trained_on_text: Path) -> None:
+        """In files of their own, clustered by file; what does not fit the model is wrong usage."""
+        arguments = ("--sequences", 6, "--oracle-draws", 1, "--no-greedy", "--no-session", "--json")
+        run = ("eval", "--run-dir", trained_on_text, *arguments)
+        for data in ("reuse", "mqar"):
+            given = () if data == "mqar" else ("--text", TEXT[0])
+            code, out, err = invoke(*run, "--data", data, *given)
+            assert code == 0, err
+            result = json.loads(out)
+            assert json.loads((trained_on_text / f"eval-{data}.json").read_text()) == result
+            assert result["data"] == data
+            assert "may have read some of these" not in err
+            assert (result["clusters"] is None) == (data == "mqar")
+        assert not (trained_on_text / "eval.json").exists()
+        code, _, err = invoke(*run, "--data", "needles")
+        assert code == 2
+        assert "block_size must be at least that" in " ".join(err.split())
+
+    def test_files_that_the_run_may_have_read(self, trained_on_text: Path, tmp_path: Path) -> None:
+        """Other ones are held out from a run on text: it is told."""
+        run_dir = tmp_path / "run"
+        shutil.copytree(trained_on_text, run_dir)
+        config = json.loads((run_dir / "config.json").read_text())
+        config["train"]["data"] = "text"
+        (run_dir / "config.json").write_text(json.dumps(config))
+        arguments = ("--sequences", 1, "--oracle-draws", 1, "--no-greedy", "--no-session")
+        given = ("--data", "reuse", "--text", TEXT[0])
+        code, out, _ = invoke("eval", "--run-dir", run_dir, *arguments, *given)
+        assert code == 0
+        assert (
+            "The run was trained on text, which holds other files out than reuse does: it may have "
+            "read some of these. Train it with --data files for files that it never saw.\n"
+        ) in out
 
     def test_the_same_command_twice(self, trained: Path) -> None:
         """The same figures."""
@@ -55,6 +129,9 @@ class TestEval:
         code, _, err = invoke("eval", "--run-dir", trained, "--steps", 5)
         assert code == 2
         assert "--steps is of the trainings of --ablate; leave it out, or add that" in err
+        code, _, err = invoke("eval", "--run-dir", trained, "--ablate", "--data", "mqar")
+        assert code == 2
+        assert "--ablate trains and evaluates on the run's own data" in err
 
     def test_help_has_an_example(self) -> None:
         """As every command's."""

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from megacontext.data.recall import RecallBatch, RecallSource
+from megacontext.data.recall import RecallSource
+from megacontext.data.source import Batch
 
 
-def batch(source: RecallSource, length: int = 256, seed: int = 0) -> RecallBatch:
+def batch(source: RecallSource, length: int = 256, seed: int = 0) -> Batch:
     return source.batch(np.random.default_rng(seed), 16, length)
 
 

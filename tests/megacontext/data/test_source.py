@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from megacontext.data.source import load_corpus
+from megacontext.data.source import Batch, load_corpus
 from megacontext.data.tokenizer import ByteTokenizer, Tokens
 
 
@@ -131,3 +132,24 @@ class TestBatches:
     def test_unigram_entropy(self, folder: Path) -> None:
         """Two bytes, equally often: ln 2 nats."""
         assert load_corpus([folder], min_tokens=10).unigram_entropy() == pytest.approx(np.log(2))
+
+
+class TestBatch:
+    def test_a_share_is_of_all_that_is_known(self) -> None:
+        """Every second sequence with its facts and its file; sizes stay as they are."""
+        whole = Batch(
+            torch.arange(12).view(4, 3),
+            torch.ones(4, 3, dtype=torch.bool),
+            fact_blocks=np.arange(8).reshape(4, 2),
+            question_tokens=3,
+            files=np.arange(4),
+        )
+        share = whole.share(1, 2)
+        assert share.tokens.tolist() == [[3, 4, 5], [9, 10, 11]]
+        assert share.labelled is not None
+        assert share.labelled.shape == (2, 3)
+        assert share.fact_blocks is not None
+        assert share.fact_blocks.tolist() == [[2, 3], [6, 7]]
+        assert share.files is not None
+        assert share.files.tolist() == [1, 3]
+        assert (share.asked_blocks, share.question_tokens) == (None, 3)

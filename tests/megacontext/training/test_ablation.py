@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megacontext.evaluation.compare import LENSNET
+from megacontext.evaluation.ways import LENSNET
 from megacontext.training.ablation import ABLATIONS, ablate
 from megacontext.training.presets import SETTINGS
 from megacontext.training.pretrained import read_run

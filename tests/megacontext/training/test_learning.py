@@ -6,7 +6,9 @@ import pytest
 
 from megacontext import MCConfig, TrainConfig, load_model, train
 from megacontext.data.recall import RecallSource
-from megacontext.evaluation.compare import LENSNET, RANDOM, bootstrap_interval, evaluate, gap_closed
+from megacontext.evaluation.compare import evaluate, gap_closed
+from megacontext.evaluation.intervals import paired_interval
+from megacontext.evaluation.ways import LENSNET, RANDOM, Comparing
 
 SOURCE = RecallSource(keys=4, symbols=8, facts=2, questions=1)
 MODEL = MCConfig(
@@ -37,7 +39,8 @@ def test_lensnet_finds_the_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert str(result.verdict) == (
         "60 micro-steps, 60 LensNet calls, 0 violations; 6 inference calls"
     )
-    found = evaluate(load_model(tmp_path / "run"), SOURCE, sequences=128, seed=1, oracle_draws=8)
-    low, _ = bootstrap_interval(found.nll[RANDOM] - found.nll[LENSNET])
+    what = Comparing(oracle_draws=8)
+    found = evaluate(load_model(tmp_path / "run"), SOURCE, sequences=128, seed=1, what=what)
+    low, _ = paired_interval(found.nll[RANDOM] - found.nll[LENSNET])
     assert low > 0.5  # nats; 1.3 is usual
     assert gap_closed(found, LENSNET) > 0.75
