@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megacontext.allocators.cut import Cut
-from megacontext.allocators.rules import first_that_fits
+from megacontext.allocators.rules import first_that_fits, highest_lod
 from megacontext.inference.focus import FocusAllocator
 from megacontext.inference.focus_state import FocusState
 from megacontext.inference.session_config import SessionConfig, session_rules
@@ -124,7 +124,8 @@ class Session:
                     f"{self._folder.path} holds no token yet: the session was killed before the "
                     "first; remove the folder and begin again"
                 )
-            focus = self._folder.read_focus(self.rules.geometry, len(self.store))
+            self.store.deepen(self._depth())
+            focus = self._folder.read_focus(self.rules, len(self.store))
             if focus is None:  # killed while it took in its first tokens
                 self._focus_anew()
             else:
@@ -228,20 +229,26 @@ class Session:
     def _due(self) -> bool:
         return self._since_refocus() >= self.settings.refocus_interval
 
+    def _depth(self) -> int:
+        """The highest level of detail that the history needs now."""
+        return highest_lod(len(self.store), self.rules)
+
     def _focus_anew(self) -> None:
         """Focus from gists alone, in so many iterations that the best parts reach LOD0."""
-        geometry, end = self.rules.geometry, len(self.store)
-        first = first_that_fits(0, end, self.rules)
-        self.focus = FocusState(geometry.coarse_cut(first, end), end)
-        self._refocus(max(self.settings.iterations, geometry.max_lod))
+        rules, end = self.rules.up_to(self._depth()), len(self.store)
+        cut = rules.geometry.coarse_cut(first_that_fits(0, end, rules), end)
+        self.focus = FocusState(cut, end)
+        deepest = max(self.rules.geometry.max_lod, int(cut.lods.max()))
+        self._refocus(max(self.settings.iterations, deepest))
 
     def _refocus(self, iterations: int) -> None:
         """Edit the cut; on disk before it counts, so that an error changes nothing."""
-        tokens, events = len(self.store), []
+        tokens, depth, events = len(self.store), self._depth(), []
+        self.store.deepen(depth)
         focus = self.focus.refocused(tokens)
         for _ in range(iterations):
             before = len(focus.cut)
-            cut, edits = self._allocator.refocus(focus.cut, focus.resting, self._gather)
+            cut, edits = self._allocator.refocus(focus.cut, focus.resting, self._gather, depth)
             events.append(FocusEvent.of(edits, cut, before, tokens))
             focus = focus.edited(cut, edits, self.settings.cooldown)
         if self._folder is not None:

@@ -67,7 +67,7 @@ class TestExpansions:
         of = rules(wc_length=33, collapse_threshold=-1)
         edited, edits = refocus_cut(cut, scored(cut, RULES, high), of)
         assert held_at_lod0(edited) == [32, 60]
-        assert edits.expanded.tolist() == [32 * 4 + 1, 60 * 4 + 1]
+        assert edits.expanded.tolist() == [32 * 64 + 1, 60 * 64 + 1]
         assert (len(edits), len(edits.collapsed), edits.dropped, len(edited)) == (2, 0, 0, 32)
 
     def test_what_scores_no_more_than_the_threshold_stays(self) -> None:
@@ -148,7 +148,7 @@ class TestBudget:
         edited, edits = refocus_cut(cut, scored(cut, of, {200: 0.9}), of)
         assert held_at_lod0(edited) == [200]
         assert len(edits.expanded) == 0
-        assert 200 * 4 + 1 not in edits.collapsed
+        assert 200 * 64 + 1 not in edits.collapsed
         assert len(edited) <= 40
 
     def test_history_beyond_the_coarsest_cut_is_lost_down_to_room_for_detail(self) -> None:
@@ -222,9 +222,9 @@ class TestScored:
 
 @st.composite
 def focus_cases(draw: st.DrawFn) -> tuple[FocusRules, int, int]:
-    """Rules that hold the tail, tokens to begin with, and a seed."""
+    """Rules that hold the tail in a tree of any depth, tokens to begin with, and a seed."""
     k = draw(st.integers(2, 5))
-    max_lod, recent = draw(st.integers(1, 2)), draw(st.integers(1, 12))
+    max_lod, recent = draw(st.integers(1, 6)), draw(st.integers(1, 12))
     shortest = recent + max_lod * (k - 1)
     window = draw(st.integers(max(shortest, 1), shortest + 40))
     tuning = FocusTuning(
