@@ -16,9 +16,8 @@ class FocusTuning:
         margin: An expansion that needs room takes it from a collapse that scores less by so much.
         max_edits: Of one iteration; only what the budget forces may exceed it.
         cooldown: Iterations for which what was expanded is not collapsed, and the reverse.
-        detail_share: Of the entries beside the tail, those that the coarsest cut is to leave for
-            detail: a history that needs more gets another level of gists, or, where that cannot be,
-            loses its oldest entries.
+        detail_share: Of the entries beside the tail, those that are freed for detail when the
+            history must be given more levels of gists, or lose its oldest entries.
 
     Raises:
         TypeError: A value that is no number; the message names it.
@@ -127,7 +126,8 @@ def longest_cover(tokens: int, geometry: Geometry) -> int:
     Returns:
         The number of entries.
     """
-    k, entries = geometry.block_size, 0
+    k: int = geometry.block_size
+    entries = 0
     for lod in range(geometry.max_lod):
         siblings = min(2 * (k - 1), tokens // k**lod)
         entries += siblings
@@ -138,11 +138,11 @@ def longest_cover(tokens: int, geometry: Geometry) -> int:
 def highest_lod(tokens: int, rules: FocusRules) -> int:
     """Say how many levels of gists a history needs, so that working contexts cover all of it.
 
-    As many as those of the rules' own geometry, and one more whenever the coarsest cut would leave
-    less for detail than `FocusTuning.detail_share`. It never falls as the history grows. There are
-    no more levels than there are nodes of, nor than a working context holds K - 1 of each beside
-    its tail. Where positions reach ``max_tokens`` only, the oldest goes in spans of the highest
-    level, and there is none of which they reach fewer than K.
+    Those of the rules' own geometry, which the networks were trained on, as long as a coarsest cut
+    fits; then so many that it leaves room for detail (`FocusTuning.detail_share`). The number never
+    falls as the history grows. There are no more levels than there are nodes of, nor than a working
+    context holds K - 1 of each beside its tail. Where positions reach ``max_tokens`` only, the
+    oldest goes in spans of the highest level, so there is none of which they reach fewer than K.
 
     Args:
         tokens: Of the history.
@@ -154,10 +154,17 @@ def highest_lod(tokens: int, rules: FocusRules) -> int:
     k, recent = rules.geometry.block_size, rules.geometry.recent_tokens
     covered = tokens if rules.max_tokens is None else min(tokens, rules.max_tokens)
     editable, fewest = max(covered - recent, 0), 1 if rules.max_tokens is None else k
+
+    def longest(lod: int) -> int:
+        """The longest that a coarsest cut was so far: with K - 1 siblings below the top."""
+        length: int = recent + lod * (k - 1) + editable // k**lod
+        return length
+
     lod = rules.geometry.max_lod
-    # The longest coarsest cut that there was so far: K - 1 siblings below the highest level.
+    if longest(lod) <= rules.wc_length:
+        return lod
     while (
-        recent + lod * (k - 1) + editable // k**lod > rules.coarse_entries
+        longest(lod) > rules.coarse_entries
         and editable // k ** (lod + 1) >= fewest
         and recent + (lod + 1) * (k - 1) + k <= rules.wc_length
     ):

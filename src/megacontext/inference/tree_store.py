@@ -178,7 +178,7 @@ class TreeStore:
         self._vocab_size, self._d_model = language_model.embedding.weight.shape
         ids = as_ids(np.empty(0, np.int64), self._vocab_size)
         self._columns = [self._new_column("tokens.bin", ids.dtype, ())]
-        self.deepen(max_lod)
+        self.deepen(max_lod if folder is None else max(max_lod, _highest_on_disk(folder)))
 
     def __len__(self) -> int:
         """Count the tokens."""
@@ -297,3 +297,9 @@ class TreeStore:
     def _truncate(self, tokens: int) -> None:
         for lod, column in enumerate(self._columns):
             column.truncate(min(len(column), tokens // self._block_size**lod))
+
+
+def _highest_on_disk(folder: Path) -> int:
+    """Return the highest level that has a file: all of them are to keep step with the tokens."""
+    names = (path.stem.removeprefix("gists") for path in folder.glob("gists*.bin"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)

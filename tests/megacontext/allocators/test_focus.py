@@ -16,9 +16,12 @@ from megacontext.allocators.rules import (
     FocusTuning,
     coarsest_length,
     first_that_fits,
+    highest_lod,
 )
+from megacontext.allocators.view import view_of_cut
 
 K = 4
+FIELDS = ("positions", "lods")
 RULES = FocusRules(Geometry(block_size=K, max_lod=2, recent_tokens=8, window=40))
 
 
@@ -56,6 +59,10 @@ def held_at_lod0(cut: Cut, of: FocusRules = RULES) -> list[int]:
     """Starts of the blocks before the tail that the cut holds at LOD0."""
     starts = cut.positions[(cut.lods == 0) & (cut.positions % K == 0)]
     return [int(s) for s in starts if s + K <= cut.ends[-1] - of.geometry.recent_tokens]
+
+
+def lod_at(cut: Cut, token: int) -> int:
+    return int(cut.lods[np.searchsorted(cut.positions, token, side="right") - 1])
 
 
 class TestExpansions:
@@ -208,6 +215,39 @@ class TestReserve:
         for reserve, more in ((14, 1), (15, 0)):
             _, then = refocus_cut(opened, high, rules(reserve=reserve), edits.expanded)
             assert len(then.expanded) == more
+
+    def test_a_block_that_rested_was_collapsed_as_tokens_came(self) -> None:
+        """The span around it was completed and had to stay open: more entries than were kept."""
+        session = SessionConfig(refocus_interval=27, cooldown=1, margin=0.0)
+        geometry = Geometry(K, 2, recent_tokens=1)
+        reserve = session.rules(geometry.within(100)).reserve
+        of = session.rules(geometry.within(1 + 2 * (K - 1) + reserve))
+        cut = of.geometry.within(7).coarse_cut(0, 37)
+        opened, edits = refocus_cut(cut, scored(cut, of, {32: 1.0}, low=-1.0), of)
+        assert edits.expanded.tolist() == node_keys(np.array([32]), np.array([1])).tolist()
+        tail = lod0_tail(37 + 27, 27, K)
+        grown = Cut(*(np.append(getattr(opened, n), getattr(tail, n)) for n in FIELDS), K)
+        _, then = refocus_cut(grown, scored(grown, of, low=-1.0), of, edits.expanded)
+        assert flipped(then, edits.expanded) == 0
+
+
+class TestDepth:
+    def test_a_token_is_found_again_level_by_level(self) -> None:
+        """In a history of 20,000,000 tokens, by scores of the focus view alone; nothing is lost."""
+        of = FocusRules(Geometry(8, 2, 64, 1_024), reserve=20)
+        end, sought = 20_000_000, 7_654_321
+        of = of.up_to(highest_lod(end, of))
+        cut = of.geometry.coarse_cut(0, end)
+        assert int(cut.lods.max()) == of.geometry.max_lod - 1
+        for lod in range(lod_at(cut, sought), -1, -1):
+            assert lod_at(cut, sought) == lod
+            view = view_of_cut(cut, end - 32, of.geometry)
+            scores = np.full(len(view), -0.5, np.float32)
+            scores[np.searchsorted(view.positions, sought, side="right") - 1] = 0.9
+            cut, edits = refocus_cut(cut, Scored(view, scores), of)
+            assert len(edits.expanded) == (lod > 0)
+            assert len(cut) <= 1_024
+            cut.check(0, end, 64)
 
 
 class TestScored:
