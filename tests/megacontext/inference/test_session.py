@@ -119,25 +119,6 @@ class TestLogits:
 
 
 class TestWorkingContext:
-    def test_it_tiles_the_history_within_the_budget_for_ever(self, mc: MCController) -> None:
-        """Checked after every token: a level is added when it must be, and no token is lost."""
-        mc.begin_inference_session(HISTORY[:400], settings=OFTEN)
-        session, config = mc._session, mc.config
-        assert session is not None
-        levels = []
-        for at in range(400, 1_500):
-            mc.inference_step(HISTORY[at : at + 1])
-            session.cut.check(0, at + 1, config.recent_tokens)
-            assert len(session.cut) <= config.train_wc_length + 7
-            if mc.inference_report().next_refocus == 8:
-                assert len(session.cut) <= config.train_wc_length
-                levels.append(len(session.store.gists))
-        assert levels == sorted(levels)
-        assert sorted(set(levels)) == [2, 4, 5]
-        report = mc.inference_report()
-        assert (report.first_token, report.dropped) == (0, 0)
-        assert report.entries_by_lod[3] > 0
-
     def test_without_room_for_another_level_the_oldest_is_lost(self, mc: MCController) -> None:
         """Checked after every token of a history many times as long as the context can cover."""
         mc.begin_inference_session(HISTORY[:300], settings=SHORT)
