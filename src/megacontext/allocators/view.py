@@ -55,7 +55,7 @@ def _with_newest_blocks(view: Cut, lod0: int, window: int) -> Cut:
     """Replace the newest entries before ``lod0`` by LOD1, as many as the window has room for."""
     k, tail = view.block_size, int(np.searchsorted(view.positions, lod0))
     # The length if LOD1 begins where an entry does, by entry; the last is where none is replaced.
-    begins = np.append(view.positions[:tail], max(lod0, int(view.positions[0])))
+    begins = np.append(view.positions[:tail], lod0)
     lengths = np.arange(tail + 1) + (begins[-1] - begins) // k + len(view) - tail
     kept = int(np.argmax(lengths <= window))
     blocks = np.arange(begins[kept], begins[-1], k, dtype=np.int64)

@@ -100,6 +100,7 @@ class Session:
         with self._alone():
             for tokens in chunks:
                 self.store.append(tokens)
+                self.store.deepen(self._depth())  # as it comes, not out of all that there is
                 progress(len(self.store))
             if not len(self.store):
                 raise ValueError("a session begins with at least one token")

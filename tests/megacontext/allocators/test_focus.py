@@ -207,6 +207,14 @@ class TestReserve:
         high = scored(cut, RULES, dict.fromkeys(blocks, 0.9))
         assert len(refocus_cut(cut, high, rules(reserve=reserve))[1].expanded) == expanded
 
+    @pytest.mark.parametrize(("reserve", "expanded"), [(20, 1), (21, 0)])
+    def test_an_open_block_keeps_all_above_it_open(self, reserve: int, expanded: int) -> None:
+        """Of 40 entries 11 are the coarsest cut with LOD3; a block costs three nodes there."""
+        cut, of = gists(80), rules(reserve=reserve).up_to(3)
+        assert coarsest_length(0, 80, of.geometry) == 11
+        _, edits = refocus_cut(cut, scored(cut, RULES, {16: 0.9}), of)
+        assert len(edits.expanded) == expanded
+
     def test_what_rests_counts(self) -> None:
         """With its parent."""
         cut = gists(80)
