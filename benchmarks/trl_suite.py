@@ -120,6 +120,21 @@ def prepare(checkout: Path, out: Path) -> Path:
     return tests
 
 
+def check_versions(out: Path) -> None:
+    """Let no table hold results of other libraries than those that it names."""
+    file = out / "versions.txt"
+    if file.exists() and file.read_text() != versions():
+        raise SystemExit(
+            f"trl_suite.py: {out} has results of {file.read_text()}, and installed is "
+            f"{versions()}; give another folder, --out, or delete that one"
+        )
+    file.write_text(versions())
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {version(name).partition('+')[0]}" for name in LIBRARIES)
+
+
 def run(tests: Path, out: Path, files: Iterable[str], limit_s: float | None) -> None:
     """Run the files in a process of their own; what it ends without is done by the next call."""
     command = [
@@ -217,14 +232,13 @@ def difference(plain: dict[str, Any], guarded: dict[str, Any]) -> str:
 def markdown(rows: list[Row], command: str) -> str:
     lines = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells for row in rows)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in LIBRARIES)
     differ = [f"- {row.trainer}: `{line}`" for row in rows for line in row.differ]
     ran = sum(row.run for row in rows)
     compared = sum(row.guarded for row in rows)
     words = "these differ" if differ else f"of {compared} that were compared none differs"
     return "\n".join(
         [
-            f"`{command}`, {time.strftime('%d %B %Y')}; {versions}.",
+            f"`{command}`, {time.strftime('%d %B %Y')}; {versions()}.",
             "",
             table,
             "",
@@ -269,6 +283,8 @@ def main() -> None:
     of = re.sub(r"\s", "", (checkout / "VERSION").read_text())
     if of != version("trl"):
         say(f"the tests are of trl {of}, and trl {version('trl')} is installed")
+    out.mkdir(parents=True, exist_ok=True)
+    check_versions(out)
     run(prepare(checkout, out), out, files.values(), arguments.limit)
     rows = list(rows_of(files, out))
     text = markdown(rows, f"python benchmarks/trl_suite.py, TRL's tests of {of}")

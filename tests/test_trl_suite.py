@@ -42,6 +42,18 @@ def run(mode: str, outcome: str = "passed", **changes: Any) -> dict[str, Any]:
     return {**fields, "trainings": [training], **changes}
 
 
+class TestVersions:
+    def test_results_of_other_versions(self, suite: ModuleType, tmp_path: Path) -> None:
+        """They are not told as if they were of what is installed."""
+        suite.check_versions(tmp_path)
+        suite.check_versions(tmp_path)
+        file = tmp_path / "versions.txt"
+        file.write_text("trl 0.1")
+        with pytest.raises(SystemExit, match=r"has results of trl 0\.1, and installed is trl \d"):
+            suite.check_versions(tmp_path)
+        assert file.read_text() == "trl 0.1"
+
+
 class TestComparing:
     def test_the_same_in_all_modes(self, suite: ModuleType) -> None:
         """Agrees in both, with the same losses."""

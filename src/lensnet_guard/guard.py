@@ -20,7 +20,11 @@ from lensnet_guard.boundary.blocks import (
 )
 from lensnet_guard.boundary.doors import check_doors
 from lensnet_guard.boundary.inside import Inside
-from lensnet_guard.boundary.keeper import GuardKeeper
+from lensnet_guard.boundary.keeper import (
+    GuardKeeper,
+    header_of,
+    rebuild,  # noqa: F401  # pickles of before name it here
+)
 from lensnet_guard.boundary.observing import teller
 from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
 from lensnet_guard.boundary.settlement import WindowBlock, opened
@@ -65,6 +69,7 @@ class Guard(Generic[M]):
         *,
         history: History | None = None,
         inside: Inside | None = None,
+        guard_copies: bool = True,
     ) -> None:
         self._history = history or History(name)
         self._admission = Admission(module, policy, mode, self._history, inside or Inside())
@@ -74,7 +79,7 @@ class Guard(Generic[M]):
             check_doors(module, policy)
             # The proxy passes for the module, down to its class.
             self.module = cast(
-                "M", GuardedModule(module, GuardKeeper(self, self._admission, rebuild))
+                "M", GuardedModule(module, GuardKeeper(self, self._admission, guard_copies))
             )
             tell_untested([*_torch_checkpoints.losses(), *_torch_internals.losses()])
             admission, tell = self._admission, teller() if mode == "observe" else None
@@ -285,7 +290,7 @@ class Guard(Generic[M]):
             TypeError: ``folder`` is not a path.
             ValueError: The guard logs already.
         """
-        header = _header(self.mode, self.policy)
+        header = header_of(self.mode, self.policy)
         if others:
             guards = (self, *others)
             header = {
@@ -329,7 +334,7 @@ class Guard(Generic[M]):
         """
         if self._history.log is not None:
             return self.log_path
-        header = {_schema.MODULE: self.name, **_header(self.mode, self.policy)}
+        header = {_schema.MODULE: self.name, **header_of(self.mode, self.policy)}
         return write_evidence(folder, header, self._history.newest(), self.policy)
 
     def end_log(self) -> None:
@@ -355,42 +360,8 @@ class Guard(Generic[M]):
         return guard_of, (self.module,)
 
 
-def rebuild(
-    place: tuple[Path, int] | None,
-    kind: type[Guard[Any]],
-    module: nn.Module,
-    policy: CallPolicy,
-    mode: Mode,
-    name: str,
-) -> Any:
-    """Unpickle a guarded module.
-
-    Args:
-        place: The log's folder, and the process that logs to it; None without a log.
-        kind: The class of its guard.
-        module: The raw module.
-        policy: Its contract.
-        mode: Of its guard.
-        name: Of its guard.
-
-    Returns:
-        The module, guarded.
-    """
-    history = History(name)
-    guard = kind(module, policy, mode, name, history=history)
-    if place is not None:
-        folder, parent = place
-        history.start_log(folder, _header(mode, policy), parent)
-    return guard.module
-
-
 def guard_of(module: object) -> Guard[Any] | None:
     """Return the guard of a guarded module, or of a raw module behind a proxy; else None."""
     keeper = keeper_of(module)
     guard = keeper.guard if keeper is not None else guard_behind(module)
     return cast("Guard[Any] | None", guard)
-
-
-def _header(mode: Mode, policy: CallPolicy) -> dict[str, Any]:
-    """Return what the first line of a log says of the contract."""
-    return {_schema.MODE: mode, _schema.POLICY: policy.to_json()}

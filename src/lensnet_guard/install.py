@@ -27,6 +27,7 @@ def guard_module(
     mode: Mode | None = None,
     log: str | os.PathLike[str] | None = None,
     name: str | None = None,
+    guard_copies: bool = True,
 ) -> Guard[M]:
     """Guard a module: call ``guard.module`` from now on, never the raw module.
 
@@ -37,6 +38,9 @@ def guard_module(
             LENSNET_GUARD decides when the argument is not given.
         log: Folder for the JSONL log.
         name: How records and messages call the module; its class name by default.
+        guard_copies: Whether deep copies and pickles of the guarded module have a guard of their
+            own, with the same contract; otherwise they are raw. A process that is spawned with it
+            has it guarded in any case.
 
     Returns:
         The guard, whose ``module`` passes for the raw one.
@@ -57,7 +61,8 @@ def guard_module(
         for scope in policy.in_full.values():
             if scope.caller is not None:
                 check_caller_exists(scope.caller, early=True)
-    guard = Guard(module, policy or CallPolicy(), chosen, name or type(module).__name__)
+    called = name or type(module).__name__
+    guard = Guard(module, policy or CallPolicy(), chosen, called, guard_copies=guard_copies)
     if log is not None and guard.mode != "off":
         try:
             guard.start_log(log)

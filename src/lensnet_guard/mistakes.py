@@ -46,8 +46,9 @@ def read_mistakes() -> dict[str, Mistake]:
 
 def near(word: str, mistakes: Mapping[str, Mistake]) -> list[str]:
     """Return the names that somebody may have meant: alike, or of entries that have the word."""
-    alike = difflib.get_close_matches(word.lower(), mistakes, n=_NEAR)
-    return alike or [name for name, one in mistakes.items() if word in one.text][:_NEAR]
+    word = word.lower()
+    alike = difflib.get_close_matches(word, mistakes, n=_NEAR)
+    return alike or [name for name, one in mistakes.items() if word in one.text.lower()][:_NEAR]
 
 
 def _page() -> str:

@@ -118,6 +118,7 @@ class TestEntries:
             ("called-twise", ["called-twice"]),
             ("Moved-Weights", ["moved-weights"]),
             ("ReentrantCall", ["called-twice"]),
+            ("reentrantcall", ["called-twice"]),
             ("zzz", []),
         ],
     )

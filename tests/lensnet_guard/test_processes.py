@@ -180,6 +180,27 @@ class TestWorkersInThePostMortem:
         assert [run.state for run in analysis.runs] == ["ended"] * 6
 
 
+SPAWNED = """
+import multiprocessing
+from torch import nn
+from lensnet_guard import guard_module, guard_of
+
+def look(module):
+    print(guard_of(module).name)
+
+if __name__ == "__main__":
+    guard = guard_module(nn.Linear(3, 2), guard_copies=False)
+    process = multiprocessing.get_context("spawn").Process(target=look, args=(guard.module,))
+    process.start()
+    process.join()
+"""
+
+
+def test_a_spawned_process_guards_what_has_raw_copies(run_python):
+    """It goes on with the work of its parent, and is no copy that somebody keeps."""
+    assert run_python(SPAWNED).stdout == "Linear\n"
+
+
 class TestFork:
     def test_while_another_thread_holds_the_history(self, run_python):
         """A forked child does not wait for a lock whose holder exists in its parent only."""

@@ -79,7 +79,10 @@ class Place:
 
 
 class Items:
-    """The items of a list or a dict, as attributes: ``reward_funcs.0`` is one like any other."""
+    """The items of a list or a dict, as attributes: ``reward_funcs.0`` is one like any other.
+
+    Those of a tuple can be read.
+    """
 
     def __init__(self, items: Any) -> None:
         vars(self)["_items"] = items
@@ -91,7 +94,12 @@ class Items:
             raise AttributeError(f"there is no item {name}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        vars(self)["_items"][self._key(name)] = value
+        items = vars(self)["_items"]
+        if isinstance(items, tuple):
+            raise TypeError(
+                f"item {name} of a tuple cannot be guarded in its place; make the tuple a list"
+            )
+        items[self._key(name)] = value
 
     def _key(self, name: str) -> Any:
         if isinstance(vars(self)["_items"], dict):
@@ -100,7 +108,7 @@ class Items:
 
 
 def _with_items(owner: Any) -> Any:
-    return Items(owner) if isinstance(owner, (list, dict)) else owner
+    return Items(owner) if isinstance(owner, (list, tuple, dict)) else owner
 
 
 def locate(root: Any, path: str) -> Place:

@@ -1,9 +1,8 @@
 """From a trainer to its contracts: what it holds, the preset of its kind, and the policies."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -85,23 +84,33 @@ def _check_each_is_another(trainer: Any, modules: Mapping[str, nn.Module]) -> No
                 "it off first, guard.uninstall()."
             )
         if place != "model" and (other := places.get(id(module))) is not None:
+            what_to_do = _GUARD_IT_ONCE.format(place=place)
+            if module is trainer.model:
+                what_to_do = _TEACHES_NOTHING
             raise NoContract(
                 f"{other} and {place} of {type(trainer).__name__} are one module, so nobody could "
-                "say which of them is called.\n"
-                "  what to do   Load it twice: a reference or a teacher that is the trained model "
-                "itself teaches nothing."
+                f"say which of them is called.\n  what to do   {what_to_do}"
             )
         places[id(module)] = place
+
+
+_TEACHES_NOTHING = (
+    "Load it twice: a reference or a teacher that is the trained model itself teaches nothing."
+)
+_GUARD_IT_ONCE = (
+    "Load it twice; or guard it once, with a policy that counts the calls of both: "
+    'guarded_trainer(trainer, "{place}", policy=CallPolicy(...)).'
+)
 
 
 def _modules_at(trainer: Any, place: str) -> Iterator[tuple[str, nn.Module]]:
     found = getattr_path(trainer, place)
     if isinstance(found, nn.Module):
         yield place, found
-    elif isinstance(found, (list, tuple)):
-        for number, item in enumerate(found):
+    elif isinstance(found, (list, tuple, dict)):
+        for name, item in found.items() if isinstance(found, dict) else enumerate(found):
             if isinstance(item, nn.Module):
-                yield f"{place}.{number}", item
+                yield f"{place}.{name}", item
 
 
 def _policy(trainer: Any, preset: Preset, held: Held, module: nn.Module) -> CallPolicy:
@@ -175,37 +184,27 @@ def _installed(kind: type) -> str:
         return kind.__module__
 
 
-# Windows and evaluations, around methods ----------------------------------------------------------
+# What is done around methods ----------------------------------------------------------------------
+
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @contextmanager
-def around(
-    trainer: Any, blocks: Mapping[str, Callable[[], AbstractContextManager[Any]]]
-) -> Iterator[None]:
-    """Open a block around each run of a trainer's methods, while this one is open.
+def around(trainer: Any, decorators: Mapping[str, Decorator]) -> Iterator[None]:
+    """Decorate a trainer's methods, while this block is open.
 
     Args:
         trainer: The trainer; its methods are its own again afterwards.
-        blocks: A method's name -> what makes the block.
+        decorators: A method's name -> what makes of the method what runs in its place.
     """
     own = vars(trainer)
-    before = {name: own[name] for name in blocks if name in own}
+    before = {name: own[name] for name in decorators if name in own}
     try:
-        for name, block in blocks.items():
-            own[name] = _inside(getattr(trainer, name), block)
+        for name, decorator in decorators.items():
+            own[name] = decorator(getattr(trainer, name))
         yield
     finally:
-        for name in blocks:
+        for name in decorators:
             own.pop(name, None)
         own.update(before)
-
-
-def _inside(
-    method: Callable[..., Any], block: Callable[[], AbstractContextManager[Any]]
-) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with block():
-            return method(*args, **kwargs)
-
-    return run

@@ -5,9 +5,10 @@ is raised. Here is held what is open between them.
 """
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of, lensnet_guard
 from lensnet_guard._text import absolute, add_note, short_path
@@ -21,6 +22,9 @@ from lensnet_guard.integrations._place import (
     replace,
 )
 from lensnet_guard.tally import Tally, Verdict
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Log = str | os.PathLike[str]
 STEP = "step"  # the window of an optimizer step
@@ -131,8 +135,7 @@ class Watch:
 
     def close(self, error: BaseException | None = None) -> None:
         """Close whatever is open, and put back what was there before `open`."""
-        self.abandon(error)
-        self._end_optimizer_step(error or Abandoned())
+        self.cut_short(error)
         self.enter(None)
         if self._tally is not None:
             self._tally.close()
@@ -211,6 +214,19 @@ class Watch:
         if block is not None:
             leave(block, error or Abandoned())
 
+    def cut_short(self, error: BaseException | None = None) -> None:
+        """Close a micro-step and an optimizer step that were cut short: no budget is due."""
+        self.abandon(error)
+        self._end_optimizer_step(error or Abandoned())
+
+    def freed(self, method: Callable[P, R]) -> Callable[P, R]:
+        """Have a method run outside of whatever is open as it is called, where calls are free.
+
+        What is open then goes on afterwards. To be called where nothing but inference is open.
+        """
+        assert self.guard is not None
+        return self.guard.carry(method)
+
     # What it came to ---------------------------------------------------------------------------
 
     def count_from_here(self) -> None:
@@ -275,7 +291,9 @@ class Watch:
                 f"{place.path} is None, so there is nothing to guard; it must be made before the "
                 "training starts (in __init__, setup or configure_model)"
             )
-        guard = guard_module(module, policy=contract.policy, mode=contract.mode, name=name)
+        guard = guard_module(
+            module, policy=contract.policy, mode=contract.mode, name=name, guard_copies=False
+        )  # for whoever keeps a copy knows nothing of the blocks that are opened here
         if guard.mode != "off":  # wherever it went meanwhile, as into DDP's wrapper
             self._installed.callback(replace, self._root, guard.module, module)
         self._installed.callback(guard.uninstall)

@@ -4,7 +4,8 @@ import atexit
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch.distributed as dist
 
@@ -12,6 +13,9 @@ import lensnet_guard
 from lensnet_guard import CallPolicy, Guard, Guards, Mode
 from lensnet_guard.integrations._watch import Abandoned, Contract, Log, Watch, leave
 from lensnet_guard.tally import Verdict, Verdicts
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Target = str | Guard | Guards | Mapping[str, CallPolicy | None]
 """An attribute's name, a guard; or of several modules the names with policies, or the guards."""
@@ -136,7 +140,8 @@ class Watches:
 
         All ranks come here together. Where there is one process only, nothing is compared.
         """
-        self._leave_ranks()  # of a training before, from which somebody has caught an exception
+        self._leave_ranks()  # of a training before, from which somebody has caught an exception,
+        self._each(Watch.cut_short)  # as accelerate does where a batch was too large
         self._each(Watch.count_from_here)
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         compared = {name: guard for name, guard in self.guards.items() if guard.mode != "off"}
@@ -191,6 +196,24 @@ class Watches:
                 if name in guard.policy.windows or guard.mode == "observe":
                     blocks.enter_context(guard.window(name))
             yield
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Leave nothing of a training open that is cut short, whoever catches what has cut it."""
+        try:
+            yield
+        except BaseException as error:
+            self._leave_ranks(error)
+            self._each(partial(Watch.cut_short, error=error))
+            raise
+        finally:
+            self.enter("inference")
+
+    def freed(self, method: Callable[P, R]) -> Callable[P, R]:
+        """Have a method run outside of whatever is open as it is called, as in `Watch.freed`."""
+        for watch in self._watches.values():
+            method = watch.freed(method)
+        return method
 
     def end_step(self) -> None:
         """Close the micro-steps that are open, and settle their budgets.

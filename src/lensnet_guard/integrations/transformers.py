@@ -4,14 +4,14 @@ Needs ``pip install lensnet-guard[hf]``.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 from lensnet_guard import CallPolicy, Guard, Guards, Mode, Verdict, Verdicts
-from lensnet_guard.integrations._preset import around, contracts_of, preset_of
+from lensnet_guard.integrations._preset import Decorator, around, contracts_of, preset_of
 from lensnet_guard.integrations._watch import Log
 from lensnet_guard.integrations._watches import Target, Watches, contracts_for, watches_for
+from lensnet_guard.integrations.presets import Preset
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -138,12 +138,6 @@ class LensNetGuardCallback(TrainerCallback):
                 for line in str(self.verdict).splitlines():
                     print(f"lensnet_guard: {line}")
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Let calls be free from here on; a micro-step that is open is given up."""
-        self._enter("inference")
-        yield
-
     def _begin(self, state: TrainerState, substep: int) -> None:
         self._substep = substep
         if self._watch is not None:
@@ -166,7 +160,6 @@ class UpdatesCallback(LensNetGuardCallback):
     ) -> None:
         """Open the first update."""
         super().on_train_begin(args, state, control, **kwargs)
-        self._state = state
         self._begin(state, 0)
 
     def on_step_end(
@@ -176,12 +169,8 @@ class UpdatesCallback(LensNetGuardCallback):
         self._end()
         self._begin(state, 0)
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Let calls be free for the length of the block, between two updates."""
-        with super().evaluation():
-            yield
-        self._begin(self._state, 0)
+
+_NO_PRESET = Preset("", ())
 
 
 @contextmanager
@@ -200,8 +189,10 @@ def guarded_trainer(
     reference, reward models, value model or teacher are found, and have the contract that this
     kind of trainer keeps, from `lensnet_guard.integrations.presets`.
 
-    Outside the micro-steps of ``train`` the context is inference, where calls are free. At the end
-    of the block the modules are given back as they were, also after an exception.
+    Outside the micro-steps of ``train`` the context is inference, where calls are free; so it is in
+    ``evaluate`` and ``predict``, whoever asks for them. Copies of the modules, and what is pickled
+    of them, are not guarded. At the end of the block the modules are given back as they were, also
+    after an exception.
 
     Args:
         trainer: The trainer; its callback is added for the length of the block.
@@ -233,7 +224,7 @@ def guarded_trainer(
     )
     watch = watches_for(contracts, trainer, compare_ranks=compare_ranks)
     try:
-        with _told(trainer, watch, watch.open()) as callback:
+        with _told(trainer, watch) as callback:
             yield callback
     except BaseException as error:
         watch.leave_evidence(error, trainer.args.output_dir)
@@ -253,23 +244,29 @@ def _found(trainer: Trainer, policy: CallPolicy | None) -> dict[str, CallPolicy 
 
 
 @contextmanager
-def _told(trainer: Trainer, watch: Watches, guard: Guard) -> Iterator[LensNetGuardCallback]:
+def _told(trainer: Trainer, watch: Watches) -> Iterator[LensNetGuardCallback]:
     """Have a trainer tell a callback of its micro-steps and windows, while the block is open."""
+    first, guards = watch.open(), set(watch.guards.values())
     for other in trainer.callback_handler.callbacks:
-        if isinstance(other, LensNetGuardCallback) and guard in other.guards.values():
+        if not isinstance(other, LensNetGuardCallback):
+            continue
+        for guard in guards.intersection(other.guards.values()):
             raise ValueError(
                 f"{guard.name} of this {type(trainer).__name__} is guarded already: by a "
                 "guarded_trainer that is open, or by a LensNetGuardCallback of the trainer's. "
                 "Leave one of them out"
             )
-    preset = preset_of(trainer)
-    kind = UpdatesCallback if preset is not None and preset.own_loop else LensNetGuardCallback
-    callback = kind(guard, watch=watch)
+    preset = preset_of(trainer) or _NO_PRESET
+    kind = UpdatesCallback if preset.own_loop else LensNetGuardCallback
+    callback = kind(first, watch=watch)
     trainer.add_callback(callback)
-    with ExitStack() as added:
-        added.callback(trainer.remove_callback, callback)
-        if preset is not None:
-            opens = {by: partial(watch.window, name) for name, by in preset.windows.items()}
-            frees = dict.fromkeys(preset.evaluates, callback.evaluation)
-            added.enter_context(around(trainer, {**opens, **frees}))
-        yield callback
+    try:
+        decorators: dict[str, Decorator] = {
+            "train": watch.training(),
+            **dict.fromkeys(("evaluate", "predict", *preset.evaluates), watch.freed),
+            **{by: watch.window(name) for name, by in preset.windows.items()},
+        }
+        with around(trainer, decorators):
+            yield callback
+    finally:
+        trainer.remove_callback(callback)

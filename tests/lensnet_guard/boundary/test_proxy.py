@@ -388,6 +388,24 @@ class TestCopies:
         raw, proxy = copy.deepcopy([linear, guard.module])
         assert proxy.__wrapped__ is raw
 
+    @pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_of_a_guard_that_does_not_guard_them(self, copied_by):
+        """They are raw, with all their parts, and have the weights; the original is still guarded.
+
+        A shallow copy runs the original's parts, so it is guarded like them.
+        """
+        guard = guard_module(nn.Sequential(nn.Linear(3, 2)), guard_copies=False)
+        copied = copied_by(guard.module)
+        assert guard_of(copied) is guard_of(copied[0]) is None
+        assert [type(module) for module in copied.modules()] == [nn.Sequential, nn.Linear]
+        with guard.context("inference"):
+            expected = guard.module(torch.ones(1, 3))
+            assert torch.equal(copied(torch.ones(1, 3)), expected)
+            assert guard.count() == 1
+        with pytest.raises(NoContext):
+            guard.module(torch.ones(1, 3))
+        assert is_own_guard(copy.copy(guard.module), guard)
+
     def test_a_refused_copy_leaves_the_original_alone(self, guard):
         """A module that cannot be copied raises its own error."""
         guard.module.lock = threading.Lock()

@@ -2,6 +2,8 @@
 
 import importlib
 import re
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ import pytest
 pytest.importorskip("trl", reason="TRL comes with the extra trl")
 
 import trl
+from torch import nn
 
-from lensnet_guard import CallPolicy, eval_mode, frozen, guard_module, no_grad
+from lensnet_guard import CallPolicy, Scope, eval_mode, frozen, guard_module, guard_of, no_grad
 from lensnet_guard.integrations import NoContract
 from lensnet_guard.integrations._preset import around, contracts_of, preset_of
 from lensnet_guard.integrations.presets import PRESETS, as_policy, as_reference
@@ -107,9 +110,22 @@ class TestContracts:
     def test_one_module_in_two_places(self, make):
         """Nobody could say which of them is called; a teacher that is its student teaches none."""
         trainer = make("grpo")
-        trainer.reward_funcs *= 2
-        with pytest.raises(NoContract, match=r"^reward_funcs.0 and reward_funcs.1 of GRPOTrainer"):
+        for name in ("reward_funcs", "reward_processing_classes", "reward_func_names"):
+            setattr(trainer, name, getattr(trainer, name) * 2)
+        trainer.reward_weights = trainer.reward_weights.repeat(2)
+        message = (
+            "reward_funcs.0 and reward_funcs.1 of GRPOTrainer are one module, so nobody could say "
+            "which of them is called.\n"
+            "  what to do   Load it twice; or guard it once, with a policy that counts the calls "
+            'of both: guarded_trainer(trainer, "reward_funcs.1", policy=CallPolicy(...)).'
+        )
+        with pytest.raises(NoContract, match=f"^{re.escape(message)}$"):
             contracts_of(trainer)
+        caller = "trl.trainer.grpo_trainer:GRPOTrainer._calculate_rewards"
+        policy = CallPolicy({"reward": Scope(2, per="generation", caller=caller)})
+        with guarded_trainer(trainer, "reward_funcs.1", policy=policy) as callback:
+            trainer.train()
+        assert callback.verdict.calls == {"reward": 6}
         trainer = make("gkd")
         trainer.teacher_model = trainer.model
         message = (
@@ -184,6 +200,31 @@ class TestUnknown:
         with pytest.raises(NoContract, match="no contract is known of object"):
             contracts_of(object())
 
+    def test_says_what_it_holds_in_lists_and_dicts(self, make):
+        """The items of a tuple too, which cannot be guarded there, and say so."""
+        trainer = make("sft")
+        trainer.judges, trainer.teachers = {"taste": nn.Linear(1, 1)}, (nn.Linear(1, 1),)
+        with pytest.raises(NoContract) as caught:
+            contracts_of(trainer)
+        assert "judges.taste (Linear), teachers.0 (Linear)" in str(caught.value)
+        policy = CallPolicy({"kl": 1})
+        with guarded_trainer(trainer, "judges.taste", policy=policy) as callback:
+            assert guard_of(trainer.judges["taste"]) is callback.guard
+        message = "^item 0 of a tuple cannot be guarded in its place; make the tuple a list$"
+        opened = guarded_trainer(trainer, "teachers.0", policy=policy)
+        with pytest.raises(TypeError, match=message), opened:
+            pytest.fail("it was opened")
+        assert guard_of(trainer.teachers[0]) is None
+
+    def test_a_module_beside_others_twice(self, make):
+        """Whichever of those that are guarded it is."""
+        trainer = make("grpo")
+        with guarded_trainer(trainer) as callback:
+            again = guarded_trainer(trainer, callback.guards["reward_funcs.0"])
+            message = "^reward_funcs.0 of this GRPOTrainer is guarded already: by a guarded_trainer"
+            with pytest.raises(ValueError, match=message), again:
+                pytest.fail("it was opened")
+
     def test_the_same_trainer_twice(self, make):
         """Two callbacks would open each micro-step twice."""
         trainer = make("dpo")
@@ -214,28 +255,27 @@ class Loud:
 
 
 class TestAround:
-    def test_is_open_while_the_method_runs(self):
+    def test_decorates_a_method(self):
         """Its arguments and its result pass through; it is the trainer's own afterwards."""
         told = []
 
-        class Told:
-            def __enter__(self):
-                told.append("in")
-
-            def __exit__(self, *_):
-                told.append("out")
+        @contextmanager
+        def opened():
+            told.append("in")
+            yield
+            told.append("out")
 
         loud = Loud()
-        with around(loud, {"ask": Told}):
+        with around(loud, {"ask": opened()}):
             assert loud.ask(1, 2) == (1, 2)
-            assert told == ["in", "out"]
-        assert loud.ask(3) == (3,)
-        assert (told, vars(loud)) == (["in", "out"], {})
+            assert loud.ask(3) == (3,)
+        assert loud.ask(4) == (4,)
+        assert (told, vars(loud)) == (["in", "out"] * 2, {})
 
     def test_puts_back_what_was_there(self):
         """A method that somebody has put on the trainer, also after an exception."""
         loud = Loud()
         loud.ask = own = len
-        with pytest.raises(KeyError), around(loud, {"ask": pytest.fail}):
+        with pytest.raises(KeyError), around(loud, {"ask": partial(partial, pytest.fail)}):
             raise KeyError("mine")
         assert loud.ask is own

@@ -1,5 +1,8 @@
 """The transformers callback in real trainings of a tiny model, evaluation in between."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,8 @@ from lensnet_guard import (
     BudgetExceeded,
     BudgetUnmet,
     CallPolicy,
+    NoContext,
+    Scope,
     UnsanctionedCall,
     guard_module,
     guard_of,
@@ -209,6 +214,118 @@ class TestTheModuleIsGivenBack:
         with guarded_trainer(trainer, "reference", policy=KL) as guarded:
             trainer.train()
         assert guarded.verdict.calls == {"kl": 10}
+
+
+class Evaluates(TrainerCallback):
+    """Of the user's, so before the guard's in the list: evaluates at one of the trainer's hooks."""
+
+    def __init__(self, trainer, hook):
+        self.trainer = trainer
+        setattr(self, hook, self.evaluate)
+
+    def evaluate(self, *_, **__):
+        self.trainer.evaluate()
+        self.trainer.predict(self.trainer.eval_dataset)
+
+
+class TestEvaluationInBetween:
+    @pytest.mark.parametrize(
+        ("hook", "times"),
+        [
+            *[(f"on_{name}", 6) for name in ("step_begin", "pre_optimizer_step", "step_end")],
+            *[("on_optimizer_step", 6), ("on_substep_end", 4), ("on_epoch_end", 2)],
+        ],
+    )
+    def test_of_a_callback_of_ones_own(self, make_trainer, hook, times):
+        """Its calls are free, also while a micro-step is open, whose budget is due all the same."""
+        trainer = make_trainer(eval_strategy="no")
+        trainer.add_callback(Evaluates(trainer, hook))
+        with guarded_trainer(trainer, "reference", policy=KL) as guarded:
+            trainer.train()
+        assert (guarded.verdict.calls, guarded.verdict.violations) == ({"kl": 10}, 0)
+        assert guarded.verdict.inference_calls == 2 * times
+
+    def test_does_not_pay_for_the_micro_step(self, make_trainer):
+        """A loss that asks the reference never, but evaluates."""
+        trainer = make_trainer()
+        trainer.asks = False
+        trainer.extra = lambda _: trainer.evaluate()
+        with pytest.raises(BudgetUnmet, match="kl made 0 of 1 calls"):
+            with guarded_trainer(trainer, "reference", policy=KL):
+                trainer.train()
+
+
+class TestCutShort:
+    @pytest.mark.parametrize("per", ["micro_step", "step"])
+    def test_what_is_caught_inside_the_block(self, make_trainer, per):
+        """A Ctrl-C: evaluations and calls are free afterwards, and so is a second training."""
+        trainer = make_trainer(max_steps=2)
+        policy = CallPolicy({"kl": Scope((1, 2), per=per)})
+
+        def stop(_):
+            if trainer.state.global_step == 1:
+                raise KeyboardInterrupt
+
+        trainer.extra = stop
+        with guarded_trainer(trainer, "reference", policy=policy) as guarded:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            assert guarded.guard.current_context == "inference"
+            trainer.evaluate()
+            trainer.reference(input_ids=torch.arange(4)[None])
+            trainer.extra = None
+            trainer.train()
+        assert guarded.verdict.violations == guarded.guard.violation_count == 0
+
+    @pytest.mark.parametrize("per", ["micro_step", "step"])
+    def test_a_batch_that_was_too_large(self, make_trainer, per):
+        """accelerate catches that inside of ``train``, and begins again with smaller ones."""
+        trainer = make_trainer(auto_find_batch_size=True, max_steps=2)
+        policy = CallPolicy({"kl": Scope(1 if per == "micro_step" else 2, per=per)})
+        left = [torch.OutOfMemoryError("CUDA out of memory.")]
+
+        def fill(_):
+            if left:
+                raise left.pop()
+
+        trainer.extra = fill
+        with guarded_trainer(trainer, "reference", policy=policy) as guarded:
+            trainer.train()
+        assert (guarded.verdict.calls, guarded.verdict.violations) == ({"kl": 4}, 0)
+
+    def test_leaves_the_trainer_as_it_was(self, make_trainer):
+        """Its methods are of its class again."""
+        trainer = make_trainer()
+        with guarded_trainer(trainer, "reference", policy=KL):
+            assert {"train", "evaluate", "predict"} <= vars(trainer).keys()
+        assert not {"train", "evaluate", "predict"} & vars(trainer).keys()
+
+
+class TestCopies:
+    def test_of_a_module_in_the_block_are_raw(self, make_trainer):
+        """Somebody keeps the best so far, or an average: copies, of which nobody opens contexts."""
+        trainer = make_trainer()
+        kept = []
+        trainer.extra = lambda _: kept.append(copy.deepcopy(trainer.reference))
+        with guarded_trainer(trainer, "reference", policy=KL):
+            trainer.train()
+            kept.append(pickle.loads(pickle.dumps(trainer.reference)))
+            kept.append(copy.deepcopy(nn.ModuleList([trainer.reference]))[0])
+        assert len(kept) == 12
+        for copied in kept:
+            assert guard_of(copied) is None
+            assert type(copied) is LlamaForCausalLM
+            copied(input_ids=torch.arange(4)[None])
+
+    def test_of_a_guard_that_was_there_are_guarded(self, make_trainer):
+        """As it says of its copies; the block does not change it."""
+        trainer = make_trainer()
+        guard = guard_module(trainer.reference, policy=KL, name="reference")
+        trainer.reference = guard.module
+        with guarded_trainer(trainer, guard):
+            copied = copy.deepcopy(trainer.reference)
+        with pytest.raises(NoContext):
+            copied(input_ids=torch.arange(4)[None])
 
 
 class TestCallbackAlone:

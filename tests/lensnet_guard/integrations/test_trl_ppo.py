@@ -115,3 +115,16 @@ def test_a_call_too_many(ppo):
     with pytest.raises((UnsanctionedCall, BudgetExceeded)) as caught, guarded_trainer(trainer):
         trainer.train()
     assert caught.value.record.caller.function == "JudgesAgain.log"
+
+
+def test_samples_that_are_shown_outside_of_a_training(ppo):
+    """They are free, and open no update."""
+    trainer = ppo()
+    with guarded_trainer(trainer) as callback:
+        trainer.generate_completions()
+        trainer.train()
+        trainer.generate_completions()
+        contexts = {guard.current_context for guard in callback.guards.values()}
+        assert contexts == {"inference"}
+    assert {one.micro_steps for one in callback.verdict.values()} == {4}
+    assert {guard.violation_count for guard in callback.guards.values()} == {0}

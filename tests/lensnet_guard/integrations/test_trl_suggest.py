@@ -35,6 +35,10 @@ CASES = [
     ("online_dpo", {}),
     ("gkd", {"seq_kd": True, "lmbda": 0.5, "gradient_accumulation_steps": 4}),
     ("distillation", {}),
+    ("reward", {"gradient_accumulation_steps": 4}),
+    ("dpo", {"peft": True}),
+    ("kto", {"peft": True}),
+    ("online_dpo", {"peft": True}),
 ]
 
 
