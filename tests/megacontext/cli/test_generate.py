@@ -110,7 +110,7 @@ class TestText:
 
     def test_show_focus_draws_every_level_that_is_held(self, run_dir: Path) -> None:
         """A long prompt has more of them than were trained."""
-        code, out, err = generate(
+        code, _, err = generate(
             run_dir, "--prompt", "-", "--max-tokens", 0, "--show-focus", stdin=b"y = 1\n" * 10_000
         )
         assert code == 0
