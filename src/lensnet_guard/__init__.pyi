@@ -26,6 +26,7 @@ from lensnet_guard.calls.errors import RankStopped as RankStopped
 from lensnet_guard.calls.errors import ReentrantCall as ReentrantCall
 from lensnet_guard.calls.errors import UnsanctionedCall as UnsanctionedCall
 from lensnet_guard.calls.frozen import frozen as frozen
+from lensnet_guard.calls.frozen import frozen_base as frozen_base
 from lensnet_guard.calls.policy import CallPolicy as CallPolicy
 from lensnet_guard.calls.policy import Mode as Mode
 from lensnet_guard.calls.record import CallRecord as CallRecord

@@ -26,7 +26,7 @@ from lensnet_guard.boundary.keeper import (
     rebuild,  # noqa: F401  # pickles of before name it here
 )
 from lensnet_guard.boundary.observing import teller
-from lensnet_guard.boundary.proxy import GuardedModule, keeper_of
+from lensnet_guard.boundary.proxy import keeper_of, proxy_for
 from lensnet_guard.boundary.settlement import WindowBlock, opened
 from lensnet_guard.boundary.tripwire import Tripwire, guard_behind
 from lensnet_guard.calls.budget import MicroStep, Window
@@ -78,9 +78,8 @@ class Guard(Generic[M]):
         if mode != "off":
             check_doors(module, policy)
             # The proxy passes for the module, down to its class.
-            self.module = cast(
-                "M", GuardedModule(module, GuardKeeper(self, self._admission, guard_copies))
-            )
+            keeper = GuardKeeper(self, self._admission, guard_copies)
+            self.module = cast("M", proxy_for(module, keeper))
             tell_untested([*_torch_checkpoints.losses(), *_torch_internals.losses()])
             admission, tell = self._admission, teller() if mode == "observe" else None
             names = policy.shared_submodules, admission.doors.methods

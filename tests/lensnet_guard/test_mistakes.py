@@ -32,11 +32,13 @@ from lensnet_guard import (
     eval_mode,
     finite,
     frozen,
+    frozen_base,
     guard_module,
     inference_too,
     no_grad,
     same_inputs,
 )
+from lensnet_guard.boundary.claims import CALLED_TWICE
 from lensnet_guard.calls.errors import MISTAKES, VIOLATIONS, mistake_for
 from lensnet_guard.calls.scope import mistake_of
 from lensnet_guard.integrations import GuardLost
@@ -56,6 +58,7 @@ CONDITIONS = {
     "autocast": (autocast(None), "reference-out-of-autocast"),
     "finite": (finite, "reference-out-of-autocast"),
     "frozen": (frozen, "moved-weights"),
+    "frozen_base": (frozen_base, "moved-weights"),
     "same_inputs": (same_inputs(nn.Linear(1, 1), "input"), "another-batch"),
 }
 UNTOLD = {"moving-batch-norm", "teacher-is-student", "recompute-counted"}  # each says why
@@ -68,6 +71,7 @@ def told_by():
         told[name].add(reason)
     for condition, (_, name) in CONDITIONS.items():
         told[name] |= {"ConditionUnmet", condition}
+    told[CALLED_TWICE].add("UnsanctionedCall")
     told[GuardLost.mistake].add("GuardLost")
     told["overwritten-graph-outputs"].add("LensNetHazard")
     return told

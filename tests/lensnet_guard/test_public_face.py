@@ -60,7 +60,7 @@ class TestPublicFace:
         keywords = inspect.Parameter.KEYWORD_ONLY
         expected = {
             "lensnet_guard": ("owner_or_module", ["attribute", "policy", "mode", "log"]),
-            "guard_module": ("module", ["policy", "mode", "log", "name"]),
+            "guard_module": ("module", ["policy", "mode", "log", "name", "guard_copies"]),
         }
         for name, (first, rest) in expected.items():
             parameters = inspect.signature(getattr(lensnet_guard, name)).parameters

@@ -31,6 +31,10 @@ def score(guard, times=1, scope="reference"):
             guard.module(X)
 
 
+def ask(guard):
+    guard.module(X)
+
+
 class TestBudget:
     def test_counts_over_micro_steps_and_steps(self):
         """As GRPO does: scored in the first micro-step, and not at all in those that follow."""
@@ -45,6 +49,35 @@ class TestBudget:
                                     score(guard, 2)
                 assert window.calls == {"reference": 2}
         assert (guard.count("training", "reference"), guard.violation_count) == (4, 0)
+
+    def test_one_that_has_ended(self):
+        """A call that comes after it, in the same micro-step: it is one too many."""
+        caller = f"{__name__}:ask"
+        guard = windowed(reference=Scope((1, 2), per="generation", caller=caller))
+        with guard.context("training"), pytest.raises(UnsanctionedCall) as refused:
+            with guard.micro_step() as micro_step:
+                with pytest.raises(KeyError), guard.window("generation"):
+                    raise KeyError("mine")
+                assert micro_step.ended == set()  # it was broken off
+                with guard.window("generation"):
+                    ask(guard)
+                assert micro_step.ended == {"generation"}
+                ask(guard)
+        told = "'reference' counts per \"generation\", and that of this micro-step has ended."
+        assert str(refused.value).splitlines()[0].endswith(told)
+        assert refused.value.mistake == "called-twice"
+
+    def test_one_of_the_micro_step_before(self):
+        """It is none of this one's."""
+        caller = f"{__name__}:ask"
+        guard = windowed(reference=Scope((1, 2), per="generation", caller=caller))
+        with guard.context("training"), pytest.raises(UnsanctionedCall) as refused:
+            with guard.micro_step(), guard.window("generation"):
+                ask(guard)
+            with guard.micro_step(1):
+                ask(guard)
+        assert 'counts per "generation", and no such window is open.' in str(refused.value)
+        assert refused.value.mistake == "called-from-elsewhere"
 
     def test_counts_outside_of_micro_steps(self):
         """As PPO does: a rollout is scored, and trained on afterwards."""

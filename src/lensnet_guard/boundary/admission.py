@@ -119,12 +119,11 @@ class Admission:
     ) -> CallRecord:
         """Decide on a call, book it and record it; raise when it is refused."""
         here = self.open.position()
-        claims, call = self._claims, None
+        claims, call, breach = self._claims, None, None
         if claims.look_at_calls:
             call = self._call(run, args, kwargs, method)
-        scope, detail, mistake = here.scope, "", None
-        if scope is None and here.context == "training":
-            scope, detail = claims.scope_of(here, frame, call)
+        claim = claims.scope_of(here, frame, call)
+        scope = claim.scope
         inputs = describe_inputs(args, kwargs)
         with self.history.lock:  # from reading the budget to spending it
             again = self._recomputes.find(frame)
@@ -145,8 +144,6 @@ class Admission:
                 call.context, call.scope, call.earlier = here.context, scope, self._last
                 breach = first_breach(claims.requires(here.context, scope), call)
                 reason = decide(*facts, breached=breach is not None)
-                if breach is not None:
-                    detail, mistake = f": {breach.found}", breach.mistake
             if reason is None:
                 record = self.history.add_call(here, scope, frame, inputs, method)
                 if window is not None and scope is not None:
@@ -154,9 +151,11 @@ class Admission:
                 self._recomputes.remember(record, frame)
                 self._last = record
                 return record
+            why = claims.explain(claim, breach, here)
         if reason == "UnsanctionedCall" and scope is not None:
-            detail = claims.outside(scope)
-        refusal = Refusal("call", reason, here, frame, scope, inputs, detail, method, mistake)
+            why = claims.outside(scope, here)
+        detail = f": {why.found}" if why.found else ""
+        refusal = Refusal("call", reason, here, frame, scope, inputs, detail, method, why.mistake)
         record = self.violations.refuse(refusal)
         with self.history.lock:
             if reason == "ConditionUnmet" and window is not None and scope is not None:

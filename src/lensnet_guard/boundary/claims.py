@@ -1,7 +1,7 @@
 """Whose call it is, and what must hold of it: the policy's scopes and conditions, applied."""
 
-from collections.abc import Iterable
-from types import FrameType
+from collections.abc import Iterable, Mapping
+from types import FrameType, MappingProxyType
 from typing import NamedTuple
 
 from lensnet_guard.calls.call import Call
@@ -10,6 +10,38 @@ from lensnet_guard.calls.context import Position
 from lensnet_guard.calls.policy import CallPolicy
 from lensnet_guard.calls.record import Context
 from lensnet_guard.calls.scope import MICRO_STEP, Condition, mistake_of, name_of
+
+CALLED_TWICE = "called-twice"  # as docs/mistakes.md calls it
+
+
+class Breach(NamedTuple):
+    """A condition that does not hold.
+
+    Attributes:
+        found: Which it is, and what it found.
+        mistake: The entry of docs/mistakes.md that explains it; None where it names none.
+    """
+
+    found: str
+    mistake: str | None
+
+
+class Claim(NamedTuple):
+    """Whose call one is.
+
+    Attributes:
+        scope: The scope that it belongs to, if any.
+        why: Why it belongs to none, or to no other.
+        missed: The scopes of the same caller that it would belong to in another state, by name,
+            with what does not hold.
+    """
+
+    scope: str | None
+    why: str = ""
+    missed: Mapping[str, Breach] = MappingProxyType({})
+
+
+_NOT_SAID = Breach("", None)
 
 
 class Claims:
@@ -44,9 +76,7 @@ class Claims:
         self.look_at_calls = bool(whens or policy.requires or any(conditions))
         self.look_at_results = bool(policy.ensures or any(s.ensures for s in scopes.values()))
 
-    def scope_of(
-        self, here: Position, frame: FrameType | None, call: Call | None
-    ) -> tuple[str | None, str]:
+    def scope_of(self, here: Position, frame: FrameType | None, call: Call | None) -> Claim:
         """Return the scope that a call belongs to, if any; and why it belongs to no other.
 
         Args:
@@ -55,27 +85,54 @@ class Claims:
             call: The call; needed where `look_at_calls`.
         """
         if here.scope is not None or here.context != "training":
-            return here.scope, ""
-        missed: list[str] = []
+            return Claim(here.scope)
+        missed: dict[str, Breach] = {}
         if self._by_caller:
             caller, frame = find_caller(frame, self._by_caller)
             if caller in self._plain:
-                return self._plain[caller], ""
+                return Claim(self._plain[caller])
             while caller is not None:
                 if found := self._holding(self._by_caller[caller], call, missed):
                     return _only(found, missed)
                 caller, frame = find_caller(frame, self._by_caller)
         if found := self._holding(self._by_state, call, missed):
             return _only(found, missed)
-        return None, _in_words(missed)
+        return Claim(None, _in_words(missed), missed)
 
-    def outside(self, scope: str) -> str:
+    def explain(self, claim: Claim, breach: Breach | None, here: Position) -> Breach:
+        """Return what to say of a call that is refused, and which mistake it is.
+
+        A scope that the call has missed by its state, and that has not made all of its calls, is
+        what was meant; so that state is what is wrong, whatever else is.
+
+        Args:
+            claim: Whose call it is.
+            breach: What does not hold of it as a call of that scope, if that is why.
+            here: The blocks that are open.
+        """
+        meant = (one for name, one in claim.missed.items() if self._has_some_left(name, here))
+        missed = next(meant, _NOT_SAID)
+        if breach is None:
+            return Breach(claim.why, missed.mistake)
+        if missed is _NOT_SAID:
+            return breach
+        found = f"{claim.why}; so it is one of {claim.scope!r}, and {breach.found}"
+        return Breach(found, missed.mistake or breach.mistake)
+
+    def _has_some_left(self, scope: str, here: Position) -> bool:
+        window, most = here.window(self.windows.get(scope, MICRO_STEP)), self.most[scope]
+        return window is None or most is None or len(window.spent(scope)) < most
+
+    def outside(self, scope: str, here: Position) -> Breach:
         """Return what to say of a call whose scope is known, and whose window is not open."""
         full = self._policy.in_full[scope]
         if full.per != MICRO_STEP:
-            return f': its scope {scope!r} counts per "{full.per}", and no such window is open'
+            its = f'its scope {scope!r} counts per "{full.per}"'
+            if here.micro_step is not None and full.per in here.micro_step.ended:
+                return Breach(f"{its}, and that of this micro-step has ended", CALLED_TWICE)
+            return Breach(f"{its}, and no such window is open", None)
         who = "its sanctioned caller runs" if full.caller is not None else f"its scope {scope!r} is"
-        return f": {who} outside any micro-step, where no budget counts"
+        return Breach(f"{who} outside any micro-step, where no budget counts", None)
 
     def requires(self, context: Context | None, scope: str | None) -> Iterable[Condition]:
         """Return what must hold of a call as it begins."""
@@ -87,7 +144,9 @@ class Claims:
         own = self._policy.in_full[scope].ensures if scope is not None else ()
         return _of(context, self._policy.ensures, own)
 
-    def _holding(self, names: Iterable[str], call: Call | None, missed: list[str]) -> list[str]:
+    def _holding(
+        self, names: Iterable[str], call: Call | None, missed: dict[str, Breach]
+    ) -> list[str]:
         """Return the scopes whose state holds, of those whose caller is right.
 
         What does not hold of the others is added to ``missed``.
@@ -95,24 +154,12 @@ class Claims:
         holding = []
         for name in names:
             when = self._whens[name]
-            found = finding(when, call) if when is not None and call is not None else None
-            if found is None:
+            breach = first_breach((when,), call) if when is not None and call is not None else None
+            if breach is None:
                 holding.append(name)
-            elif when is not None:
-                missed.append(f"not in the scope {name!r}, for {name_of(when)}: {found}")
+            else:
+                missed[name] = breach
         return holding
-
-
-class Breach(NamedTuple):
-    """A condition that does not hold.
-
-    Attributes:
-        found: Which it is, and what it found.
-        mistake: The entry of docs/mistakes.md that explains it; None where it names none.
-    """
-
-    found: str
-    mistake: str | None
 
 
 def first_breach(conditions: Iterable[Condition], call: Call) -> Breach | None:
@@ -142,12 +189,12 @@ def _of(
     return [condition for condition in common if getattr(condition, "in_inference", False)]
 
 
-def _only(found: list[str], missed: list[str]) -> tuple[str | None, str]:
+def _only(found: list[str], missed: Mapping[str, Breach]) -> Claim:
     """Return the one scope that applies; none where several do, which would be anybody's guess."""
     if len(found) == 1:
-        return found[0], _in_words(missed)
-    return None, f": the scopes {' and '.join(map(repr, found))} both apply to it"
+        return Claim(found[0], _in_words(missed), missed)
+    return Claim(None, f"the scopes {' and '.join(map(repr, found))} both apply to it")
 
 
-def _in_words(missed: list[str]) -> str:
-    return f": {'; '.join(missed)}" if missed else ""
+def _in_words(missed: Mapping[str, Breach]) -> str:
+    return "; ".join(f"not in the scope {name!r}, for {one.found}" for name, one in missed.items())

@@ -102,7 +102,7 @@ class Keeper(Protocol):
 class GuardedModule(wrapt.ObjectProxy[nn.Module]):
     """Proxy around an ``nn.Module`` whose calls its guard admits, records or refuses.
 
-    Made by `lensnet_guard.guard_module`, not directly.
+    Made by `lensnet_guard.guard_module`, through `proxy_for`, not directly.
     """
 
     def __init__(self, module: nn.Module, keeper: Keeper) -> None:
@@ -196,6 +196,28 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
 
     def __repr__(self) -> str:
         return f"guarded {self.__wrapped__!r}"
+
+
+def proxy_for(module: nn.Module, keeper: Keeper) -> GuardedModule:
+    """Return the proxy of a module.
+
+    Its ``type`` makes another module of the raw one's kind, which nobody guards: that is what
+    ``type(model)(model.config)`` is for, in callbacks that average weights.
+
+    Args:
+        module: The raw module.
+        keeper: What the proxy asks.
+    """
+    kind: Any = module.__class__
+
+    class Kind(GuardedModule):
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return kind(*args, **kwargs)
+
+    Kind.__name__, Kind.__qualname__ = GuardedModule.__name__, GuardedModule.__qualname__
+    proxy: GuardedModule = GuardedModule.__new__(Kind)
+    proxy.__init__(module, keeper)  # type: ignore[misc]
+    return proxy
 
 
 def _fluent(name: str) -> Any:

@@ -34,6 +34,8 @@ def opened(admission: Admission, block: Block) -> Iterator[None]:
             enforced.raise_swallowed()
         if ending is not None:
             _settle(admission, here, ending)
+            if here.micro_step not in {None, ending}:
+                here.micro_step.ended.add(ending.name)
     except BaseException as error:
         for earlier, last in admission.execution.compiled.blame(error):
             for sink in admission.history.sinks:

@@ -105,6 +105,25 @@ class active_adapter:  # noqa: N801  # it is written where it is asked for, as s
         return f"active_adapter({self.name!r})"
 
 
+def parameters_of_adapters(call: Call) -> dict[int, bool]:
+    """Return of each parameter of an adapter, by its id, whether the adapter works in a call.
+
+    Those of the base model that PEFT itself writes as adapters work (``target_parameters``), and
+    puts back, are none that do.
+    """
+    found: dict[int, bool] = {}
+    for part, works in _layers(call):
+        parameter_of: Any = getattr(part, "get_param", None)
+        if parameter_of is not None:
+            found[id(parameter_of())] = False
+        for held in part.children():
+            if isinstance(held, (nn.ModuleDict, nn.ParameterDict)):  # by the adapters' names
+                for name, own in held.items():
+                    one = own.parameters() if isinstance(own, nn.Module) else [own]
+                    found.update((id(parameter), name in works) for parameter in one)
+    return found
+
+
 def has_adapters(module: nn.Module) -> bool:
     """Return whether a module has adapters of PEFT's, in whatever state."""
     return bool(_states(module, None))

@@ -101,6 +101,7 @@ class MicroStep(Window):
     Attributes:
         step: The same.
         micro_step: The same.
+        ended: The names of the other windows that have ended well in it.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class MicroStep(Window):
         super().__init__(MICRO_STEP, due, context)
         self.step = step
         self.micro_step = micro_step
+        self.ended: set[str] = set()
 
 
 def _traceback_of(error: BaseException) -> list[BaseException]:

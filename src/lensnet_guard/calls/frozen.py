@@ -7,7 +7,7 @@ checksums. No tensor is kept alive for that.
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, overload
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from lensnet_guard._text import count
 from lensnet_guard._torch_internals import holders, writes_to
+from lensnet_guard.calls.adapters import parameters_of_adapters
 from lensnet_guard.calls.call import Call
 from lensnet_guard.calls.checksum import checksums
 from lensnet_guard.calls.record import CallRecord
@@ -64,18 +65,69 @@ class _Frozen:
         before: _Seen | None = call.memory.get(self)
         if before is not None and before.holds():
             return None
-        now = call.memory[self] = _Seen(call.module, fingerprint=self.fingerprint)
-        changes = list(_changes(before, now)) if before is not None else []
-        if changes:
-            return _told(changes, call.earlier)
-        untold = (f"{i.kind} {path} {i.untold}" for path, i in now.items.items() if i.untold)
-        return next((f"the {found}" for found in untold), None)
+        found, look = list(_content(call.module)), _quick_look(call.module)
+        now = call.memory[self] = _Seen(found, look, fingerprint=self.fingerprint)
+        return _first_change(before, now, call.earlier)
 
     def __repr__(self) -> str:
         return f"frozen(fingerprint={self.fingerprint})"
 
 
 _BY_COUNTER = _Frozen(fingerprint=False)
+
+
+def frozen_base(call: Call) -> str | None:
+    """No parameter is trained, or has changed, but those of adapters of PEFT's that do not work.
+
+    It stops a reference that moves with the policy, where both are one model and the adapters are
+    the difference: base weights that somebody has not frozen, biases that are trained along
+    (``bias="all"``), an adapter ``"ref"`` that is overwritten. It is for the calls of the
+    reference, with the adapters off or that one active; changes are found as `frozen` finds them.
+
+    Args:
+        call: The call as it begins.
+
+    Returns:
+        None, or the first parameter that is trained or has changed.
+    """
+    before: _Seen | None = call.memory.get(frozen_base)
+    if before is not None and before.holds():
+        return None
+    works = parameters_of_adapters(call)
+    idle = frozenset(parameter for parameter, does in works.items() if not does)
+    found = [
+        (path, "parameter", parameter)
+        for path, parameter in call.module.named_parameters(remove_duplicate=False)
+        if id(parameter) not in idle
+    ]
+    now = call.memory[frozen_base] = _Seen(found, _quick_look(call.module, idle))
+    trained = [path for path, _, it in found if it.requires_grad and id(it) not in works]
+    return _first_change(before, now, call.earlier) or _in_words(trained, len(found))
+
+
+vars(frozen_base)["mistake"] = "moved-weights"
+
+
+def _in_words(trained: list[str], of: int) -> str | None:
+    """Return what to say of base weights that are trained; None where there are none."""
+    if not trained:
+        return None
+    what_to_do = "freeze all but the adapters, requires_grad_(False)"
+    if all(path.rpartition(".")[2] == "bias" for path in trained):
+        what_to_do = 'leave bias= of the adapter\'s config at "none"'
+    return (
+        f"the parameter {trained[0]} requires grad, as {len(trained)} of {of} of the base model "
+        f"do, so the reference is trained with the policy; {what_to_do}"
+    )
+
+
+def _first_change(before: "_Seen | None", now: "_Seen", earlier: CallRecord | None) -> str | None:
+    """Return in words what has changed, or what nobody can tell of; None where nothing has."""
+    changes = list(_changes(before, now)) if before is not None else []
+    if changes:
+        return _told(changes, earlier)
+    untold = (f"the {i.kind} {path} {i.untold}" for path, i in now.items.items() if i.untold)
+    return next(untold, None)
 
 
 def _told(changes: list[str], earlier: CallRecord | None) -> str:
@@ -87,6 +139,10 @@ def _told(changes: list[str], earlier: CallRecord | None) -> str:
         f"{changes[0]}{more} since the last call that was checked (the call before this one is "
         f"{last})"
     )
+
+
+_Content = tuple[str, str, Any]
+_Look = Callable[[], list[torch.Tensor] | None]
 
 
 class _Item(NamedTuple):
@@ -111,15 +167,15 @@ class _Seen:
     """What a module was made of when it was last looked at.
 
     Args:
-        module: The module.
+        found: Path, kind and object of all that is compared.
+        look: What looks at it quickly, as `_quick_look` returns it.
         fingerprint: Whether to take checksums.
 
     Attributes:
         items: All of it, by path.
     """
 
-    def __init__(self, module: nn.Module, *, fingerprint: bool) -> None:
-        found = list(_content(module))
+    def __init__(self, found: list[_Content], look: _Look, *, fingerprint: bool = False) -> None:
         tensors = [thing for _, _, thing in found if isinstance(thing, torch.Tensor)]
         self._bits = _read(tensors) if fingerprint else None
         bits = iter(self._bits or ())
@@ -129,7 +185,7 @@ class _Seen:
                 self.items[path] = _Item(kind, weakref.ref(thing))
             else:
                 self.items[path] = _tensor_item(kind, thing, next(bits, None))
-        self._look = _quick_look(module)
+        self._look = look
 
     def holds(self) -> bool:
         """Return whether it is so still; False too where that cannot be told quickly."""
@@ -137,7 +193,7 @@ class _Seen:
         return tensors is not None and (self._bits is None or _read(tensors) == self._bits)
 
 
-def _content(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+def _content(module: nn.Module) -> Iterator[_Content]:
     """Yield path, kind and object of all that a module is made of."""
     for path, part in module.named_modules(remove_duplicate=False):
         if path:
@@ -193,11 +249,15 @@ def _changes(before: _Seen, now: _Seen) -> Iterator[str]:
             yield f"the {was.kind} {path} is gone"
 
 
-def _quick_look(module: nn.Module) -> Callable[[], list[torch.Tensor] | None]:
+def _quick_look(module: nn.Module, idle: frozenset[int] | None = None) -> _Look:
     """Return a function that looks at a whole module in microseconds, many things at each step.
 
     It looks into the dicts in which the parts of a module keep their things. Of the tensors it has
     weak references only; a submodule that was taken out is let go at the next look.
+
+    Args:
+        module: The module.
+        idle: Of the parameters those that may change, by their ids; then buffers may, too.
 
     Returns:
         The function. It returns all tensors of the module, as `_content` orders them, if none was
@@ -205,13 +265,16 @@ def _quick_look(module: nn.Module) -> Callable[[], list[torch.Tensor] | None]:
         such dicts, or a tensor no counter.
     """
     kept = [holders(part) for _, part in module.named_modules(remove_duplicate=False)]
-    dicts = [held for own in kept if own is not None for held in own[:2]]
+    kinds = 2 if idle is None else 1
+    dicts = [held for own in kept if own is not None for held in own[:kinds]]
+    dicts, single = _without(dicts, idle or frozenset())
     trees = [own[2] for own in kept if own is not None]
     if len(trees) < len(kept):
         return _nothing
     full, parents = tuple(filter(None, dicts)), tuple(filter(None, trees))
     empty = [held for held in (*dicts, *trees) if not held]
     things = [thing for held in full for thing in held.values()]  # None: no such bias
+    things.extend(held[name] for held, name in single)
     children = [child for parent in parents for child in parent.values()]
     tensors = [thing for thing in things if thing is not None]
     try:
@@ -227,6 +290,7 @@ def _quick_look(module: nn.Module) -> Callable[[], list[torch.Tensor] | None]:
         if any(empty) or gc.get_referents(*parents) != children:
             return None
         found = gc.get_referents(*full)
+        found.extend(held.get(name) for held, name in single)
         if len(found) != len(find):
             return None
         for ref, thing in zip(find, found, strict=True):
@@ -236,6 +300,19 @@ def _quick_look(module: nn.Module) -> Callable[[], list[torch.Tensor] | None]:
         return now if sum(map(writes_to, now)) == versions else None
 
     return look if look() is not None else _nothing
+
+
+_Held = Mapping[str, Any]
+
+
+def _without(
+    dicts: list[_Held], idle: frozenset[int]
+) -> tuple[list[_Held], list[tuple[_Held, str]]]:
+    """Return the dicts that hold nothing idle; and what else others hold, by dict and name."""
+    mixed = [held for held in dicts if not idle.isdisjoint(map(id, held.values()))] if idle else []
+    names = [(held, n) for held in mixed for n, thing in held.items() if id(thing) not in idle]
+    apart = set(map(id, mixed))
+    return [held for held in dicts if id(held) not in apart], names
 
 
 def _nothing() -> None:

@@ -1,7 +1,7 @@
 """From a trainer to its contracts: what it holds, the preset of its kind, and the policies."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -49,23 +49,38 @@ def contracts_of(trainer: Any) -> dict[str, CallPolicy]:
     preset = preset_of(trainer)
     if preset is None:
         raise _unknown(trainer)
-    found = [
+    found = _held(trainer, preset.held)
+    if not found and preset.otherwise is not None:
+        found = _held(trainer, (preset.otherwise,))
+    if not found:
+        raise _nothing(trainer, preset)
+    _check_each_is_another(trainer, {place: module for place, module, _ in found})
+    for place, module, held in found:
+        if frozen in held.requires:
+            _check_shares_nothing(trainer, place, module)
+    return {place: _policy(trainer, preset, held, module) for place, module, held in found}
+
+
+def _held(trainer: Any, of: Iterable[Held]) -> list[tuple[str, nn.Module, Held]]:
+    """Return the modules that are held and can be guarded, each with its place."""
+    return [
         (place, module, held)
-        for held in preset.held
-        if held.given(trainer)
+        for held in of
+        if held.given(trainer) and held.beyond(trainer) is None
         for place, module in _modules_at(trainer, held.place)
     ]
-    if not found and preset.otherwise is not None:
-        held = preset.otherwise
-        found = [(held.place, getattr_path(trainer, held.place), held)]
-    if not found:
-        places = " and ".join(sorted({held.place for held in preset.held}))
-        raise NoContract(
-            f"{type(trainer).__name__} holds nothing to guard: its {places} is no module here.\n"
-            "  what to do   Train it without guarded_trainer, or name what it calls."
-        )
-    _check_each_is_another(trainer, {place: module for place, module, _ in found})
-    return {place: _policy(trainer, preset, held, module) for place, module, held in found}
+
+
+def _nothing(trainer: Any, preset: Preset) -> NoContract:
+    """Return what says why there is nothing to guard."""
+    held = [*preset.held, *filter(None, [preset.otherwise])]
+    places = " and ".join(sorted({one.place for one in preset.held}))
+    whys = (one.beyond(trainer) for one in held if getattr_path(trainer, one.place) is not None)
+    why = next(filter(None, whys), f"its {places} is no module here")
+    return NoContract(
+        f"{type(trainer).__name__} holds nothing to guard: {why}.\n"
+        "  what to do   Train it without guarded_trainer, or name what it calls."
+    )
 
 
 def _check_each_is_another(trainer: Any, modules: Mapping[str, nn.Module]) -> None:
@@ -92,6 +107,34 @@ def _check_each_is_another(trainer: Any, modules: Mapping[str, nn.Module]) -> No
                 f"say which of them is called.\n  what to do   {what_to_do}"
             )
         places[id(module)] = place
+
+
+def _check_shares_nothing(trainer: Any, place: str, module: nn.Module) -> None:
+    """Refuse a reference that has weights in the memory of the model that is trained.
+
+    Torch counts writes by tensor, so `frozen` would not see that they are written by another.
+
+    Raises:
+        NoContract: It would be trained with the model.
+    """
+    named = trainer.model.named_parameters()
+    trained = {_memory(it): name for name, it in named if it.requires_grad and _memory(it)}
+    for name, parameter in module.named_parameters():
+        if (other := trained.get(_memory(parameter))) is not None:
+            raise NoContract(
+                f"{name} of {place} of {type(trainer).__name__} is in the memory of {other} of "
+                "model, which it trains, so the one would move with the other.\n"
+                "  what to do   Load it twice; or freeze in model what they share, "
+                "requires_grad_(False)."
+            )
+
+
+def _memory(parameter: nn.Parameter) -> int:
+    """Return where a parameter has its values; 0 where it has none, or nobody can tell."""
+    try:
+        return parameter.untyped_storage().data_ptr()
+    except RuntimeError:  # of a kind without, of which there are many
+        return 0
 
 
 _TEACHES_NOTHING = (

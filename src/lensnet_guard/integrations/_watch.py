@@ -10,7 +10,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from lensnet_guard import CallPolicy, Guard, Mode, guard_module, guard_of, lensnet_guard
+from lensnet_guard import (
+    CallPolicy,
+    Guard,
+    MicroStep,
+    Mode,
+    guard_module,
+    guard_of,
+    lensnet_guard,
+)
 from lensnet_guard._text import absolute, add_note, short_path
 from lensnet_guard.integrations._place import (
     GuardLost,
@@ -79,6 +87,7 @@ class Watch:
 
     Attributes:
         guard: The guard; None before `open` when it is made there.
+        micro_step: The last that was begun; None before.
         begun: Training micro-steps that were begun since `open`, or since `count_from_here`.
         log: Where `Watches` are to log, when this one is their first.
     """
@@ -98,6 +107,7 @@ class Watch:
         self._number: int | None = None  # of the optimizer step whose window is open
         self._tally: Tally | None = None
         self.guard: Guard | None = None
+        self.micro_step: MicroStep | None = None
         self.begun = 0
         target = contract.target
         if isinstance(target, Guard):
@@ -179,7 +189,7 @@ class Watch:
             self._number = step
         block = ExitStack()
         self.begun += 1
-        block.enter_context(self.guard.micro_step(step, micro_step))
+        self.micro_step = block.enter_context(self.guard.micro_step(step, micro_step))
         self._step = block
 
     def end_step(self) -> None:

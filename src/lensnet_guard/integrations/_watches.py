@@ -3,7 +3,7 @@
 import atexit
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -66,6 +66,7 @@ def watches_for(
     *,
     must_be_found: bool = True,
     compare_ranks: bool = False,
+    ranges: bool = True,
 ) -> "Watches":
     """Return the watches of modules that hang at one root.
 
@@ -74,10 +75,12 @@ def watches_for(
         root: Where to look for them.
         must_be_found: As for `Watch`.
         compare_ranks: As for `Watches`.
+        ranges: As for `Watches`.
     """
     return Watches(
         {name: Watch(one, root, must_be_found=must_be_found) for name, one in contracts.items()},
         compare_ranks=compare_ranks,
+        ranges=ranges,
     )
 
 
@@ -87,11 +90,14 @@ class Watches:
     Args:
         watches: Of each module, by its name. All log to the file of the first.
         compare_ranks: Whether the ranks of a distributed training compare what they call.
+        ranges: As for `lensnet_guard.compare_ranks`.
     """
 
-    def __init__(self, watches: Mapping[str, Watch], *, compare_ranks: bool = False) -> None:
+    def __init__(
+        self, watches: Mapping[str, Watch], *, compare_ranks: bool = False, ranges: bool = True
+    ) -> None:
         self._watches = dict(watches)
-        self._compare_ranks = compare_ranks
+        self._compare_ranks, self._ranges = compare_ranks, ranges
         self._logs = ExitStack()
         self._ranks = ExitStack()
 
@@ -147,7 +153,7 @@ class Watches:
         compared = {name: guard for name, guard in self.guards.items() if guard.mode != "off"}
         if self._compare_ranks and together and compared:
             atexit.register(self._at_exit)
-            self._ranks.enter_context(lensnet_guard.compare_ranks(compared))
+            self._ranks.enter_context(lensnet_guard.compare_ranks(compared, ranges=self._ranges))
 
     def _leave_ranks(self, error: BaseException | None = None) -> None:
         """Say to the other ranks, if they still compare, that this one has stopped, and why."""
@@ -186,15 +192,14 @@ class Watches:
 
     @contextmanager
     def window(self, name: str) -> Iterator[None]:
-        """Open a window of all whose policies count in it.
+        """Open a window of all whose policies count in it; one in a micro-step.
 
         Raises:
             LensNetViolation: As the end of ``guard.window``.
         """
         with ExitStack() as blocks:
-            for guard in self.guards.values():
-                if name in guard.policy.windows or guard.mode == "observe":
-                    blocks.enter_context(guard.window(name))
+            for watch in self._watches.values():
+                blocks.enter_context(_window(watch, name))
             yield
 
     @contextmanager
@@ -282,3 +287,15 @@ class Watches:
                 raise raised[0]
             finally:
                 raised.clear()  # or this frame, which its traceback holds, would hold it
+
+
+def _window(watch: Watch, name: str) -> AbstractContextManager[object]:
+    """Return a block that is a window, if the policy counts in it; of a micro-step the first.
+
+    Another stays closed, so that its calls are too many.
+    """
+    guard, micro_step = watch.guard, watch.micro_step
+    assert guard is not None
+    counts = name in guard.policy.windows or guard.mode == "observe"
+    had = micro_step is not None and name in micro_step.ended
+    return guard.window(name) if counts and not had else nullcontext()

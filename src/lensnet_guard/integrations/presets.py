@@ -6,9 +6,20 @@ real trainings keep it, in the tests. `contracts_of` in ``_preset`` makes the po
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from lensnet_guard import Call, Condition, adapters_off, adapters_on, eval_mode, frozen, no_grad
+from lensnet_guard import (
+    Call,
+    Condition,
+    active_adapter,
+    adapters_off,
+    adapters_on,
+    eval_mode,
+    frozen,
+    frozen_base,
+    no_grad,
+)
 
 Calls = int | tuple[int, int | None] | None
 """A budget, as `lensnet_guard.Scope` takes it; None: there is no such call."""
@@ -50,6 +61,7 @@ class Held:
         requires: What must hold of each.
         syncs: Says of a trainer whether it moves the module's weights, so that they are not frozen.
         given: Says of a trainer whether the module is to be guarded.
+        beyond: Says of a trainer in words why nobody could guard the module; None where one can.
         methods: As of `lensnet_guard.CallPolicy`.
         parts: As of `lensnet_guard.CallPolicy`; ``"*"`` is the backbone of a model of transformers.
     """
@@ -59,6 +71,7 @@ class Held:
     requires: tuple[Condition, ...] = ()
     syncs: Setting = lambda trainer: False
     given: Setting = lambda trainer: True
+    beyond: Setting = lambda trainer: None
     methods: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
 
@@ -71,7 +84,8 @@ class Preset:
         read_from: The library and the version that it was read from.
         held: The modules that are guarded.
         otherwise: What is guarded where the trainer holds none of them.
-        windows: The name of a window -> the trainer's method of which each run is one.
+        windows: The name of a window -> the trainer's method of which each run is one. There is one
+            such run in a micro-step at most.
         evaluates: Methods that evaluate in the midst of training.
         own_loop: Whether its loop tells callbacks of nothing but the end of an update. An update is
             one micro-step then.
@@ -89,7 +103,7 @@ class Preset:
 
 
 def as_reference(call: Call) -> str | None:
-    """The adapters are off, or the one named "ref" is active: the policy is its own reference.
+    """The adapters are off, or the one named "ref" works: the policy is its own reference.
 
     TRL loads a copy by that name where an adapter is trained that was there before.
 
@@ -97,9 +111,10 @@ def as_reference(call: Call) -> str | None:
         call: The call as it begins.
 
     Returns:
-        None, or the first layer whose adapter is on.
+        None, or the first layer whose adapter is on, or is another.
     """
-    return None if _active(call) == _REFERENCE else adapters_off(call)
+    reference = _REFERENCE in getattr(call.module, "peft_config", {})
+    return _reference_works(call) if reference else adapters_off(call)
 
 
 def as_policy(call: Call) -> str | None:
@@ -111,16 +126,16 @@ def as_policy(call: Call) -> str | None:
     Returns:
         None, or what was found.
     """
-    if _active(call) == _REFERENCE:
+    if getattr(call.module, "active_adapter", None) == _REFERENCE:
         return 'the adapter "ref" is active; leave the block that has made it so'
     return adapters_on(call)
 
 
 _REFERENCE = "ref"
+_reference_works = active_adapter(_REFERENCE)
 
-
-def _active(call: Call) -> Any:
-    return getattr(call.module, "active_adapter", None)
+for _state in (as_reference, as_policy):  # as the stock conditions that they are made of
+    vars(_state).update(about=active_adapter.about, mistake=active_adapter.mistake)
 
 
 # What settings say --------------------------------------------------------------------------------
@@ -171,6 +186,30 @@ def _grpo_old_chunks(trainer: Any) -> Calls:
     return None if aligned and not corrected else _chunks(trainer)
 
 
+def _writings(trainer: Any) -> Calls:
+    """The policy writes the completions, with tools in several turns; unless an engine does.
+
+    What a function of the user's calls to write them is for that function to say.
+    """
+    if getattr(trainer, "rollout_func", None) is not None:
+        return 0, None
+    return None if trainer.use_vllm else (1, None)
+
+
+def _pairs(trainer: Any) -> Calls:
+    """Both completions of a prompt are written at once, by the policy or by an engine."""
+    return None if trainer.use_vllm else 1
+
+
+def _in_a_thread(trainer: Any) -> str | None:
+    if not getattr(trainer, "use_transformers_continuous_batching", False):
+        return None
+    return (
+        "its model writes by continuous batching, in a thread of transformers' own, where nobody "
+        "could tell its calls from others"
+    )
+
+
 def _teacher_generations(trainer: Any) -> Calls:
     """The teacher writes what the student does not, where ``seq_kd`` says so; by lot."""
     if not trainer.seq_kd or trainer.lmbda >= 1:
@@ -204,6 +243,8 @@ def _value_parts(trainer: Any) -> int:
 # What the trainers hold ---------------------------------------------------------------------------
 
 _STILL = (no_grad, eval_mode, frozen)
+_STILL_AS_BASE = (no_grad, frozen_base)  # of a model that is trained itself
+_TUNED = (as_policy,)
 
 
 def _preference(*, estimates_kl: bool) -> tuple[tuple[Held, ...], Held]:
@@ -211,7 +252,7 @@ def _preference(*, estimates_kl: bool) -> tuple[tuple[Held, ...], Held]:
     by, kl_by = "_compute_loss", "_compute_kl_logps" if estimates_kl else None
     reference = _twice(Pass("reference", by, _unless_precomputed), kl_by, _kl_unless_precomputed)
     policy = _twice(Pass("policy", by), kl_by, _kl)
-    base = tuple(replace(one, when=as_reference, requires=(no_grad,)) for one in reference)
+    base = tuple(replace(one, when=as_reference, requires=_STILL_AS_BASE) for one in reference)
     tuned = tuple(replace(one, when=as_policy) for one in policy)
     held = (
         Held("ref_model", reference, _STILL, syncs=_synced),
@@ -230,25 +271,25 @@ def _twice(one: Pass, kl_by: str | None, kl: Setting) -> tuple[Pass, ...]:
 def _online(old: Setting) -> tuple[tuple[Held, ...], Held]:
     """Return what a trainer holds that scores completions of its own, generation by generation."""
     by = "_generate_and_score_completions"
-    writes = Pass("generation", "_generate", (1, None), per=GENERATION)
-    before = Pass("before", by, old, per=GENERATION, when=as_policy, requires=(no_grad,))
+    writes = Pass("generation", "_generate", _writings, GENERATION)
+    before = Pass("before", by, old, GENERATION, requires=(no_grad,))
     policy = Pass("policy", "_compute_loss")
     reference = Pass(
-        "reference", "_get_per_token_logps_and_entropies", _reference_chunks, per=GENERATION
+        "reference", "_get_per_token_logps_and_entropies", _reference_chunks, GENERATION
     )
-    base = Pass("reference", by, _reference_chunks, GENERATION, as_reference, (no_grad,))
+    base = Pass("reference", by, _reference_chunks, GENERATION, as_reference, _STILL_AS_BASE)
+    tuned = (
+        replace(writes, requires=_TUNED),
+        replace(before, when=as_policy),
+        replace(policy, requires=_TUNED),
+    )
+    itself = partial(Held, "model", methods=("generate",), beyond=_in_a_thread)
     held = (
         Held("ref_model", (reference,), _STILL, syncs=_synced),
         Held("reward_funcs", (Pass("reward", "_calculate_rewards", per=GENERATION),), _STILL),
-        Held(
-            "model",
-            (writes, before, base, policy),
-            given=_adapters_are_the_difference,
-            methods=("generate",),
-        ),
+        itself((*tuned, base), given=_adapters_are_the_difference),
     )
-    before = Pass("before", by, old, per=GENERATION, requires=(no_grad,))
-    return held, Held("model", (writes, before, policy), methods=("generate",))
+    return held, itself((writes, before, policy))
 
 
 _EACH_GENERATION = {GENERATION: "_generate_and_score_completions"}
@@ -272,9 +313,9 @@ PRESETS: Mapping[str, Preset] = {
             Held(
                 "model",
                 (
-                    Pass("generation", "_generate"),
-                    Pass("reference", "_forward", when=as_reference, requires=(no_grad,)),
-                    Pass("policy", "_forward", when=as_policy),
+                    Pass("generation", "_generate", _pairs, requires=_TUNED),
+                    Pass("reference", "_forward", when=adapters_off, requires=_STILL_AS_BASE),
+                    Pass("policy", "_forward", when=adapters_on),
                 ),
                 given=_adapters_are_the_difference,
                 methods=("generate",),
@@ -315,9 +356,20 @@ PRESETS: Mapping[str, Preset] = {
             Held(
                 "model.policy",
                 (
-                    Pass("generation", f"{_PPO}:generate", _rollouts),
-                    Pass("reference", f"{_PPO}:forward", _rollouts, when=as_reference),
-                    Pass("policy", f"{_PPO}:PolicyAndValueWrapper.forward", _trained),
+                    Pass("generation", f"{_PPO}:generate", _rollouts, requires=_TUNED),
+                    Pass(
+                        "reference",
+                        f"{_PPO}:forward",
+                        _rollouts,
+                        when=as_reference,
+                        requires=_STILL_AS_BASE,
+                    ),
+                    Pass(
+                        "policy",
+                        f"{_PPO}:PolicyAndValueWrapper.forward",
+                        _trained,
+                        requires=_TUNED,
+                    ),
                 ),
                 given=_adapters_are_the_difference,
                 methods=("generate",),

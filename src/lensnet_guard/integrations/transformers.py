@@ -189,10 +189,9 @@ def guarded_trainer(
     reference, reward models, value model or teacher are found, and have the contract that this
     kind of trainer keeps, from `lensnet_guard.integrations.presets`.
 
-    Outside the micro-steps of ``train`` the context is inference, where calls are free; so it is in
-    ``evaluate`` and ``predict``, whoever asks for them. Copies of the modules, and what is pickled
-    of them, are not guarded. At the end of the block the modules are given back as they were, also
-    after an exception.
+    Outside the micro-steps of ``train``, and in ``evaluate`` and ``predict``, calls are free. Copies
+    of the modules are not guarded. At the end of the block, and after an exception, the modules are
+    as they were.
 
     Args:
         trainer: The trainer; its callback is added for the length of the block.
@@ -204,7 +203,8 @@ def guarded_trainer(
         mode: As for `lensnet_guard.guard_module`; only with an attribute, or without a target.
         log: As for `lensnet_guard.guard_module`; likewise.
         compare_ranks: Whether the ranks of a distributed ``train`` compare what they call, and tell
-            each other what stops one of them, as in `lensnet_guard.compare_ranks`.
+            each other what stops one of them, as in `lensnet_guard.compare_ranks`; calls that a
+            preset has a range for need not be equal.
 
     Yields:
         The callback, with ``guard``, ``guards`` and, after ``train``, ``verdict``.
@@ -222,7 +222,9 @@ def guarded_trainer(
     contracts = contracts_for(
         _found(trainer, policy) if target is None else target, policy, mode, log
     )
-    watch = watches_for(contracts, trainer, compare_ranks=compare_ranks)
+    watch = watches_for(
+        contracts, trainer, compare_ranks=compare_ranks, ranges=target is not None
+    )  # by a preset's ranges each rank calls as its own data ask for: turns with tools, lots
     try:
         with _told(trainer, watch) as callback:
             yield callback

@@ -20,7 +20,7 @@ from lensnet_guard._torch_internals import default_store
 from lensnet_guard.calls.errors import RankDivergence, RankStopped
 from lensnet_guard.guard import Guard
 from lensnet_guard.logs.sinks import Sink
-from lensnet_guard.ranks.listener import POLL_S, Listener, States, differing, in_words
+from lensnet_guard.ranks.listener import Listener, States, differing, in_words
 from lensnet_guard.ranks.processes import Process, this_process
 from lensnet_guard.ranks.progress import Progress
 
@@ -33,7 +33,7 @@ _numbers = itertools.count()
 
 @contextmanager
 def compare_ranks(
-    guard: Guard[Any] | Mapping[str, Guard[Any]], *, every: int = 1
+    guard: Guard[Any] | Mapping[str, Guard[Any]], *, every: int = 1, ranges: bool = True
 ) -> Iterator[None]:
     """Hold guards' contracts across the ranks of a distributed run, while the block is open.
 
@@ -45,30 +45,37 @@ def compare_ranks(
 
     In the mode ``"enforce"`` all ranks raise when they differ, and a process that cannot, since it
     waits in a collective, is ended; in observe mode it is written down and said, once.
-    What raises out of the block on one rank is told to all others, which end too.
+    What raises out of the block on one rank is told to all others, which raise it too where one of
+    their guards enforces.
 
     Args:
         guard: The module's guard, or those of several modules (`guard_modules`), which are
-            compared together.
+            compared together; the same on all ranks.
         every: Micro-steps between comparisons. 1 notices before the backward of the very micro-step
             that differs; a comparison takes as long as a small all-reduce between the hosts.
+        ranges: Whether calls of scopes whose budget is a range, such as ``(1, None)``, must be
+            equal too; not so where each rank makes as many as its own data ask for.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised.
-        TypeError: ``every`` is no whole number.
-        ValueError: ``every`` is less than 1, or there is no guard.
+        TypeError: ``guard`` is neither, or ``every`` is no whole number.
+        ValueError: ``every`` is less than 1, there is no guard, or the ranks compare other modules
+            than each other, or at other intervals.
         RankDivergence: The ranks differ; names every rank's counts and callers.
         RankStopped: Another rank raised, or its process ended; says what.
     """
-    members = tuple(guard.values()) if isinstance(guard, Mapping) else (guard,)
+    members = _members(guard)
     ranks = Ranks(members, every)
-    sinks = [_Calls(ranks, number) for number in range(len(members))]
+    sinks = [
+        _Calls(ranks, number, _left_out(member, ranges=ranges))
+        for number, member in enumerate(members)
+    ]
     for member, sink in zip(members, sinks, strict=True):
         member.add_sink(sink)
     try:
         yield
         ranks.compare(leaving=True)
-        ranks.close()
+        ranks.part()
     except BaseException as error:
         said = ranks.leave(error)
         if said is not None:
@@ -80,16 +87,35 @@ def compare_ranks(
         ranks.leave()
 
 
+def _members(guard: object) -> list[Guard[Any]]:
+    """Return the guards, in the same order on all ranks."""
+    found = list(guard.values()) if isinstance(guard, Mapping) else [guard]
+    members = [member for member in found if isinstance(member, Guard)]
+    if len(members) < len(found):
+        raise TypeError(
+            "compare_ranks takes a guard, or a mapping of names to guards as guard_modules returns "
+            f"it, not {guard!r}"
+        )
+    return sorted(members, key=lambda member: member.name)
+
+
+def _left_out(guard: Guard[Any], *, ranges: bool) -> frozenset[str]:
+    """Return the scopes whose calls need not be equal."""
+    scopes = guard.policy.in_full.items()
+    return frozenset(name for name, one in scopes if not ranges and one.least != one.most)
+
+
 class _Calls(Sink):
     """Tells of the calls and the micro-steps of one module.
 
     Args:
         ranks: Who is told.
         module: The module's number among those that are compared.
+        left_out: The scopes whose calls are not compared.
     """
 
-    def __init__(self, ranks: "Ranks", module: int) -> None:
-        self._ranks, self._module = ranks, module
+    def __init__(self, ranks: "Ranks", module: int, left_out: frozenset[str]) -> None:
+        self._ranks, self._module, self._left_out = ranks, module, left_out
 
     def begin(self, record: "CallRecord") -> None:
         """Count a training call, unless the ranks are known to differ.
@@ -100,7 +126,8 @@ class _Calls(Sink):
         """
         self._ranks.check()
         if record.context == "training" and record.kind != "recompute":
-            self._ranks.progress.begin(self._module, record)
+            compared = record.scope not in self._left_out
+            self._ranks.progress.begin(self._module, record, compared=compared)
 
     def settled(self, ledger: "MicroStep") -> None:
         """Count a training micro-step that has ended well, and compare when it is time to.
@@ -138,6 +165,7 @@ class Ranks:
         self._every, self._guards = every, guards
         self._world = dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
+        _check_alike(f"{', '.join(names)}, every {every}", self._world, self._group)
         store = default_store(f"lensnet_guard/{next(_numbers)}")  # numbered alike everywhere
         self._apart = False  # the ranks have differed: nobody compares any more
         self._listener = Listener(
@@ -146,7 +174,7 @@ class Ranks:
             store,
             self.progress,
             self._violate,
-            enforced=any(guard.mode == "enforce" for guard in guards),
+            enforced=[guard.mode == "enforce" for guard in guards],
         )
 
     def check(self) -> None:
@@ -154,12 +182,14 @@ class Ranks:
 
         Raises:
             RankDivergence: Saying what each rank has done.
-            RankStopped: Saying what the rank that stopped has said.
+            RankStopped: Saying what the rank that stopped has said; not in observe mode, where
+                nobody compares any more from then on.
         """
         listener = self._listener
-        if listener.heard is not None:
+        if listener.heard is not None and any(listener.enforced):
             listener.come()
             raise RankStopped(listener.heard)
+        self._apart = self._apart or listener.heard is not None
         if listener.states is not None and not self._apart:
             self._apart = True
             if listener.take():
@@ -200,7 +230,8 @@ class Ranks:
         work.wait()  # raises where the connection broke
         most, least = both[: len(mine)], -both[len(mine) :]
         if torch.equal(most, least):
-            self.progress.go_on()
+            if not leaving:  # whoever leaves stays where it is, and misses nobody who has left
+                self.progress.go_on()
         elif self._listener.differ():
             self.check()
         else:  # there is no store; what is known of the others has come with the comparison
@@ -209,8 +240,9 @@ class Ranks:
             text = "".join(f"\n  {row:<12} {_numbers_in_words(n.tolist())}" for row, n in rows)
             self._guards[0].violate("RankDivergence", text)
 
-    def close(self) -> None:
-        """End the group, when nobody will compare in it any more."""
+    def part(self) -> None:
+        """Leave the others, who have called as this rank has, and end the group."""
+        self._listener.part()
         self._listener.close()
         if not self._apart:  # somebody may still wait in it
             dist.destroy_process_group(self._group)
@@ -225,7 +257,7 @@ class Ranks:
         # What a collective raises when a peer is gone says less than the peer did.
         by_collective = isinstance(error, RuntimeError) and not isinstance(error, RankStopped)
         if by_collective:
-            self._listener.told.wait(2 * POLL_S)
+            self._listener.explain()
         self._listener.leave()
         if by_collective:
             try:
@@ -238,7 +270,9 @@ class Ranks:
 
     def _violate(self, states: States) -> None:
         """Record and log that the ranks differ, and raise it where that is done."""
-        guard = self._guards[differing(states)]
+        module = differing(states)
+        enforced = (guard for guard in self._guards if guard.mode == "enforce")
+        guard = self._guards[module] if module is not None else next(enforced, self._guards[0])
         try:
             guard.violate("RankDivergence", in_words(states), self.progress.frame())
         except RankDivergence:
@@ -250,6 +284,21 @@ def _numbers_in_words(numbers: Sequence[int]) -> str:
     micro_steps, *calls, step, micro_step, _ = numbers
     made = " and ".join(map(str, calls))
     return f"{made} training calls in {micro_steps} micro-steps, step {step}, {micro_step}"
+
+
+def _check_alike(mine: str, world: int, group: dist.ProcessGroup | None) -> None:
+    """Refuse ranks that would compare other things than each other, on all of them.
+
+    Raises:
+        ValueError: They would.
+    """
+    everyone = [""] * world
+    dist.all_gather_object(everyone, mine, group=group)
+    if len(set(everyone)) > 1:
+        lines = "".join(f"\n  rank {rank:<7} {one}" for rank, one in enumerate(everyone))
+        raise ValueError(
+            f"compare_ranks must be opened alike on all ranks, with the same modules:{lines}"
+        )
 
 
 def _exchange_processes(world: int, group: dist.ProcessGroup | None) -> list[Process]:

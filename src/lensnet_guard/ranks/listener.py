@@ -25,7 +25,7 @@ GATHER_S = 2.0  # that the lines and counts of all ranks are waited for
 TELL_S = 3.0  # that a rank which stops waits for the others to hear why
 RAISE_S = 0.5  # from telling that ranks differ to saying so for a training that does not
 APART_S = 4.0  # from telling that ranks differ to the end of a process that still waits
-GRACE_S = 10.0  # from hearing that a rank stopped to the end of a process that still waits
+GRACE_S = 10.0  # that a process stands still, when a rank has stopped, before it is ended
 
 States = Sequence[RankState | None]
 
@@ -39,9 +39,11 @@ class Listener:
         store: What all ranks read and write; None where it is unknown.
         progress: What this rank has done.
         record: Records and logs that the ranks differ; raises it, too, where that is done.
-        enforced: Whether a process ends that still waits when the ranks differ or one has died.
+        enforced: Of each module, whether its contract is enforced; a process that still waits ends
+            then, when the ranks have called it unequally, and of any when a rank has stopped.
 
     Attributes:
+        enforced: The same.
         heard: What another rank said as it stopped; None as long as none has.
         states: What each rank had done when they were found to differ; None as long as they were
             not, and in the place of a rank that said nothing.
@@ -56,15 +58,17 @@ class Listener:
         progress: Progress,
         record: Callable[[States], None],
         *,
-        enforced: bool,
+        enforced: Sequence[bool],
     ) -> None:
+        self.enforced = tuple(enforced)
         self.heard: str | None = None
         self.states: States | None = None
         self.told = threading.Event()
         self._rank, self._processes, self._store = rank, processes, store
-        self._progress, self._record, self._enforced = progress, record, enforced
+        self._progress, self._record = progress, record
         self._differ, self._taken = threading.Event(), threading.Lock()
         self._left, self._wake = threading.Event(), threading.Event()
+        self._broken = threading.Event()
         self._peers = Peers(rank, processes)
         self._thread = threading.Thread(target=self._run, name="lensnet_guard ranks", daemon=True)
         if store is not None and len(processes) > 1:
@@ -91,6 +95,11 @@ class Listener:
         """Return whether it is for the caller to say that the ranks differ: for the first one."""
         return self._taken.acquire(blocking=False)
 
+    def explain(self) -> None:
+        """Wait a while for what may explain that a collective has broken."""
+        self._broken.set()
+        self.told.wait(2 * BEAT_S)
+
     def come(self) -> None:
         """Note that the training ends by itself, however long its unwinding takes."""
         self._left.set()
@@ -103,6 +112,12 @@ class Listener:
         with contextlib.suppress(RuntimeError):  # the store has gone with the rank that held it
             self._stop(self._store, f"{self._rank} {type(error).__name__}: {error}")
             _wait_for(self._store, "heard", len(self._processes) - 1, TELL_S)
+
+    def part(self) -> None:
+        """Say to the other ranks that this one leaves, having called as they have."""
+        if self._store is not None and len(self._processes) > 1:
+            with contextlib.suppress(RuntimeError):  # the store has gone with the rank that held it
+                self._store.set(f"left{self._rank}", "")
 
     def leave(self) -> None:
         """Listen no more."""
@@ -122,21 +137,37 @@ class Listener:
         try:
             self._listen()
         except RuntimeError as error:  # the store has gone, and with it the rank that held it
-            if self._left.is_set() or self._progress.count().leaving:
-                return
-            reason = str(error).partition("\n")[0]
-            _say(f"rank {self._rank} hears of the others no more, the store has gone: {reason}")
+            leaves = self._progress.count().leaving  # so may have the one that held it
+            if not (leaves or self._left.is_set()):
+                reason = str(error).partition("\n")[0]
+                _say(f"rank {self._rank} hears of the others no more, the store has gone: {reason}")
             while not self._left.wait(BEAT_S):
-                if (lost := self._lost()) is not None and self._enforced:
+                told = not leaves or self._broken.is_set()
+                if told and (lost := self._lost(None)) is not None:
                     self.heard = f"rank {lost} stopped: {self._words_for(lost)}"
                     break
         if self.heard is not None:
             self.told.set()
-            _say(f"rank {self._rank} ends, because {self.heard}")
             with contextlib.suppress(RuntimeError):
                 self._store.add("heard", 1)
-            # The training raises as soon as it comes to the guard; a collective may never let it.
-            if not self._left.wait(GRACE_S):
+            if any(self.enforced):
+                _say(f"rank {self._rank} ends, because {self.heard}")
+                self._see_that_it_ends()
+            else:
+                _say(f"rank {self._rank} hears that {self.heard}")
+
+    def _see_that_it_ends(self) -> None:
+        """End the process if its training stands still, as in a collective that never returns.
+
+        One that runs (it saves what there is, or evaluates) raises as soon as it comes to the
+        guard.
+        """
+        before, deadline = self._progress.pulse(), time.monotonic() + GRACE_S
+        while not self._left.wait(POLL_S):
+            pulse, now = self._progress.pulse(), time.monotonic()
+            if pulse != before:
+                before, deadline = pulse, now + GRACE_S
+            elif now > deadline:
                 self._end(GRACE_S)
 
     def _listen(self) -> None:
@@ -173,7 +204,7 @@ class Listener:
 
     def _tell_apart(self, store: Any) -> None:
         """Tell the ranks that they differ, and what each has done; see that this one ends."""
-        deadline = time.monotonic() + APART_S
+        began = time.monotonic()
         with contextlib.suppress(RuntimeError):  # the others have left
             store.set(f"state{self._rank}", pickle.dumps(self._progress.state()))
             store.set("apart", "")
@@ -181,17 +212,20 @@ class Listener:
             _wait_for(store, "stated", len(self._processes), GATHER_S, mine=1)
         self.states = self._read_states(store)
         self.told.set()
-        if not (self._enforced and self._left.wait(RAISE_S)):  # what is raised says it itself
-            module = self._progress.modules[differing(self.states)]
+        module = differing(self.states)
+        enforced = any(self.enforced) if module is None else self.enforced[module]
+        if not (enforced and self._left.wait(RAISE_S)):  # what is raised says it itself
+            name = self._progress.modules[module or 0]
             words = in_words(self.states)
-            _say(f"rank {self._rank}: {module} was not called alike by all ranks:{words}")
+            _say(f"rank {self._rank}: {name} was not called alike by all ranks:{words}")
         with contextlib.suppress(RuntimeError):  # whoever holds the store stays until all have read
             stated = sum(state is not None for state in self.states)
             _wait_for(store, "known", stated, TELL_S, mine=1)
-        if not self._left.wait(max(0.0, deadline - time.monotonic())) and self.take():
+        left = APART_S - (time.monotonic() - began)
+        if not self._left.wait(max(0.0, left)) and self.take():
             with contextlib.suppress(Exception):  # raised in this thread, where nobody catches it
                 self._progress.context.run(self._record, self.states)
-            if self._enforced:
+            if enforced:
                 self._end(APART_S)
 
     def _read_states(self, store: Any) -> States:
@@ -207,18 +241,20 @@ class Listener:
     def _look_after(self, store: Any) -> None:
         """Give a sign of life, and look for those of the others."""
         if self._peers.is_time():
-            if (lost := self._lost()) is not None and self._enforced:
+            if (lost := self._lost(store)) is not None:
                 self._stop(store, f"{lost} {self._words_for(lost)}")
             if remark := self._peers.exchange(store):
                 _say(f"rank {self._rank} finds that {remark}")
 
-    def _lost(self) -> int | None:
-        """Return a rank whose process has ended without a word; where it only matters, say so."""
-        # Whoever stands at the last comparison may be the last to leave it.
-        if self._progress.count().leaving or (lost := self._peers.lost()) is None:
+    def _lost(self, store: Any) -> int | None:
+        """Return a rank whose process has ended without a word.
+
+        Args:
+            store: Where those that have left by themselves have said so; None where it has gone.
+        """
+        lost = self._peers.lost()
+        if lost is None or (store is not None and store.check([f"left{lost}"])):
             return None
-        if not self._enforced:
-            _say(f"rank {self._rank} finds that rank {lost} stopped: {self._words_for(lost)}")
         return lost
 
     def _words_for(self, rank: int) -> str:
@@ -236,16 +272,26 @@ class Listener:
         os._exit(1)
 
 
-def differing(states: States) -> int:
-    """Return the first module that the ranks have not called as often; 0 if all were."""
-    calls = [state.count.calls for state in states if state is not None]
-    made = zip(*calls, strict=True)
-    return next((module for module, numbers in enumerate(made) if len(set(numbers)) > 1), 0)
+def differing(states: States) -> int | None:
+    """Return the first module that the ranks have not called as often; None if all were."""
+    return next(iter(_all_differing(states)), None)
 
 
 def in_words(states: States) -> str:
-    """Return a line for each rank."""
-    return "".join(f"\n  rank {n:<7} {state or 'said nothing'}" for n, state in enumerate(states))
+    """Return a line for each rank, which names a few modules: those that differ come first."""
+    modules = max((len(state.modules) for state in states if state is not None), default=0)
+    ordered = sorted(range(modules), key=lambda module: module not in _all_differing(states))
+    shown = sorted(ordered[:_SHOWN])
+    told = [state.in_words(shown) if state is not None else "said nothing" for state in states]
+    return "".join(f"\n  rank {rank:<7} {words}" for rank, words in enumerate(told))
+
+
+_SHOWN = 4  # modules of a line
+
+
+def _all_differing(states: States) -> list[int]:
+    calls = [state.count.calls for state in states if state is not None]
+    return [n for n, made in enumerate(zip(*calls, strict=True)) if len(set(made)) > 1]
 
 
 def _wait_for(store: Any, key: str, number: int, seconds: float, *, mine: int = 0) -> None:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from lensnet_guard.calls.record import Frame, frame_up, outside_frame
+from lensnet_guard.ranks.processes import waits_of
 
 if TYPE_CHECKING:
     from lensnet_guard.calls.budget import MicroStep
@@ -30,7 +31,7 @@ class Count(NamedTuple):
         window: The number of that comparison, from 1.
         final: Whether the rank stands at the comparison; then it makes no more in this window.
         micro_steps: Training micro-steps that it has ended.
-        calls: Training calls that it has begun, of each module.
+        calls: Training calls that it has begun and that are compared, of each module.
         step: The optimizer step of the micro-step that ended last; -1 where it has no number.
         micro_step: The number of that micro-step in it, likewise.
         leaving: Whether this comparison is its last.
@@ -67,11 +68,22 @@ class RankState:
     doing: str
 
     def __str__(self) -> str:
+        return self.in_words(range(len(self.modules)))
+
+    def in_words(self, shown: Sequence[int]) -> str:
+        """Return a line.
+
+        Args:
+            shown: The numbers of the modules whose calls it names; the others are counted.
+        """
         count = self.count
         calls = str(count.calls[0])
         if len(self.modules) > 1:
-            named = zip(self.modules, count.calls, strict=True)
-            calls = ", ".join(f"{number} {module}" for module, number in named)
+            named = [f"{count.calls[module]} {self.modules[module]}" for module in shown]
+            if others := len(self.modules) - len(shown):
+                made = sum(count.calls) - sum(count.calls[module] for module in shown)
+                named.append(f"{made} of {others} others")
+            calls = ", ".join(named)
         text = f"{calls} training calls in {count.micro_steps} micro-steps"
         if count.step >= 0:
             text += f", the last one step {count.step}, micro-step {count.micro_step}"
@@ -96,21 +108,23 @@ class Progress:
         self.context = contextvars.copy_context()
         self._lock = threading.Lock()  # carried threads call too
         self._calls, self._ended = [0] * len(modules), [0] * len(modules)
+        self._made = dict.fromkeys(self.modules, 0)  # calls, also those that are not compared
         self._last = (-1, -1)
         self._newest: deque[tuple[CallRecord, float]] = deque(maxlen=_KEPT_CALLS)
         self._stood, self._place = 0.0, ""
-        self._thread = threading.get_ident()
+        self._be_here()
         self._window = 1
         self._final: Count | None = None
 
     # Written by the training -------------------------------------------------------------------
 
-    def begin(self, module: int, record: "CallRecord") -> None:
+    def begin(self, module: int, record: "CallRecord", *, compared: bool) -> None:
         """Count a training call of a module."""
         with self._lock:
-            self._calls[module] += 1
+            self._calls[module] += compared
+            self._made[self.modules[module]] += 1
             self._newest.append((record, time.monotonic()))
-            self._thread = threading.get_ident()
+            self._be_here()
             self.context = contextvars.copy_context()
 
     def end_micro_step(self, module: int, ledger: "MicroStep") -> int | None:
@@ -132,7 +146,8 @@ class Progress:
     def stand(self, *, leaving: bool) -> Count:
         """Come to a comparison; return what is compared."""
         with self._lock:
-            self._thread, self._stood = threading.get_ident(), time.monotonic()
+            self._be_here()
+            self._stood = time.monotonic()
             self._place = _line(outside_frame(frame_up(1)))
             self._final = self._count(final=True, leaving=leaving)
             return self._final
@@ -141,6 +156,10 @@ class Progress:
         """Leave the comparison: all ranks have come."""
         with self._lock:
             self._window, self._final = self._window + 1, None
+
+    def _be_here(self) -> None:
+        """Take the running thread for the training's."""
+        self._thread, self._native = threading.get_ident(), threading.get_native_id()
 
     # Read by the listener ----------------------------------------------------------------------
 
@@ -158,17 +177,27 @@ class Progress:
         with self._lock:
             count = self._final or self._count(final=False, leaving=False)
             newest, stood, stood_at = list(self._newest), self._stood, self._place
+            made = dict(self._made)
         callers: dict[str, None] = {}
         for record, _ in reversed(newest):
             callers[str(record.caller)] = None
         kept = tuple(reversed(list(callers)[:_KEPT_CALLERS]))
-        doing = _running(newest, dict(zip(self.modules, count.calls, strict=True)))
+        doing = _running(newest, made)
         place = _line(self.frame())
         if count.final:
             where = "the end of the block" if count.leaving else "the end of a micro-step"
             doing = f"has waited for the others at {where} for {time.monotonic() - stood:.0f} s"
             place = stood_at
         return RankState(count, self.modules, kept, f"{doing}, at {place}")
+
+    def pulse(self) -> object:
+        """Return what stays the same only while the training's thread stands still.
+
+        It is the instruction that it runs, and how often it has waited: a loop that sleeps is met
+        at the same one again and again.
+        """
+        frame = sys._current_frames().get(self._thread)  # noqa: SLF001  # documented by this name
+        return id(frame), frame.f_lasti if frame is not None else 0, waits_of(self._native)
 
     def frame(self) -> FrameType | None:
         """Return what the training's thread runs now, outside the guard and torch."""

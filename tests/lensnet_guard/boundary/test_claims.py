@@ -45,6 +45,27 @@ def is_off(call):
 is_on.about = is_off.about = "switch"
 
 
+def wrong_when_on(call):
+    """As `is_off`, and it names what explains it."""
+    return is_off(call)
+
+
+def wrong_when_off(call):
+    """As `is_on`, likewise."""
+    return is_on(call)
+
+
+wrong_when_on.mistake = wrong_when_off.mistake = "reference-with-adapters"
+
+
+def never(call):
+    """No call meets it, and it names what explains that."""
+    return "it never holds"
+
+
+never.mistake = "called-twice"
+
+
 def outer(module, on):
     return inner(module, on)
 
@@ -127,6 +148,55 @@ class TestScopes:
             "Switch was called in training more often than its budget allows: not in the scope "
             "'policy', for is_on: it is off."
         )
+
+    def test_the_state_is_what_is_wrong(self):
+        """Where the scope of another state has a call to make, the call was meant to be that one.
+
+        Whatever else does not hold of it as a call of the scope that it has come to.
+        """
+        base = Scope((0, 1), when=wrong_when_on, requires=(never,))
+        guard = guarded(scopes={"base": base, "policy": Scope((0, 1), when=wrong_when_off)})
+        with pytest.raises(ConditionUnmet) as refused, guard.context("training"):
+            with guard.micro_step():
+                inner(guard.module, False)
+        assert str(refused.value).splitlines()[0].partition("allow: ")[2] == (
+            "not in the scope 'policy', for wrong_when_off: it is off; so it is one of 'base', and "
+            "never: it never holds."
+        )
+        assert refused.value.mistake == "reference-with-adapters"
+
+    def test_the_state_is_not_what_is_wrong(self):
+        """Where the scope of the other state has made its calls, this is no other one of its."""
+        base = Scope((0, 1), when=wrong_when_on, requires=(never,))
+        guard = guarded(scopes={"base": base, "policy": Scope((0, 1), when=wrong_when_off)})
+        with pytest.raises(ConditionUnmet) as refused, guard.context("training"):
+            with guard.micro_step():
+                inner(guard.module, True)
+                inner(guard.module, False)
+        assert "allow: never: it never holds." in str(refused.value)
+        assert refused.value.mistake == "called-twice"
+
+    @pytest.mark.parametrize(
+        ("calls", "mistake"),
+        [([True, True], "reference-with-adapters"), ([False, True, True], "called-twice")],
+    )
+    def test_a_call_too_many_of_the_wrong_state(self, calls, mistake):
+        """It is one in the wrong state, as long as one is due in the right one."""
+        base = Scope((0, 1), when=wrong_when_on)
+        guard = guarded(scopes={"base": base, "policy": Scope((0, 1), when=wrong_when_off)})
+        with pytest.raises(BudgetExceeded) as refused, guard.context("training"):
+            with guard.micro_step():
+                for on in calls:
+                    inner(guard.module, on)
+        assert refused.value.mistake == mistake
+
+    def test_a_call_of_no_state(self):
+        """What the state is wrong for explains it."""
+        guard = guarded(scopes={"base": Scope((0, 1), caller=INNER, when=wrong_when_on)})
+        with pytest.raises(UnsanctionedCall) as refused, guard.context("training"):
+            with guard.micro_step():
+                inner(guard.module, True)
+        assert refused.value.mistake == "reference-with-adapters"
 
     def test_a_state_that_cannot_be_told(self):
         """What a condition raised is in the message."""

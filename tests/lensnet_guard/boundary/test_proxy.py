@@ -44,7 +44,7 @@ def is_own_guard(proxy, of):
     """Whether a copied proxy has a guard of its own, with the same contract."""
     guard = guard_of(proxy)
     return (
-        type(proxy) is GuardedModule
+        issubclass(type(proxy), GuardedModule)
         and guard is not of
         and guard.module is proxy
         and (guard.policy, guard.mode) == (of.policy, of.mode)
@@ -455,6 +455,15 @@ class TestPickles:
         """The log stays with the process; the loaded guard has none."""
         guard = guard_module(linear, log=tmp_path)
         assert guard_of(pickle.loads(pickle.dumps(guard.module)))._history.log is None
+
+
+def test_another_of_its_kind_is_made_by_its_type(guard):
+    """As ``type(model)(model.config)`` makes one, to average weights in; nobody guards that."""
+    other = type(guard.module)(4, 1, bias=False)
+    assert type(other) is nn.Linear
+    assert (other.in_features, other.bias, guard_of(other)) == (4, None, None)
+    with pytest.raises(TypeError, match=r"Linear.__init__\(\) missing"):
+        type(guard.module)()
 
 
 class TestGuardOf:

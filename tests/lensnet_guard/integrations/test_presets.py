@@ -137,6 +137,22 @@ class TestContracts:
         with pytest.raises(NoContract, match=f"^{re.escape(message)}$"):
             contracts_of(trainer)
 
+    def test_weights_in_one_memory(self, make):
+        """A reference of which a part is the policy's; what nobody trains may be shared."""
+        trainer = make("dpo")
+        head, its = trainer.model.lm_head, trainer.ref_model.lm_head
+        its.weight.data = head.weight.data
+        message = (
+            "lm_head.weight of ref_model of DPOTrainer is in the memory of lm_head.weight of "
+            "model, which it trains, so the one would move with the "
+            "other.\n  what to do   Load it twice; or freeze in model what they share, "
+            "requires_grad_(False)."
+        )
+        with pytest.raises(NoContract, match=f"^{re.escape(message)}$"):
+            contracts_of(trainer)
+        head.weight.requires_grad_(False)
+        assert contracts_of(trainer).keys() == {"ref_model"}
+
     def test_a_module_with_a_contract_of_its_own(self, make):
         """It is not overruled."""
         trainer = make("dpo")

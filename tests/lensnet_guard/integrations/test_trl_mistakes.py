@@ -7,6 +7,7 @@ import importlib
 import linecache
 import math
 import random
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -218,6 +219,8 @@ def test_a_reference_that_is_the_policy(make, monkeypatch, kind):
     error = refused(make(kind, peft=True))
     assert type(error) is BudgetExceeded
     assert "model was called in training more often than its budget allows" in str(error)
+    assert re.search(r"not in the scope 'reference\w*', for as_reference: the adapter", str(error))
+    assert error.mistake == "reference-with-adapters"
     assert "model(" in line_of(error)
 
 
@@ -227,7 +230,14 @@ def test_a_policy_without_its_adapters(make):
     trainer.add_callback(Disturbs(trainer.model, puts_off))
     error = refused(trainer)
     assert type(error) is ConditionUnmet  # as the reference, which is run without gradients
-    assert "no_grad" in str(error)
+    headline = str(error).partition("\n")[0]
+    assert "allow: not in the scope 'policy', for as_policy: the adapter of" in headline
+    assert "is off, as 4 of 4 are; leave disable_adapter(), or enable the adapters; so" in headline
+    assert headline.endswith(
+        "so it is one of 'reference', and no_grad: autograd records; make the call inside "
+        "torch.no_grad()."
+    )
+    assert error.mistake == "reference-with-adapters"
 
 
 def test_a_training_of_no_step(make):

@@ -1,6 +1,7 @@
 """TRL's PPO trainer, whose loop tells callbacks of the end of an update alone."""
 
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("trl.experimental.ppo", reason="TRL has no PPO trainer since
 from tests.lensnet_guard.integrations.trl_kit import adapters, prompts
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from lensnet_guard import BudgetExceeded, UnsanctionedCall
+from lensnet_guard import BudgetExceeded, ConditionUnmet, UnsanctionedCall
 from lensnet_guard.integrations.transformers import guarded_trainer
 
 pytestmark = [
@@ -128,3 +129,63 @@ def test_samples_that_are_shown_outside_of_a_training(ppo):
         assert contexts == {"inference"}
     assert {one.micro_steps for one in callback.verdict.values()} == {4}
     assert {guard.violation_count for guard in callback.guards.values()} == {0}
+
+
+class AsksThePolicy(PPOTrainer):
+    """Has lost the block that turns the adapters off for the reference."""
+
+    @contextmanager
+    def null_ref_context(self):
+        yield
+
+
+def test_a_reference_that_is_the_policy(ppo):
+    """The KL would be 0 for ever."""
+    trainer = ppo(AsksThePolicy, peft=True)
+    with pytest.raises(UnsanctionedCall) as caught, guarded_trainer(trainer):
+        trainer.train()
+    assert "not in the scope 'reference', for as_reference: the adapter of" in str(caught.value)
+    assert caught.value.mistake == "reference-with-adapters"
+
+
+class KeepsGradients(PPOTrainer):
+    """Has the reference record what nobody differentiates."""
+
+    @contextmanager
+    def null_ref_context(self):
+        with super().null_ref_context(), torch.enable_grad():
+            yield
+
+
+class LeavesThemOff(PPOTrainer):
+    """Has the adapters off as the policy writes, and as it learns."""
+
+    def train(self):
+        self.model.policy.base_model.disable_adapter_layers()
+        super().train()
+
+
+class MovesTheBase(PPOTrainer):
+    """Writes into the base model as an update ends."""
+
+    def log(self, *args, **kwargs):
+        super().log(*args, **kwargs)
+        with torch.no_grad():
+            next(p for n, p in self.model.policy.named_parameters() if "up_proj" in n).add_(1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "condition", "mistake"),
+    [
+        (KeepsGradients, "no_grad", "reference-with-gradients"),
+        (LeavesThemOff, "as_policy", "reference-with-adapters"),
+        (MovesTheBase, "frozen_base", "moved-weights"),
+    ],
+)
+def test_a_state_that_is_wrong(ppo, cls, condition, mistake):
+    """Of the policy, and of its reference, where both are one model."""
+    trainer = ppo(cls, peft=True)
+    with pytest.raises(ConditionUnmet, match=f" {condition}: ") as caught:
+        with guarded_trainer(trainer):
+            trainer.train()
+    assert caught.value.mistake == mistake

@@ -34,9 +34,9 @@ def told(trl_models, tmp_path_factory):
 def test_each_rank_logs_what_it_logs_without_a_guard(told):
     """The losses are gathered from both; the first rank alone logs them."""
     ranks, _, _ = told
-    for kind in ("dpo", "grpo", "tuned"):
+    for kind, steps in {"dpo": 3, "grpo": 3, "tuned": 3, "turns": 2}.items():
         assert ranks[0][kind]["guarded"] == ranks[0][kind]["bare"]
-        assert len(ranks[0][kind]["bare"]) == 3
+        assert len(ranks[0][kind]["bare"]) == steps
 
 
 def test_each_rank_has_kept_the_contract(told):
@@ -46,6 +46,10 @@ def test_each_rank_has_kept_the_contract(told):
         assert rank["dpo"]["calls"] == {"ref_model": 12}
         assert rank["tuned"]["calls"] == {"model": 6}
         assert rank["grpo"]["calls"] == {"ref_model": 4, "reward_funcs.0": 2}
+    assert [rank["turns"]["calls"] for rank in ranks] == [
+        {"model": 4},
+        {"model": 6},
+    ]  # each its own
 
 
 def test_each_rank_has_a_log_and_one_a_word(told):
@@ -55,4 +59,4 @@ def test_each_rank_has_a_log_and_one_a_word(told):
         names = sorted(path.name for path in (output / kind).iterdir())
         assert names == ["lensnet.rank0.jsonl", "lensnet.rank1.jsonl"]
     assert printed.count("lensnet_guard: ref_model:") == 2
-    assert printed.count("lensnet_guard: model:") == 1
+    assert printed.count("lensnet_guard: model:") == 2

@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,8 +126,7 @@ class TestDivergence:
         )
         for rank, ended in enumerate(both):
             assert ended.code == 1
-            told = re.sub(r"^\[rank\d\]: ", "", ended.err, flags=re.MULTILINE)  # torch's prefix
-            message = told[told.rindex("lensnet_guard.RankDivergence") :]
+            message = told(ended)[told(ended).rindex("lensnet_guard.RankDivergence") :]
             assert re.fullmatch(
                 r"""lensnet_guard\.RankDivergence: Linear was not called alike by all """
                 rf"""ranks, which hangs what they do together:
@@ -262,8 +262,182 @@ class TestStopped:
         assert "in wait_for_ever" in first.err
         assert first.seconds < 60
 
+    def test_a_rank_that_saves_what_there_is_is_not_ended(self, run_ranks: Runs) -> None:
+        """It runs on, and raises as it comes to the guard."""
+        first, second = run_ranks(
+            """
+            import time, lensnet_guard.ranks.listener
+            lensnet_guard.ranks.listener.GRACE_S = 1.0
+            def batches(rank): return range(6)
+            def within(rank, step):
+                if rank == 1 and step == 2:
+                    raise KeyError("label")
+                if rank == 0 and step == 2:
+                    for part in range(60):
+                        time.sleep(0.05)
+                    print("saved")
+            """,
+        )
+        assert (first.code, second.code) == (1, 1)
+        assert first.out == "saved\n"
+        assert "still waits" not in first.err
+        assert "RankStopped: rank 1 stopped: KeyError: 'label'" in first.err
+
+    def test_observing_it_ends_nobody_else(self, run_ranks: Runs) -> None:
+        """It is said; the others go on, and compare no more."""
+        first, second = run_ranks(
+            """
+            import lensnet_guard.ranks.listener
+            lensnet_guard.ranks.listener.GRACE_S = 0.5
+            model = guard.module  # no collective that would hang by itself
+            def batches(rank): return range(4)
+            def within(rank, step):
+                if rank == 1 and step == 1:
+                    raise KeyError("label")
+                if rank == 0 and step == 1:
+                    import time
+                    time.sleep(2)
+            """,
+            mode="observe",
+        )
+        assert (first.code, second.code) == (0, 1)
+        assert first.out == "finished 4 0\n"
+        assert "rank 0 hears that rank 1 stopped: KeyError: 'label'" in first.err
+        assert "still waits" not in first.err
+
+
+SEVERAL = """
+import datetime, sys
+import torch
+import torch.distributed as dist
+from contextlib import ExitStack
+from torch import nn
+from lensnet_guard import CallPolicy, Scope, compare_ranks, guard_module
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
+rank = dist.get_rank()
+policy = CallPolicy({{"free": Scope((0, None)), "due": 1}})
+
+def guarded(name, mode="enforce"):
+    return guard_module(nn.Identity(), policy=policy, name=name, mode=mode)
+
+def call(guard, scope, times):
+    with guard.sanctioned(scope):
+        for _ in range(times):
+            guard.module(torch.ones(1))
+
+{definitions}
+
+guards = make(rank)
+with ExitStack() as contexts:
+    for guard in guards.values():
+        contexts.enter_context(guard.context("training"))
+    with compare_ranks(guards, ranges={ranges}):
+        for step in range(3):
+            with ExitStack() as steps:
+                for guard in guards.values():
+                    steps.enter_context(guard.micro_step(step))
+                work(rank, step)
+                for guard in guards.values():
+                    call(guard, "due", 1)
+print("finished", *(guard.violation_count for guard in guards.values()))
+"""
+FREELY = """
+def make(rank): return {"a": guarded("a"), "b": guarded("b")}
+def work(rank, step): call(guards["b"], "free", rank * step)
+"""
+
+
+@pytest.fixture
+def run_several(launcher: Launcher, tmp_path: Path) -> Callable[..., list[Ended]]:
+    """What runs the script above as two ranks."""
+
+    def run(definitions: str, *, ranges: bool = True) -> list[Ended]:
+        script = SEVERAL.format(definitions=textwrap.dedent(definitions), ranges=ranges)
+        return launcher.run(tmp_path, script)
+
+    return run
+
+
+class TestSeveral:
+    def test_calls_that_each_rank_makes_as_it_likes(
+        self, run_several: Callable[..., list[Ended]]
+    ) -> None:
+        """Of a scope with a range; where they need not be equal nothing is said."""
+        for ended in run_several(FREELY, ranges=False):
+            assert (ended.code, ended.out) == (0, "finished 0 0\n"), ended.err
+        for ended in run_several(FREELY):
+            assert ended.code == 1
+            assert "RankDivergence: b was not called alike by all ranks" in ended.err
+
+    def test_guards_in_another_order(self, run_several: Callable[..., list[Ended]]) -> None:
+        """They go by their names."""
+        for ended in run_several(
+            """
+            def make(rank): return {name: guarded(name) for name in ("ba" if rank else "ab")}
+            def work(rank, step): call(guards["b"], "free", step)
+            """
+        ):
+            assert (ended.code, ended.out) == (0, "finished 0 0\n"), ended.err
+
+    def test_other_guards(self, run_several: Callable[..., list[Ended]]) -> None:
+        """Said on both ranks at once, where the numbers that they compared did not even match."""
+        for ended in run_several(
+            """
+            def make(rank): return {name: guarded(name) for name in ("a" if rank else "ab")}
+            def work(rank, step): pass
+            """
+        ):
+            assert ended.code == 1
+            assert (
+                "ValueError: compare_ranks must be opened alike on all ranks, with the same "
+                "modules:\n" in ended.err
+            )
+            assert "  rank 0       a, b, every 1\n" in ended.err
+            assert "  rank 1       a, every 1\n" in ended.err
+
+    def test_the_mode_of_the_module_that_differs(
+        self, run_several: Callable[..., list[Ended]]
+    ) -> None:
+        """One that is observed beside one that is enforced: written down, and nobody is ended."""
+        for ended in run_several(
+            """
+            def make(rank): return {"a": guarded("a"), "b": guarded("b", "observe")}
+            def work(rank, step): call(guards["b"], "free", rank)
+            """
+        ):
+            assert (ended.code, ended.out) == (0, "finished 0 1\n"), ended.err
+            assert "b was not called alike by all ranks" in ended.err
+
+    def test_many_modules_in_few_words(self, run_several: Callable[..., list[Ended]]) -> None:
+        """Those that differ are named, and some more."""
+        for ended in run_several(
+            """
+            def make(rank): return {f"m{n:02}": guarded(f"m{n:02}") for n in range(40)}
+            def work(rank, step): call(guards["m31"], "free", rank)
+            """
+        ):
+            assert ended.code == 1
+            assert "\n  rank 0       1 m00, 1 m01, 1 m02, 1 m31, 36 of 36 others" in told(ended)
+            assert "\n  rank 1       1 m00, 1 m01, 1 m02, 2 m31, 36 of 36 others" in told(ended)
+
+
+def told(ended: Ended) -> str:
+    """What stderr says, without torch's prefix of each line."""
+    return re.sub(r"^\[rank\d\]: ", "", ended.err, flags=re.MULTILINE)
+
 
 class TestBadUse:
+    @pytest.mark.parametrize("guards", [None, [], {"critic": nn.Linear(1, 1)}])
+    def test_what_are_no_guards(self, guards: object) -> None:
+        """Named, with what it takes."""
+        message = (
+            "^compare_ranks takes a guard, or a mapping of names to guards as guard_modules "
+            f"returns it, not {re.escape(repr(guards))}$"
+        )
+        with pytest.raises(TypeError, match=message), compare_ranks(guards):  # type: ignore[arg-type]
+            pytest.fail("it was opened")
+
     def test_without_a_process_group(self) -> None:
         """Said at once."""
         guard = guard_module(nn.Linear(1, 1))

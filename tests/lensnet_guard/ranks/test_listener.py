@@ -247,6 +247,29 @@ class TestLost:
         assert f"rank {1 - victim} still waits after 1 s and is ended, here:" in other.err
         assert ("hears of the others no more, the store has gone" in other.err) == (victim == 0)
 
+    @pytest.mark.parametrize("victim", [0, 1])
+    @pytest.mark.parametrize("steps", [2, 3])
+    def test_a_rank_that_is_killed_as_the_others_compare(
+        self, run_ranks: Runs, victim: int, steps: int
+    ) -> None:
+        """As a micro-step ends, and at the end of the block; what gloo says of it says less."""
+        ranks = run_ranks(
+            f"""
+            def work(rank):
+                for step in range({steps}):
+                    if rank == {victim} and step == 2:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    with guards.micro_step(step):
+                        score("A")
+                if rank == {victim}:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            """
+        )
+        killed, other = ranks[victim], ranks[1 - victim]
+        assert (killed.code, other.code) == (-9, 1)
+        why = rf"RankStopped: rank {victim} stopped: its process \d+ has ended without a word"
+        assert re.search(why, other.err), other.err
+
     def test_a_rank_that_is_silent(self, run_ranks: Runs) -> None:
         """It is stopped for a while: said, and nothing is ended."""
         first, second = run_ranks(

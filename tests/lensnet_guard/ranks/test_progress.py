@@ -16,12 +16,12 @@ NUMBERED, STANDING_ALONE = MicroStep(7, 2, {}), MicroStep(None, None, {})
 class Noting(Sink):
     """Tells a progress of the calls, and keeps what it says in the midst of one."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, *, compared: bool = True) -> None:
+        self._progress, self.compared = progress, compared
         self.said = ""
 
     def begin(self, record: CallRecord) -> None:
-        self._progress.begin(0, record)
+        self._progress.begin(0, record, compared=self.compared)
         self.said = str(self._progress.state())
 
 
@@ -60,6 +60,21 @@ class TestWords:
             "0 A, 0 B training calls in 0 micro-steps; called from nowhere; is in no call, at "
         )
         assert text.endswith("in TestWords.test_nothing_yet") or "in test_nothing_yet" in text
+
+    def test_a_few_of_many_modules(self, progress: Progress) -> None:
+        """The others are counted together."""
+        assert progress.state().in_words([1]).startswith("0 B, 0 of 1 others training calls in 0")
+
+    def test_a_call_that_is_not_compared(self) -> None:
+        """It has a number like any other, and adds nothing to what must be equal."""
+        guard = guard_module(nn.Linear(1, 1), policy=CallPolicy({"s": Scope((0, 9))}), name="A")
+        sink = Noting(Progress(["A"]), compared=False)
+        guard.add_sink(sink)
+        with guard.context("training"), guard.sanctioned("s"):
+            guard.module(torch.ones(1, 1))
+            guard.module(torch.ones(1, 1))
+        assert sink.said.startswith("0 training calls in 0 micro-steps; called from ")
+        assert "; has been in call 2 of A for 0 s, at " in sink.said
 
     def test_inside_a_call(self) -> None:
         """Its number, and the line of the thread that makes it; afterwards it is in none."""
