@@ -7,11 +7,12 @@ exactly the tokens it stands for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megacontext.checks import check_int
+from megacontext.checks import check_at_least, check_int
 
 Ints = NDArray[np.int64]
 
@@ -102,7 +103,7 @@ class Geometry:
 
     Attributes:
         block_size: Tokens of a LOD1 gist, K, at least 2.
-        max_lod: The highest level of detail, 1 or 2.
+        max_lod: The highest level of detail, at least 1.
         recent_tokens: Length of the protected tail, which stays at LOD0.
         window: The most entries of a coarse cut; None for any number.
 
@@ -118,13 +119,9 @@ class Geometry:
 
     def __post_init__(self) -> None:
         check_int("block_size", self.block_size)
-        check_int("max_lod", self.max_lod)
         if self.block_size < 2:
             raise ValueError(f"block_size must be at least 2 tokens, not {self.block_size}")
-        if self.max_lod not in (1, 2):
-            raise ValueError(
-                f"max_lod must be 1 or 2 (gists, and gists of gists), not {self.max_lod}"
-            )
+        check_at_least("max_lod", self.max_lod, 1)
 
     @property
     def coarsest_span(self) -> int:
@@ -136,11 +133,16 @@ class Geometry:
         """Return the same shape, for coarse cuts of at most ``window`` entries."""
         return replace(self, window=window)
 
+    def up_to(self, max_lod: int) -> "Geometry":
+        """Return the same shape with another highest level of detail."""
+        return replace(self, max_lod=max_lod)
+
     def coarse_cut(self, first: int, end: int, lod0_from: int | None = None) -> Cut:
         """Cut tokens ``[first, end)``: gists up to about ``lod0_from``, and LOD0 from there on.
 
-        The history is LOD1; where that exceeds ``window`` entries and ``max_lod`` is 2, its oldest
-        aligned K² spans are LOD2, as few as it takes.
+        The history is LOD1; where that exceeds ``window`` entries, its oldest aligned K² spans are
+        LOD2, as few as it takes; where all of them are not enough, the oldest of those are LOD3,
+        and so on up to ``max_lod``.
 
         Args:
             first: The first token, a multiple of the coarsest span.
@@ -161,22 +163,27 @@ class Geometry:
                 f"a coarse cut must begin at a multiple of {self.coarsest_span}, not at {first}"
             )
         lod0_from = end - self.recent_tokens if lod0_from is None else lod0_from
-        blocks = max(lod0_from - first, 0) // k
-        lod0 = first + blocks * k
-        length = blocks + max(end - lod0, 0)
+        history = max(lod0_from - first, 0)
+        top, spans = 1, history // k  # the coarsest level so far, and how many there are of it
+        length = spans + max(end - first - spans * k, 0)
         window = length if self.window is None else self.window
-        spans = max(-(-(length - window) // (k - 1)), 0)
-        most = blocks // k if self.max_lod == 2 else 0
-        if spans > most:
-            shortest = length - most * (k - 1)
+        while length > window and top < self.max_lod:
+            top += 1
+            spans = min(-(-(length - window) // (k - 1)), history // k**top)
+            length -= spans * (k - 1)
+        if length > window:
             raise UnreachableTarget(
-                f"the focus view of {end - first} tokens has at least {shortest} entries and does "
+                f"the focus view of {end - first} tokens has at least {length} entries and does "
                 f"not fit a focus_window of {window}; widen the window or shorten the sequence"
             )
-        lod1 = first + spans * k**2
-        levels = (range(first, lod1, k**2), range(lod1, lod0, k), range(lod0, max(end, lod0)))
-        positions = [np.arange(r.start, r.stop, r.step, dtype=np.int64) for r in levels]
-        lods = np.repeat((2, 1, 0), [len(r) for r in levels])
+        begin, positions, lengths = first, [], []
+        for lod in range(top, -1, -1):
+            until = spans * k**top if lod == top else history // k**lod * k**lod
+            until = first + until if lod else max(end, begin)
+            positions.append(np.arange(begin, until, k**lod, dtype=np.int64))
+            lengths.append(len(positions[-1]))
+            begin = until
+        lods = np.repeat(np.arange(top, -1, -1), lengths)
         return Cut(np.concatenate(positions), lods, k)
 
     def focus_view(self, num_tokens: int, horizon_tokens: int) -> Cut:
@@ -200,15 +207,70 @@ class Geometry:
     def shortest_length(self, num_tokens: int) -> int:
         """Count the entries left when all before the protected tail is as coarse as it can be."""
         history = max(num_tokens - self.recent_tokens, 0)
-        blocks = history // self.block_size
-        spans = blocks // self.block_size if self.max_lod == 2 else 0
-        return num_tokens - (blocks + spans) * (self.block_size - 1)
+        nodes: int = sum(history // self.block_size**lod for lod in range(1, self.max_lod + 1))
+        return num_tokens - nodes * (self.block_size - 1)
 
 
 def spans_of(lods: Ints, block_size: int) -> Ints:
     """Return the tokens that entries of these LODs cover, int64, of the same shape."""
-    spans: Ints = (block_size ** np.arange(3))[lods]  # looked up: integer powers are slow
+    spans: Ints = _powers(block_size)[lods]  # looked up: integer powers are slow
     return spans
+
+
+@lru_cache
+def _powers(base: int) -> Ints:
+    """Return the powers of a base that an int64 holds, from 1 on."""
+    return np.array([power for lod in range(63) if (power := base**lod) < 2**63], dtype=np.int64)
+
+
+def sibling_groups(cut: Cut, max_lod: int, editable_end: int) -> Ints:
+    """Find where K siblings begin that all stand in a cut.
+
+    Args:
+        cut: Any.
+        max_lod: The highest level that their parent may have.
+        editable_end: Their parent must not end after this token.
+
+    Returns:
+        Index of the first of each K, oldest first, int64 ``[groups]``.
+    """
+    k, spans = cut.block_size, cut.spans
+    if len(cut) < k:
+        return np.empty(0, dtype=np.int64)
+    last = np.minimum(np.arange(len(cut)) + k - 1, len(cut) - 1)
+    # K aligned entries of one level take (K - 1) spans from first to last; no mixture does.
+    begins = (
+        (cut.lods < max_lod)
+        & (cut.positions % (spans * k) == 0)
+        & (cut.positions[last] == cut.positions + (k - 1) * spans)
+        & (cut.lods[last] == cut.lods)
+        & (cut.positions + k * spans <= editable_end)
+    )
+    return np.flatnonzero(begins)
+
+
+def edited_cut(cut: Cut, entries: Ints, groups: Ints) -> Cut:
+    """Expand some entries and collapse some siblings; none may overlap.
+
+    Args:
+        cut: Any.
+        entries: Indices of the entries to be expanded.
+        groups: Indices at which K siblings begin (see `sibling_groups`) that are to be collapsed.
+
+    Returns:
+        The new cut.
+    """
+    k = cut.block_size
+    copies = np.ones(len(cut), dtype=np.int64)
+    lods = cut.lods.copy()
+    copies[entries] = k
+    lods[entries] -= 1
+    copies[(groups[:, None] + np.arange(1, k)).ravel()] = 0
+    lods[groups] += 1
+    first = np.repeat(np.cumsum(copies) - copies, copies)
+    within = np.arange(len(first)) - first
+    lods = np.repeat(lods, copies)
+    return Cut(np.repeat(cut.positions, copies) + within * spans_of(lods, k), lods, k)
 
 
 def from_block_lods(block_lods: Ints, num_tokens: int, block_size: int) -> Cut:

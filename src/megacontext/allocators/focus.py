@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megacontext.allocators.cut import Cut, Ints
+from megacontext.allocators.cut import Cut, Ints, edited_cut, sibling_groups, spans_of
 from megacontext.allocators.rules import FocusRules, coarsest_length, first_that_fits
 
 Floats = NDArray[np.float32]
 _NONE: Ints = np.empty(0, dtype=np.int64)
+_LEVELS = 64  # that a key has room for; no int64 position has more
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +68,13 @@ class Scored:
 
 def node_keys(starts: Ints, lods: Ints) -> Ints:
     """Return one integer for each node of a tree, by its first token and its LOD."""
-    keys: Ints = starts * 4 + lods
+    keys: Ints = starts * _LEVELS + lods
     return keys
+
+
+def nodes_of(keys: Ints) -> tuple[Ints, Ints]:
+    """Return first token and LOD of the nodes that keys stand for."""
+    return keys // _LEVELS, keys % _LEVELS
 
 
 def refocus_cut(
@@ -122,7 +128,7 @@ def _collapse_to_fit(cut: Cut, scored: Scored, rules: FocusRules, barred: Ints) 
             if not len(groups):
                 break
             taken = np.argsort(low, kind="stable")[: -(-over // (cut.block_size - 1))]
-            cut = _apply(cut, _NONE, groups[taken])
+            cut = edited_cut(cut, _NONE, groups[taken])
             made.append(parents[taken])
     return cut, np.concatenate(made)
 
@@ -169,7 +175,7 @@ def _trade(
     edits_left = max(tuning.max_edits - forced, 0)
     free = min(expansions, room, edits_left)
     paid = min(expansions - min(expansions, room), (edits_left - free) // 2)
-    edited = _apply(cut, entries[: free + paid], groups[:paid])
+    edited = edited_cut(cut, entries[: free + paid], groups[:paid])
     return edited, keys[: free + paid], parents[:paid]
 
 
@@ -190,66 +196,51 @@ def _leaves_reserve(cut: Cut, keys: Ints, rules: FocusRules, barred: Ints) -> ND
     if not rules.reserve:
         return np.ones(len(keys), dtype=np.bool_)
     k, first, end = cut.block_size, int(cut.positions[0]), int(cut.ends[-1])
-    starts, levels = barred // 4, barred % 4
+    starts, levels = nodes_of(barred)
     at = np.searchsorted(cut.positions, starts, side="right") - 1
     stands_open = (starts >= first) & (cut.lods[at] < levels)
-    kept = barred[stands_open]
-    kept = np.unique(np.concatenate([kept, _parents(kept, first, end, rules)]))
+    kept = np.unique(_opened(barred[stands_open], first, end, rules))
+    kept = kept[kept >= 0]
     floor = coarsest_length(first, end, rules.geometry) + (k - 1) * len(kept)
-    # A node that is kept open keeps its parent open, which counts once.
-    each = np.stack([keys, _parents(keys, first, end, rules, keep_none=True)], axis=1).ravel()
-    unseen = np.zeros(len(each), dtype=np.bool_)
-    unseen[np.unique(each, return_index=True)[1]] = True
-    unseen &= (each >= 0) & ~np.isin(each, kept)
-    cost = (k - 1) * unseen.reshape(-1, 2).sum(axis=1).cumsum()
+    # A node that is kept open keeps those above it open, each of which counts once.
+    opened = _opened(keys, first, end, rules)
+    unseen = np.zeros(opened.size, dtype=np.bool_)
+    unseen[np.unique(opened, return_index=True)[1]] = True
+    unseen = unseen.reshape(opened.shape) & (opened >= 0) & ~np.isin(opened, kept)
+    cost = (k - 1) * unseen.sum(axis=1).cumsum()
     leaves: NDArray[np.bool_] = floor + cost <= rules.wc_length - rules.reserve
     return leaves
 
 
-def _parents(keys: Ints, first: int, end: int, rules: FocusRules, keep_none: bool = False) -> Ints:
-    """Return keys of the parents that a cut could hold; -1, or nothing, where there is none."""
-    lods = keys % 4 + 1
-    spans = rules.geometry.block_size**lods
-    starts = keys // 4 // spans * spans
-    exists = (lods <= rules.geometry.max_lod) & (starts >= first)
-    exists &= starts + spans <= end - rules.geometry.recent_tokens
-    parents = np.where(exists, node_keys(starts, lods), -1)
-    return parents if keep_none else parents[exists]
+def _opened(keys: Ints, first: int, end: int, rules: FocusRules) -> Ints:
+    """Return which nodes are open when others are: those, and all above that a cut could hold.
+
+    Args:
+        keys: Of the others, int64 ``[n]``.
+        first: The first token of the cut.
+        end: The token after its last.
+        rules: Say how many levels there are.
+
+    Returns:
+        Their keys, a column for each level, int64 ``[n, max_lod]``; -1 where there is none.
+    """
+    starts, levels = (a[:, None] for a in nodes_of(keys))
+    lods = np.arange(1, rules.geometry.max_lod + 1)
+    spans = spans_of(lods, rules.geometry.block_size)
+    begins = starts // spans * spans
+    above = (lods > levels) & (begins >= first)
+    above &= begins + spans <= end - rules.geometry.recent_tokens
+    opened: Ints = np.where(above | (lods == levels), node_keys(begins, lods), -1)
+    return opened
 
 
 def _collapsible(
     cut: Cut, scored: Scored, rules: FocusRules, barred: Ints
 ) -> tuple[Ints, Ints, Floats]:
     """Find where K siblings begin that all stand in the cut; their parents' keys and scores too."""
-    k, spans = cut.block_size, cut.spans
-    if len(cut) < k:
-        return _NONE, _NONE, np.empty(0, np.float32)
-    editable = cut.ends[-1] - rules.geometry.recent_tokens  # what ends later is protected
-    last = np.minimum(np.arange(len(cut)) + k - 1, len(cut) - 1)
-    # K aligned entries of one level take (K - 1) spans from first to last; no mixture does.
-    begins = (
-        (cut.lods < rules.geometry.max_lod)
-        & (cut.positions % (spans * k) == 0)
-        & (cut.positions[last] == cut.positions + (k - 1) * spans)
-        & (cut.lods[last] == cut.lods)
-        & (cut.positions + k * spans <= editable)
-    )
-    groups = np.flatnonzero(begins)
+    editable = int(cut.ends[-1]) - rules.geometry.recent_tokens  # what ends later is protected
+    groups = sibling_groups(cut, rules.geometry.max_lod, editable)
     parents = node_keys(cut.positions[groups], cut.lods[groups] + 1)
     groups, parents = (a[~np.isin(parents, barred)] for a in (groups, parents))
-    return groups, parents, scored.of_nodes(cut.positions[groups], spans[groups] * k)
-
-
-def _apply(cut: Cut, entries: Ints, groups: Ints) -> Cut:
-    """Expand entries and collapse the groups that begin at ``groups``; none may overlap."""
-    k = cut.block_size
-    copies = np.ones(len(cut), dtype=np.int64)
-    lods = cut.lods.copy()
-    copies[entries] = k
-    lods[entries] -= 1
-    copies[(groups[:, None] + np.arange(1, k)).ravel()] = 0
-    lods[groups] += 1
-    first = np.repeat(np.cumsum(copies) - copies, copies)
-    within = np.arange(len(first)) - first
-    lods = np.repeat(lods, copies)
-    return Cut(np.repeat(cut.positions, copies) + within * k**lods, lods, k)
+    spans = spans_of(cut.lods[groups] + 1, cut.block_size)
+    return groups, parents, scored.of_nodes(cut.positions[groups], spans)

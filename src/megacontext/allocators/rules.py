@@ -1,6 +1,6 @@
 """The rules of the focus allocator, and what they make of lengths. Integers only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megacontext.allocators.cut import Geometry, UnreachableTarget
 from megacontext.checks import check_at_least, check_number
@@ -17,7 +17,7 @@ class FocusTuning:
         max_edits: Of one iteration; only what the budget forces may exceed it.
         cooldown: Iterations for which what was expanded is not collapsed, and the reverse.
         detail_share: Of the entries beside the tail, those that are freed for detail when the
-            history must lose its oldest entries.
+            history must be given more levels of gists, or lose its oldest entries.
 
     Raises:
         TypeError: A value that is no number; the message names it.
@@ -82,6 +82,16 @@ class FocusRules:
         return length
 
     @property
+    def coarse_entries(self) -> int:
+        """The entries that a coarsest cut may have, so that the rest is free for detail."""
+        beside_tail = self.wc_length - self.geometry.recent_tokens
+        return self.wc_length - self.reserve - int(beside_tail * self.tuning.detail_share)
+
+    def up_to(self, max_lod: int) -> "FocusRules":
+        """Return the same rules for a tree with another highest level of detail."""
+        return replace(self, geometry=self.geometry.up_to(max_lod))
+
+    @property
     def shortest_wc_length(self) -> int:
         """The least ``wc_length`` that holds the protected tail wherever the history ends."""
         geometry = self.geometry
@@ -100,6 +110,66 @@ def coarsest_length(first: int, end: int, geometry: Geometry) -> int:
         span = geometry.block_size**lod
         nodes += max(editable // span - -(-first // span), 0)
     return end - first - (geometry.block_size - 1) * nodes
+
+
+def longest_cover(tokens: int, geometry: Geometry) -> int:
+    """Count the most entries that a stretch of tokens takes, as coarse as it can be.
+
+    That is by how much a coarsest cut grows at most when they are appended, whatever is kept open
+    in it: up to K - 1 siblings of each level on either side of the stretch, and as many of the
+    highest level as there is room for between them.
+
+    Args:
+        tokens: Of the stretch, which may begin anywhere.
+        geometry: Of the tree.
+
+    Returns:
+        The number of entries.
+    """
+    k: int = geometry.block_size
+    entries = 0
+    for lod in range(geometry.max_lod):
+        siblings = min(2 * (k - 1), tokens // k**lod)
+        entries += siblings
+        tokens -= siblings * k**lod
+    return entries + tokens // geometry.coarsest_span
+
+
+def highest_lod(tokens: int, rules: FocusRules) -> int:
+    """Say how many levels of gists a history needs, so that working contexts cover all of it.
+
+    Those of the rules' own geometry, which the networks were trained on, as long as a coarsest cut
+    fits; then so many that it leaves room for detail (`FocusTuning.detail_share`). The number never
+    falls as the history grows. There are no more levels than there are nodes of, nor than a working
+    context holds K - 1 of each beside its tail. Where positions reach ``max_tokens`` only, the
+    oldest goes in spans of the highest level, so there is none of which they reach fewer than K.
+
+    Args:
+        tokens: Of the history.
+        rules: Of its working contexts.
+
+    Returns:
+        The highest level of detail.
+    """
+    k, recent = rules.geometry.block_size, rules.geometry.recent_tokens
+    covered = tokens if rules.max_tokens is None else min(tokens, rules.max_tokens)
+    editable, fewest = max(covered - recent, 0), 1 if rules.max_tokens is None else k
+
+    def longest(lod: int) -> int:
+        """The longest that a coarsest cut was so far: with K - 1 siblings below the top."""
+        length: int = recent + lod * (k - 1) + editable // k**lod
+        return length
+
+    lod = rules.geometry.max_lod
+    if longest(lod) <= rules.wc_length:
+        return lod
+    while (
+        longest(lod) > rules.coarse_entries
+        and editable // k ** (lod + 1) >= fewest
+        and recent + (lod + 1) * (k - 1) + k <= rules.wc_length
+    ):
+        lod += 1
+    return lod
 
 
 def first_that_fits(first: int, end: int, rules: FocusRules) -> int:
@@ -133,8 +203,7 @@ def first_that_fits(first: int, end: int, rules: FocusRules) -> int:
             f"{recent} tokens at LOD0 and what remains before them: "
             f"that takes {shortest}"
         )
-    for_detail = int((wc_length - recent) * rules.tuning.detail_share)
-    target = max(wc_length - rules.reserve - for_detail, shortest)
+    target = max(rules.coarse_entries, shortest)
     first = -(-first // span) * span
     over = coarsest_length(first, end, geometry) - target
     fits: int = min(first + max(over, 0) * span, newest)

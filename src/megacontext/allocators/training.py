@@ -45,6 +45,8 @@ class TrainingWCVariationAllocator:
         seed: int | Sequence[int] = 0,
     ) -> None:
         Geometry(block_size, max_lod, recent_tokens)  # checks the first two
+        if max_lod > 2:
+            raise ValueError(f"max_lod must be 1 or 2 (gists, and gists of gists), not {max_lod}")
         if not isinstance(lod2_probability, (int, float)) or not 0 <= lod2_probability <= 1:
             bad = ValueError if isinstance(lod2_probability, (int, float)) else TypeError
             raise bad(f"lod2_probability must be a number in [0, 1], not {lod2_probability!r}")

@@ -79,7 +79,7 @@ _OPTIONS = (
     option("--margin", _SESSION.margin, "By which an expansion must beat the collapse it costs."),
     option("--max-edits", _SESSION.max_edits, "Of one iteration."),
     option("--cooldown", _SESSION.cooldown, "Iterations for which an edit is not undone."),
-    option("--detail-share", _SESSION.detail_share, "Freed for detail when history is lost."),
+    option("--detail-share", _SESSION.detail_share, "Freed for detail when a level is added."),
     option("--device", "cpu", "Torch device, such as cpu or cuda."),
     click.option(
         "--tree-store",
@@ -174,7 +174,7 @@ class _Generation:
             session_rules(mc.config, self._settings, mc.language_model.max_tokens)
         self._text: list[str] = []
         self._told = 0  # refocuses that were told
-        self._drawn_scale = 0  # tokens of a character in the last legend
+        self._drawn_scale = (0, 0)  # tokens of a character, and highest LOD, in the last legend
 
     def run(self) -> None:
         """Generate until there is enough, or a stop string."""
@@ -259,10 +259,10 @@ class _Generation:
     def _draw(self) -> None:
         cut, width = self._mc.inference_cut, self._console.width
         ascii_only = self._console.options.ascii_only
-        each = tokens_per_character(cut, width)
-        if each != self._drawn_scale:
-            self._console.print(focus_legend(each, ascii_only=ascii_only), soft_wrap=True)
-            self._drawn_scale = each
+        each, max_lod = tokens_per_character(cut, width), int(cut.lods.max())
+        if (scale := (each, max(max_lod, 2))) != self._drawn_scale:
+            self._console.print(focus_legend(*scale, ascii_only=ascii_only), soft_wrap=True)
+            self._drawn_scale = scale
         self._console.print(focus_strip(cut, width, ascii_only=ascii_only))
 
     def _end(self, tokens: int) -> None:

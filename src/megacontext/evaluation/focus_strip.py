@@ -1,12 +1,16 @@
 """A working context as one line of a terminal: what it holds in detail, and what not."""
 
+import string
+
 import numpy as np
 from rich.text import Text
 
 from megacontext.allocators.cut import Cut
 
-_CHARACTERS, _ASCII = "█▒░", "#+."
-_STYLES = ("bright_blue", "yellow", "red")
+# What is coarser is its level, as a digit; no int64 position has a level beyond these.
+_DEEPER = "3456789" + string.ascii_letters + "*"
+_CHARACTERS, _ASCII = "█▒░" + _DEEPER, "#+." + _DEEPER
+_STYLES = ("bright_blue", "yellow", "red", "magenta")
 _NAMES = ("LOD0, tokens", "LOD1, gists", "LOD2, gists of gists")
 
 
@@ -29,15 +33,16 @@ def focus_strip(cut: Cut, width: int, *, ascii_only: bool = False) -> Text:
     strip = Text(no_wrap=True)
     for begin, end in zip(first, until, strict=True):
         lod = int(cut.lods[begin:end].min())
-        strip.append(characters[lod], _STYLES[lod])
+        strip.append(characters[lod], _STYLES[min(lod, 3)])
     return strip
 
 
-def focus_legend(each: int, *, ascii_only: bool = False) -> Text:
+def focus_legend(each: int, max_lod: int = 2, *, ascii_only: bool = False) -> Text:
     """Say what the characters of a strip mean.
 
     Args:
         each: Tokens of a character.
+        max_lod: The highest level of detail that there is.
         ascii_only: For a terminal that has no others.
 
     Returns:
@@ -45,8 +50,11 @@ def focus_legend(each: int, *, ascii_only: bool = False) -> Text:
     """
     legend = Text(f"each character is {each:,} token{'s' * (each > 1)}:")
     characters = _ASCII if ascii_only else _CHARACTERS
-    for character, style, name in zip(characters, _STYLES, _NAMES, strict=True):
+    for character, style, name in zip(characters, _STYLES, _NAMES, strict=False):
         legend.append("  ").append(character, style).append(f" {name}")
+    if max_lod > 2:
+        deeper = characters[3] if max_lod == 3 else f"{characters[3]}-{characters[max_lod]}"
+        legend.append("  ").append(deeper, _STYLES[3]).append(" gists of those")
     return legend
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from megacontext.allocators.cut import Cut, Geometry, Ints
-from megacontext.allocators.focus import Edits
+from megacontext.allocators.cut import Cut, Ints
+from megacontext.allocators.focus import Edits, node_keys, nodes_of
+from megacontext.allocators.rules import FocusRules, highest_lod
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,17 @@ class FocusState:
             "tokens": self.tokens,
             "positions": self.cut.positions,
             "lods": self.cut.lods,
-            "resting": list(self.resting),
+            "resting": [_nodes_json(keys) for keys in self.resting],
             "totals": asdict(self.totals),
         }
 
     @classmethod
-    def from_json(cls, saved: Mapping[str, Any], geometry: Geometry) -> "FocusState":
+    def from_json(cls, saved: Mapping[str, Any], rules: FocusRules) -> "FocusState":
         """Make the state that was saved.
 
         Args:
             saved: What ``focus.json`` holds.
-            geometry: Of the tree.
+            rules: Of the session.
 
         Returns:
             The state.
@@ -110,12 +111,29 @@ class FocusState:
             TypeError: Something is of another type.
             ValueError: Its cut is none of such a tree.
         """
-        tokens = int(saved["tokens"])
+        tokens, geometry = int(saved["tokens"]), rules.geometry
         positions, lods = (np.array(saved[n], dtype=np.int64) for n in ("positions", "lods"))
         cut = Cut(positions, lods, geometry.block_size)
-        if not len(cut) or lods.min() < 0 or lods.max() > geometry.max_lod:
+        if not len(cut) or lods.min() < 0 or lods.max() > highest_lod(tokens, rules):
             raise ValueError("no such level of detail")
         cut.check(int(positions[0]), tokens, min(geometry.recent_tokens, tokens))
-        resting = tuple(np.array(keys, dtype=np.int64) for keys in saved["resting"])
+        resting = tuple(_keys_of(nodes) for nodes in saved["resting"])
         totals = {name: int(saved["totals"][name]) for name in asdict(FocusTotals())}
         return cls(cut, tokens, FocusTotals(**totals), resting)
+
+
+def _nodes_json(keys: Ints) -> dict[str, Ints]:
+    starts, lods = nodes_of(keys)
+    return {"starts": starts, "lods": lods}
+
+
+def _keys_of(saved: Any) -> Ints:
+    """Return the keys of nodes that were saved.
+
+    Format 1 has them as integers, four for each token that a node could begin at.
+    """
+    if isinstance(saved, dict):
+        starts, lods = (np.array(saved[name], dtype=np.int64) for name in ("starts", "lods"))
+    else:
+        starts, lods = np.divmod(np.array(saved, dtype=np.int64), 4)
+    return node_keys(starts, lods)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megacontext.allocators.cut import Cut
-from megacontext.allocators.rules import first_that_fits
+from megacontext.allocators.rules import first_that_fits, highest_lod
 from megacontext.inference.focus import FocusAllocator
 from megacontext.inference.focus_state import FocusState
 from megacontext.inference.session_config import SessionConfig, session_rules
@@ -100,6 +100,7 @@ class Session:
         with self._alone():
             for tokens in chunks:
                 self.store.append(tokens)
+                self._deepen()  # as they come, not out of all that there are
                 progress(len(self.store))
             if not len(self.store):
                 raise ValueError("a session begins with at least one token")
@@ -124,13 +125,14 @@ class Session:
                     f"{self._folder.path} holds no token yet: the session was killed before the "
                     "first; remove the folder and begin again"
                 )
-            focus = self._folder.read_focus(self.rules.geometry, len(self.store))
+            self._deepen()
+            focus = self._folder.read_focus(self.rules, len(self.store))
             if focus is None:  # killed while it took in its first tokens
                 self._focus_anew()
             else:
                 self.focus = focus
                 if self._due():
-                    self._refocus(self.settings.iterations)
+                    self._refocus()
             return self._read(1)
 
     def step(self, tokens: Tokens) -> Tensor:
@@ -149,13 +151,12 @@ class Session:
             begin = 0
             while begin < len(tokens):
                 if self._due():  # when the last one failed
-                    self._refocus(self.settings.iterations)
+                    self._refocus()
                 end = begin + self.settings.refocus_interval - self._since_refocus()
-                piece = tokens[begin:end]
-                self.store.append(piece)
-                read = self._read(len(piece))
+                self.store.append(tokens[begin:end])
+                read = self._read(len(tokens[begin:end]))
                 if self._due():
-                    self._refocus(self.settings.iterations)
+                    self._refocus()
                     read = torch.cat([read[:, :-1], self._read(1)], dim=1)
                 logits.append(read)
                 begin = end
@@ -228,20 +229,25 @@ class Session:
     def _due(self) -> bool:
         return self._since_refocus() >= self.settings.refocus_interval
 
+    def _deepen(self) -> int:
+        """Let the tree have the levels that the history needs now; return the highest."""
+        self.store.deepen(depth := highest_lod(len(self.store), self.rules))
+        return depth
+
     def _focus_anew(self) -> None:
         """Focus from gists alone, in so many iterations that the best parts reach LOD0."""
-        geometry, end = self.rules.geometry, len(self.store)
-        first = first_that_fits(0, end, self.rules)
-        self.focus = FocusState(geometry.coarse_cut(first, end), end)
-        self._refocus(max(self.settings.iterations, geometry.max_lod))
+        rules, end = self.rules.up_to(self._deepen()), len(self.store)
+        first = first_that_fits(0, end, rules)
+        self.focus = FocusState(rules.geometry.coarse_cut(first, end), end)
+        self._refocus(max(self.rules.geometry.max_lod, int(self.focus.cut.lods.max())))
 
-    def _refocus(self, iterations: int) -> None:
+    def _refocus(self, least: int = 1) -> None:
         """Edit the cut; on disk before it counts, so that an error changes nothing."""
-        tokens, events = len(self.store), []
+        tokens, depth, events = len(self.store), self._deepen(), []
         focus = self.focus.refocused(tokens)
-        for _ in range(iterations):
+        for _ in range(max(self.settings.iterations, least)):
             before = len(focus.cut)
-            cut, edits = self._allocator.refocus(focus.cut, focus.resting, self._gather)
+            cut, edits = self._allocator.refocus(focus.cut, focus.resting, self._gather, depth)
             events.append(FocusEvent.of(edits, cut, before, tokens))
             focus = focus.edited(cut, edits, self.settings.cooldown)
         if self._folder is not None:

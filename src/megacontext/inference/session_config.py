@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megacontext.allocators.cut import Geometry
-from megacontext.allocators.rules import FocusRules, FocusTuning
+from megacontext.allocators.rules import FocusRules, FocusTuning, longest_cover
 from megacontext.checks import check_at_least
 from megacontext.config import MCConfig
 
@@ -45,13 +45,10 @@ class SessionConfig(FocusTuning):
         Returns:
             The rules.
         """
-        appended = self.cooldown * self.refocus_interval
-        growth = geometry.max_lod * (geometry.block_size - 1)
-        growth += -(-appended // geometry.coarsest_span)
         return FocusRules(
             geometry,
             tuning=self,
-            reserve=growth if self.cooldown else 0,
+            reserve=longest_cover(self.cooldown * self.refocus_interval, geometry),
             max_tokens=None if max_tokens is None else max_tokens - self.refocus_interval,
         )
 

@@ -16,11 +16,11 @@ import numpy as np
 import orjson
 from torch import nn
 
-from megacontext.allocators.cut import Geometry
+from megacontext.allocators.rules import FocusRules
 from megacontext.files import DamagedFileError, hold_lock, reading, replacing
 from megacontext.inference.focus_state import FocusState
 
-FORMAT = 1
+FORMAT = 2
 
 
 class SessionFolder:
@@ -94,12 +94,14 @@ class SessionFolder:
         opened = cls(folder)
         try:
             saved = opened._read("session.json")
-            if "format" in saved and saved["format"] != FORMAT:
+            if "format" in saved and saved["format"] not in (1, FORMAT):
                 raise ValueError(
-                    f"{folder} has format {saved['format']}, and this version reads {FORMAT}"
+                    f"{folder} has format {saved['format']}, and this version reads 1 and {FORMAT}"
                 )
             _compare(folder, saved, about)
             settings: dict[str, Any] = dict(saved["settings"])
+            if saved["format"] != FORMAT:  # before the first level that format 1 does not know
+                opened._write("session.json", saved | {"format": FORMAT})
         except BaseException:
             opened.close()
             raise
@@ -116,11 +118,11 @@ class SessionFolder:
         """
         self._write("focus.json", focus.to_json())
 
-    def read_focus(self, geometry: Geometry, tokens: int) -> FocusState | None:
+    def read_focus(self, rules: FocusRules, tokens: int) -> FocusState | None:
         """Read the state of the focus.
 
         Args:
-            geometry: Of the tree.
+            rules: Of the session.
             tokens: Of the session's history now.
 
         Returns:
@@ -134,7 +136,7 @@ class SessionFolder:
             return None
         saved = self._read("focus.json")
         try:
-            focus = FocusState.from_json(saved, geometry)
+            focus = FocusState.from_json(saved, rules)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); remove it, and the session will focus anew"

@@ -2,11 +2,13 @@
 
 LOD0 is kept as tokens, whose embeddings are looked up when they are needed; gists are kept as
 arrays. A finished gist is never computed again. On disk there is one file for the tokens and one
-for each level of gists; they are only appended to, and their sizes say how much there is.
+for each level of gists; they are only appended to, and their sizes say how much there is. Levels
+are added as the history grows: GistNet makes gists of gists of any level with the same weights.
 """
 
 import os
 import weakref
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -155,7 +157,7 @@ class TreeStore:
         language_model: Embeds tokens; where it is, gathers go.
         gistnet: Makes gists.
         block_size: Tokens of a LOD1 gist, K.
-        max_lod: The highest level, 1 or 2.
+        max_lod: The highest level to begin with; see `deepen`.
         folder: Keeps the columns in files there; in memory if None.
 
     Raises:
@@ -171,19 +173,12 @@ class TreeStore:
         max_lod: int,
         folder: Path | None = None,
     ) -> None:
-        self._model, self._gistnet = language_model, gistnet
+        self._model, self._gistnet, self._folder = language_model, gistnet, folder
         self._block_size = block_size
-        self._vocab_size, d_model = language_model.embedding.weight.shape
-        names = ["tokens.bin", *(f"gists{lod}.bin" for lod in range(1, max_lod + 1))]
-        kinds: list[tuple[np.dtype[Any], tuple[int, ...]]]
-        kinds = [(as_ids(np.empty(0, np.int64), self._vocab_size).dtype, ())]
-        kinds += [(np.dtype(np.float32), (d_model,))] * max_lod
-        self._columns: list[Column] = [
-            MemoryColumn(dtype, row) if folder is None else DiskColumn(folder / name, dtype, row)
-            for name, (dtype, row) in zip(names, kinds, strict=True)
-        ]
-        self._truncate(len(self))  # gists of tokens that are gone
-        self._grow()  # and missing gists
+        self._vocab_size, self._d_model = language_model.embedding.weight.shape
+        ids = as_ids(np.empty(0, np.int64), self._vocab_size)
+        self._columns = [self._new_column("tokens.bin", ids.dtype, ())]
+        self.deepen(max_lod if folder is None else max(max_lod, _highest_on_disk(folder)))
 
     def __len__(self) -> int:
         """Count the tokens."""
@@ -196,13 +191,35 @@ class TreeStore:
 
     @property
     def gists(self) -> tuple[int, ...]:
-        """How many there are at LOD1, LOD2."""
+        """How many there are at LOD1, LOD2, and so on."""
         return tuple(len(column) for column in self._columns[1:])
 
     def nbytes(self) -> tuple[int, int]:
         """Return how many bytes there are in memory, and on disk."""
         each = [column.nbytes() for column in self._columns]
         return sum(ram for ram, _ in each), sum(disk for _, disk in each)
+
+    def deepen(self, max_lod: int) -> None:
+        """Have levels up to ``max_lod``, if there are fewer; what is missing of them is made.
+
+        A new level has a K-th of the gists of the one below it.
+
+        Args:
+            max_lod: The highest level that there is to be.
+
+        Raises:
+            OSError: The files cannot be written; no level is added that is not complete.
+        """
+        for lod in range(len(self._columns), max_lod + 1):
+            column = self._new_column(f"gists{lod}.bin", np.dtype(np.float32), (self._d_model,))
+            # Gists of tokens that are gone.
+            column.truncate(min(len(column), len(self) // self._block_size**lod))
+            try:
+                self._grow_column(self._columns[-1], column)
+            except BaseException:
+                column.close()
+                raise
+            self._columns.append(column)
 
     def append(self, tokens: NDArray[np.int64]) -> None:
         """Add tokens, and the gists that they finish; all, or none and an error.
@@ -253,12 +270,20 @@ class TreeStore:
 
     def _grow(self) -> None:
         """Make the gists whose children are complete and that are not there yet."""
+        for below, column in pairwise(self._columns):
+            self._grow_column(below, column)
+
+    def _grow_column(self, below: Column, column: Column) -> None:
         k = self._block_size
-        for below, column in zip(self._columns, self._columns[1:], strict=False):
-            while (missing := len(below) // k - len(column)) > 0:
-                begin, number = len(column) * k, min(missing, max(CHUNK_TOKENS // k, 1))
-                rows = below.take(np.arange(begin, begin + number * k))
-                column.append(self._make_gists(rows, number))
+        while (missing := len(below) // k - len(column)) > 0:
+            begin, number = len(column) * k, min(missing, max(CHUNK_TOKENS // k, 1))
+            rows = below.take(np.arange(begin, begin + number * k))
+            column.append(self._make_gists(rows, number))
+
+    def _new_column(self, name: str, dtype: np.dtype[Any], row: tuple[int, ...]) -> Column:
+        if self._folder is None:
+            return MemoryColumn(dtype, row)
+        return DiskColumn(self._folder / name, dtype, row)
 
     def _make_gists(self, rows: Array, number: int) -> Array:
         if rows.ndim == 1:
@@ -272,3 +297,9 @@ class TreeStore:
     def _truncate(self, tokens: int) -> None:
         for lod, column in enumerate(self._columns):
             column.truncate(min(len(column), tokens // self._block_size**lod))
+
+
+def _highest_on_disk(folder: Path) -> int:
+    """Return the highest level that has a file: all of them are to keep step with the tokens."""
+    names = (path.stem.removeprefix("gists") for path in folder.glob("gists*.bin"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)

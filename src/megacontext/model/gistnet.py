@@ -7,6 +7,8 @@ from torch import Tensor, nn
 class GistNet(nn.Module):
     """Sum over the children, scaled to keep their variance, plus what an MLP makes of it.
 
+    The same weights make every level: a gist of gists, and one of those, is made as a gist is.
+
     It is free of the children's order on purpose: in a first study a gist that concatenates them
     learned the values themselves, and then expanding an entry no longer matters.
 
@@ -30,10 +32,10 @@ class GistNet(nn.Module):
         Args:
             embeddings: Of LOD0, ``[B, N, D]``.
             block_size: Children of a gist, K.
-            max_lod: The highest level, 1 or 2.
+            max_lod: The highest level.
 
         Returns:
-            The levels one after another, ``[B, N + N//K + N//K², D]``.
+            The levels one after another, ``[B, N + N//K + N//K² + ..., D]``.
         """
         # All levels come out of one call: under CUDA graphs a second call without gradients would
         # write over what the first one gave out, and LOD1 is still needed once LOD2 is made.

@@ -7,11 +7,14 @@ rotation, its fast frequencies damped where the position is vague. For s = 1 it 
 (Su et al. 2021, arXiv:2104.09864).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BASE = 10_000.0
+_STRIDE = 4_096  # tokens; an angle of many more has lost its digits in float32
 
 
 def gaussian_rope(
@@ -32,9 +35,10 @@ def gaussian_rope(
     rotated_dim = head_dim if rotated_dim is None else rotated_dim
     exponents = torch.arange(0, rotated_dim, 2, device=starts.device) / rotated_dim
     frequencies = F.pad(BASE**-exponents, (0, (head_dim - rotated_dim) // 2))
-    mean = starts + (spans - 1) / 2
+    mean = starts % _STRIDE + (spans - 1) / 2
     variance = (spans.float() ** 2 - 1) / 12
-    angles = mean[..., None] * frequencies
+    of_stride = (_STRIDE * frequencies).remainder(2 * math.pi)  # whole turns turn nothing
+    angles = mean[..., None] * frequencies + (starts // _STRIDE)[..., None] * of_stride
     damping = torch.exp(-0.5 * frequencies**2 * variance[..., None])
     return torch.stack([angles.cos() * damping, angles.sin() * damping])[:, :, None]
 

@@ -1,4 +1,4 @@
-"""The tree over a history (tokens, gists, gists of gists) and the one gather out of it."""
+"""The tree over a history (tokens, gists, gists of gists, ...) and the one gather out of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class MegaContextTree:
             of theirs reaches that far.
         labels: What entries are to predict: the tokens, or `NO_LABEL`; int64 ``[B, N]``.
         lengths: Tokens of each history, B host integers.
-        levels: LOD0, LOD1, LOD2 embeddings one after another, ``[B, N + N//K + N//K², D]``.
+        levels: LOD0, LOD1, LOD2, ... embeddings, ``[B, N + N//K + N//K² + ..., D]``.
         block_size: Tokens of a LOD1 gist, K.
         max_lod: The highest level built.
     """
@@ -53,7 +53,7 @@ class MegaContextTree:
             embeddings: Of the tokens, ``[B, N, D]``.
             gistnet: Makes the gists.
             block_size: Tokens of a LOD1 gist, K.
-            max_lod: The highest level to build, 1 or 2.
+            max_lod: The highest level to build.
             lengths: Tokens of each history; N for all by default.
             labels: What entries are to predict, int64 ``[B, N]``; the tokens by default.
 

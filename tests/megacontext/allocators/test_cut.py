@@ -8,11 +8,15 @@ from hypothesis import strategies as st
 from megacontext import Cut, UnreachableTarget
 from megacontext.allocators.cut import (
     Geometry,
+    edited_cut,
     from_block_lods,
     held_at_lod0,
     kept_tokens,
     lod0_tail,
+    sibling_groups,
+    spans_of,
 )
+from megacontext.allocators.rules import coarsest_length
 
 
 def cut(positions: list[int], lods: list[int], block_size: int = 4) -> Cut:
@@ -155,6 +159,84 @@ class TestFocusView:
         view = Geometry(block_size, 2, recent, window=5_000).focus_view(tokens, horizon)
         view.check(0, tokens - horizon, recent_tokens=recent - horizon)
         assert len(view) <= tokens - horizon
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> Geometry:
+    """Trees of any depth."""
+    k, max_lod = draw(st.integers(2, 6)), draw(st.integers(1, 9))
+    return Geometry(k, max_lod, draw(st.integers(1, 40)))
+
+
+class TestCoarseCut:
+    def test_each_level_is_taken_when_the_one_below_is_not_enough(self) -> None:
+        """The oldest first, and as few spans of it as it takes."""
+        geometry = Geometry(4, 3, recent_tokens=8)
+        lods = {w: geometry.within(w).coarse_cut(0, 200).lods.tolist() for w in (56, 53, 20, 17)}
+        tail = [0] * 8
+        assert lods[56] == [1] * 48 + tail
+        assert lods[53] == [2] + [1] * 44 + tail
+        assert lods[20] == [2] * 12 + tail
+        assert lods[17] == [3] + [2] * 8 + tail
+
+    @given(geometries(), st.integers(0, 3), st.integers(0, 3_000), st.data())
+    def test_every_cut_is_legal_within_its_window_and_no_coarser_than_it_must_be(
+        self, geometry: Geometry, skipped: int, tokens: int, data: st.DataObject
+    ) -> None:
+        """At any depth: one level more for what is oldest, as many spans as it takes."""
+        first = skipped * geometry.coarsest_span
+        end = first + tokens
+        shortest = coarsest_length(first, end, geometry)
+        window = data.draw(st.integers(shortest, max(tokens, shortest)))
+        cut = geometry.within(window).coarse_cut(first, end)
+        cut.check(first, end, min(geometry.recent_tokens, tokens))
+        assert len(cut) <= window
+        blocks = max(tokens - geometry.recent_tokens, 0) // geometry.block_size
+        finest = tokens - blocks * (geometry.block_size - 1)
+        assert len(cut) == finest or len(cut) > window - (geometry.block_size - 1)
+        assert (np.diff(cut.lods) <= 0).all()
+        if shortest > 1:
+            with pytest.raises(UnreachableTarget, match=f"has at least {shortest} entries"):
+                geometry.within(shortest - 1).coarse_cut(first, end)
+
+    @given(geometries(), st.integers(1, 3_000), st.data())
+    def test_a_wider_window_is_nowhere_coarser(
+        self, geometry: Geometry, tokens: int, data: st.DataObject
+    ) -> None:
+        """And neither is a shallower tree."""
+        shortest = coarsest_length(0, tokens, geometry)
+        narrow, wide = sorted(data.draw(st.tuples(*[st.integers(shortest, 3_000)] * 2)))
+        coarse = geometry.within(narrow).coarse_cut(0, tokens)
+        fine = geometry.within(wide).coarse_cut(0, tokens)
+        assert (fine.token_lods(tokens) <= coarse.token_lods(tokens)).all()
+        if coarse.lods.max() < geometry.max_lod:
+            shallow = geometry.up_to(max(int(coarse.lods.max()), 1)).within(narrow)
+            assert shallow.coarse_cut(0, tokens) == coarse
+
+    def test_spans_of_high_levels_wrapped_around(self) -> None:
+        """They are looked up, up to what an int64 holds."""
+        assert spans_of(np.array([62, 20, 0]), 2).tolist() == [2**62, 2**20, 1]
+        assert spans_of(np.array([12]), 29).tolist() == [29**12]
+        with pytest.raises(ValueError, match="max_lod must be at least 1, not 0"):
+            Geometry(4, 0, recent_tokens=8)
+
+
+class TestEditedCut:
+    @given(geometries(), st.integers(1, 600), st.data())
+    def test_collapsing_siblings_and_expanding_their_parents_is_no_change(
+        self, geometry: Geometry, tokens: int, data: st.DataObject
+    ) -> None:
+        """Every group that is found, in one edit, at whatever level."""
+        shortest = coarsest_length(0, tokens, geometry)
+        window = data.draw(st.integers(shortest, max(tokens, shortest)))
+        cut = geometry.within(window).coarse_cut(0, tokens)
+        groups = sibling_groups(cut, geometry.max_lod, tokens - geometry.recent_tokens)
+        none = np.empty(0, dtype=np.int64)
+        collapsed = edited_cut(cut, none, groups)
+        collapsed.check(0, tokens, min(geometry.recent_tokens, tokens))
+        assert len(cut) - len(collapsed) == len(groups) * (geometry.block_size - 1)
+        parents = np.searchsorted(collapsed.positions, cut.positions[groups])
+        assert edited_cut(collapsed, parents, none) == cut
 
 
 class TestHeldAtLod0:

@@ -16,9 +16,12 @@ from megacontext.allocators.rules import (
     FocusTuning,
     coarsest_length,
     first_that_fits,
+    highest_lod,
 )
+from megacontext.allocators.view import view_of_cut
 
 K = 4
+FIELDS = ("positions", "lods")
 RULES = FocusRules(Geometry(block_size=K, max_lod=2, recent_tokens=8, window=40))
 
 
@@ -58,6 +61,10 @@ def held_at_lod0(cut: Cut, of: FocusRules = RULES) -> list[int]:
     return [int(s) for s in starts if s + K <= cut.ends[-1] - of.geometry.recent_tokens]
 
 
+def lod_at(cut: Cut, token: int) -> int:
+    return int(cut.lods[np.searchsorted(cut.positions, token, side="right") - 1])
+
+
 class TestExpansions:
     def test_the_best_are_expanded_while_there_is_room(self) -> None:
         """26 entries and a budget of 33 leave room for two, and nothing may give way."""
@@ -67,7 +74,7 @@ class TestExpansions:
         of = rules(wc_length=33, collapse_threshold=-1)
         edited, edits = refocus_cut(cut, scored(cut, RULES, high), of)
         assert held_at_lod0(edited) == [32, 60]
-        assert edits.expanded.tolist() == [32 * 4 + 1, 60 * 4 + 1]
+        assert edits.expanded.tolist() == [32 * 64 + 1, 60 * 64 + 1]
         assert (len(edits), len(edits.collapsed), edits.dropped, len(edited)) == (2, 0, 0, 32)
 
     def test_what_scores_no_more_than_the_threshold_stays(self) -> None:
@@ -148,7 +155,7 @@ class TestBudget:
         edited, edits = refocus_cut(cut, scored(cut, of, {200: 0.9}), of)
         assert held_at_lod0(edited) == [200]
         assert len(edits.expanded) == 0
-        assert 200 * 4 + 1 not in edits.collapsed
+        assert 200 * 64 + 1 not in edits.collapsed
         assert len(edited) <= 40
 
     def test_history_beyond_the_coarsest_cut_is_lost_down_to_room_for_detail(self) -> None:
@@ -200,6 +207,14 @@ class TestReserve:
         high = scored(cut, RULES, dict.fromkeys(blocks, 0.9))
         assert len(refocus_cut(cut, high, rules(reserve=reserve))[1].expanded) == expanded
 
+    @pytest.mark.parametrize(("reserve", "expanded"), [(20, 1), (21, 0)])
+    def test_an_open_block_keeps_all_above_it_open(self, reserve: int, expanded: int) -> None:
+        """Of 40 entries 11 are the coarsest cut with LOD3; a block costs three nodes there."""
+        cut, of = gists(80), rules(reserve=reserve).up_to(3)
+        assert coarsest_length(0, 80, of.geometry) == 11
+        _, edits = refocus_cut(cut, scored(cut, RULES, {16: 0.9}), of)
+        assert len(edits.expanded) == expanded
+
     def test_what_rests_counts(self) -> None:
         """With its parent."""
         cut = gists(80)
@@ -208,6 +223,39 @@ class TestReserve:
         for reserve, more in ((14, 1), (15, 0)):
             _, then = refocus_cut(opened, high, rules(reserve=reserve), edits.expanded)
             assert len(then.expanded) == more
+
+    def test_a_block_that_rested_was_collapsed_as_tokens_came(self) -> None:
+        """The span around it was completed and had to stay open: more entries than were kept."""
+        session = SessionConfig(refocus_interval=27, cooldown=1, margin=0.0)
+        geometry = Geometry(K, 2, recent_tokens=1)
+        reserve = session.rules(geometry.within(100)).reserve
+        of = session.rules(geometry.within(1 + 2 * (K - 1) + reserve))
+        cut = of.geometry.within(7).coarse_cut(0, 37)
+        opened, edits = refocus_cut(cut, scored(cut, of, {32: 1.0}, low=-1.0), of)
+        assert edits.expanded.tolist() == node_keys(np.array([32]), np.array([1])).tolist()
+        tail = lod0_tail(37 + 27, 27, K)
+        grown = Cut(*(np.append(getattr(opened, n), getattr(tail, n)) for n in FIELDS), K)
+        _, then = refocus_cut(grown, scored(grown, of, low=-1.0), of, edits.expanded)
+        assert flipped(then, edits.expanded) == 0
+
+
+class TestDepth:
+    def test_a_token_is_found_again_level_by_level(self) -> None:
+        """In a history of 20,000,000 tokens, by scores of the focus view alone; nothing is lost."""
+        of = FocusRules(Geometry(8, 2, 64, 1_024), reserve=20)
+        end, sought = 20_000_000, 7_654_321
+        of = of.up_to(highest_lod(end, of))
+        cut = of.geometry.coarse_cut(0, end)
+        assert int(cut.lods.max()) == of.geometry.max_lod - 1
+        for lod in range(lod_at(cut, sought), -1, -1):
+            assert lod_at(cut, sought) == lod
+            view = view_of_cut(cut, end - 32, of.geometry)
+            scores = np.full(len(view), -0.5, np.float32)
+            scores[np.searchsorted(view.positions, sought, side="right") - 1] = 0.9
+            cut, edits = refocus_cut(cut, Scored(view, scores), of)
+            assert len(edits.expanded) == (lod > 0)
+            assert len(cut) <= 1_024
+            cut.check(0, end, 64)
 
 
 class TestScored:
@@ -222,9 +270,9 @@ class TestScored:
 
 @st.composite
 def focus_cases(draw: st.DrawFn) -> tuple[FocusRules, int, int]:
-    """Rules that hold the tail, tokens to begin with, and a seed."""
+    """Rules that hold the tail in a tree of any depth, tokens to begin with, and a seed."""
     k = draw(st.integers(2, 5))
-    max_lod, recent = draw(st.integers(1, 2)), draw(st.integers(1, 12))
+    max_lod, recent = draw(st.integers(1, 6)), draw(st.integers(1, 12))
     shortest = recent + max_lod * (k - 1)
     window = draw(st.integers(max(shortest, 1), shortest + 40))
     tuning = FocusTuning(

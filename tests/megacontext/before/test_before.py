@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from lensnet_guard.postmortem import read_verdict
 from megacontext import MCConfig, MCController, Recipe, load_model, train
+from megacontext.allocators.focus import nodes_of
 from megacontext.cli import main
 
 BEFORE = Path(__file__).parent
@@ -126,3 +127,32 @@ class TestSession:
         mc.inference_step(torch.arange(9))
         assert mc.inference_report().refocuses == focus["totals"]["refocuses"] + 1
         mc.end_inference_session()
+
+    def test_what_rested_rests(self, tmp_path: Path) -> None:
+        """Its nodes were one integer each; the folder is of this version's format from then on."""
+        folder = shutil.copytree(BEFORE / "session", tmp_path / "session")
+        focus = json.loads((folder / "focus.json").read_text())
+        mc = load_model(BEFORE / "run")
+        mc.resume_inference_session(folder)
+        rested = [[(key // 4, key % 4) for key in keys] for keys in focus["resting"]]
+        assert any(rested)
+        found = [nodes_of(keys) for keys in mc._session.focus.resting]
+        assert [list(zip(*map(list, nodes), strict=True)) for nodes in found] == rested
+        assert json.loads((folder / "session.json").read_text())["format"] == 2
+        mc.end_inference_session()
+        mc.resume_inference_session(folder)
+        mc.end_inference_session()
+
+    def test_it_grows_deep(self, tmp_path: Path) -> None:
+        """A folder with two levels of gists gets as many as its history needs."""
+        folder = shutil.copytree(BEFORE / "session", tmp_path / "session")
+        mc = load_model(BEFORE / "run")
+        history = torch.randint(0, 256, (8_000,), generator=torch.Generator().manual_seed(6))
+        with (folder / "tokens.bin").open("ab") as file:
+            file.write(bytes(history.tolist()))
+        mc.resume_inference_session(folder)
+        report = mc.inference_report()
+        assert report.first_token == 0
+        assert report.entries_by_lod[3] > 0
+        mc.end_inference_session()
+        assert (folder / "gists4.bin").exists()

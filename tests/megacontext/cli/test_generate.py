@@ -1,6 +1,7 @@
 """``megacontext generate``, as a user calls it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,22 @@ class TestText:
         strips = [line for line in err.splitlines() if line and not set(line) - set("█▒░")]
         assert len(strips) == 3
         assert strips[-1].endswith("█")
+
+    def test_show_focus_draws_every_level_that_is_held(self, run_dir: Path) -> None:
+        """A long prompt has more of them than were trained."""
+        code, _, err = generate(
+            run_dir, "--prompt", "-", "--max-tokens", 0, "--show-focus", stdin=b"y = 1\n" * 10_000
+        )
+        assert code == 0
+        assert "from token 0 on" in err
+        assert re.search(r"LOD2, gists of gists  3(-\d)? gists of those", err)
+        held = re.search(r"working context \d+ entries \((.*)\) of", err)
+        assert held is not None
+        levels = [word for word in held[1].replace(",", "").split() if word.startswith("LOD")]
+        assert levels[:4] == ["LOD0", "LOD1", "LOD2", "LOD3"]
+        strip = err.splitlines()[-2]
+        assert not set(strip) - set("█▒░3456")
+        assert len(strip) <= 80
 
 
 class TestSession:

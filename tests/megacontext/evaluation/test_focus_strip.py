@@ -19,6 +19,16 @@ class TestFocusStrip:
         assert focus_strip(CUT, 10).plain == "░░░░░▒███"
         assert focus_strip(CUT, 1).plain == "█"
 
+    def test_deeper_levels_are_digits(self) -> None:
+        """In a terminal of whatever characters; the legend names those that there are."""
+        deep = Cut(np.array([0, 64, 80, 81]), np.array([3, 2, 0, 0]), 4)
+        assert focus_strip(deep, 41).plain == "3" * 32 + "░" * 8 + "█"
+        assert focus_strip(deep, 41, ascii_only=True).plain == "3" * 32 + "." * 8 + "#"
+        deeper = Cut(np.array([0, 2**40, 3 * 2**39]), np.array([40, 39, 12]), 2)
+        assert focus_strip(deeper, 6).plain == "EEEDDc"
+        assert focus_legend(2, 3).plain.endswith("░ LOD2, gists of gists  3 gists of those")
+        assert focus_legend(2, 7).plain.endswith("░ LOD2, gists of gists  3-7 gists of those")
+
     def test_the_legend(self) -> None:
         """Says how many tokens a character is."""
         names = "  █ LOD0, tokens  ▒ LOD1, gists  ░ LOD2, gists of gists"

@@ -27,6 +27,7 @@ from megacontext.allocators.rules import coarsest_length
 
 HISTORY = torch.randint(0, 64, (3_000,), generator=torch.Generator().manual_seed(5))
 OFTEN = SessionConfig(refocus_interval=8)
+SHORT = SessionConfig(refocus_interval=8, wc_length=28)  # no room for a third level of gists
 
 
 def reread(mc: MCController) -> Tensor:
@@ -118,9 +119,9 @@ class TestLogits:
 
 
 class TestWorkingContext:
-    def test_it_tiles_the_history_within_the_budget_for_ever(self, mc: MCController) -> None:
+    def test_without_room_for_another_level_the_oldest_is_lost(self, mc: MCController) -> None:
         """Checked after every token of a history many times as long as the context can cover."""
-        mc.begin_inference_session(HISTORY[:300], settings=OFTEN)
+        mc.begin_inference_session(HISTORY[:300], settings=SHORT)
         session, config = mc._session, mc.config
         assert session is not None
         lost = [0]
@@ -128,9 +129,9 @@ class TestWorkingContext:
             mc.inference_step(HISTORY[at : at + 1])
             cut = session.cut
             cut.check(int(cut.positions[0]), at + 1, config.recent_tokens)
-            assert len(cut) <= config.train_wc_length + 7
+            assert len(cut) <= 28 + 7
             if mc.inference_report().next_refocus == 8:
-                assert len(cut) <= config.train_wc_length
+                assert len(cut) <= 28
                 lost.append(int(cut.positions[0]))
         report = mc.inference_report()
         assert lost == sorted(lost)
@@ -140,7 +141,7 @@ class TestWorkingContext:
 
     def test_nothing_is_lost_that_the_coarsest_context_can_cover(self, mc: MCController) -> None:
         """The first loss comes when even that is too long."""
-        mc.begin_inference_session(HISTORY[:1], settings=OFTEN)
+        mc.begin_inference_session(HISTORY[:1], settings=SHORT)
         session = mc._session
         assert session is not None
         geometry = session.rules.geometry
@@ -149,12 +150,12 @@ class TestWorkingContext:
             mc.inference_step(HISTORY[at : at + 8])
             if mc.inference_report().first_token:
                 break
-            assert coarsest_length(0, mc.inference_report().tokens, geometry) <= 48 + 7
-        assert coarsest_length(0, before + 8, geometry) > 48
+            assert coarsest_length(0, mc.inference_report().tokens, geometry) <= 28 + 7
+        assert coarsest_length(0, before + 8, geometry) > 28
 
     def test_starts_count_from_the_first_covered_token(self, mc: MCController) -> None:
         """Labels are the tokens after each entry; only the last has none."""
-        mc.begin_inference_session(HISTORY[:2_000])
+        mc.begin_inference_session(HISTORY[:2_000], settings=SHORT)
         mc.inference_step(HISTORY[2_000:2_003])
         context, report = mc.working_context, mc.inference_report()
         assert context.embeddings.shape == (1, report.length, 32)

@@ -16,6 +16,7 @@ from megacontext import (
     MegaContextTree,
     TrainingWCVariationAllocator,
 )
+from megacontext.allocators.cut import Geometry
 from megacontext.inference import tree_store
 from megacontext.inference.tree_store import DiskColumn, MemoryColumn, TreeStore
 
@@ -105,6 +106,62 @@ class TestGrowth:
         store.append(some_tokens(1_000))
         assert max(sizes) <= 24
         assert store.gists == (250, 62)
+
+
+class TestDeepen:
+    def test_any_depth_is_the_tree_that_one_call_of_gistnet_makes(
+        self, folder: Path | None
+    ) -> None:
+        """Whenever levels are added, before tokens or after."""
+        tokens, store = some_tokens(1_300), make_store(folder, max_lod=1)
+        for piece, max_lod in zip(np.split(tokens, [3, 700]), (2, 4, 5), strict=True):
+            store.append(piece)
+            store.deepen(max_lod)
+        store.deepen(3)  # there are as many already
+        model, gistnet = networks()
+        given_tokens = torch.from_numpy(tokens)[None]
+        tree = MegaContextTree.build(
+            given_tokens, model.embed(given_tokens), gistnet, block_size=K, max_lod=5
+        )
+        assert store.gists == tuple(1_300 // K**lod for lod in range(1, 6))
+        made = np.concatenate(levels(store)[1:])
+        np.testing.assert_allclose(made, tree.levels[0, 1_300:].numpy(), atol=1e-4)
+        cut = Geometry(K, 5, 8).within(13).coarse_cut(0, 1_300)
+        assert sorted(set(cut.lods.tolist())) == [0, 1, 4, 5]
+        expected = tree.working_context([[cut]]).embeddings
+        torch.testing.assert_close(store.gather(cut), expected, atol=1e-4, rtol=1e-4)
+
+    def test_a_level_of_tokens_that_are_gone_is_made_anew(self, tmp_path: Path) -> None:
+        """A kill left gists of tokens that were not kept: they are cut off, others are made."""
+        store = make_store(tmp_path, max_lod=3)
+        store.append(some_tokens(320))
+        store.close()
+        with (tmp_path / "tokens.bin").open("r+b") as file:
+            file.truncate(130)
+        again = make_store(tmp_path)
+        again.append(some_tokens(190, seed=1))
+        again.deepen(3)
+        whole = make_store(max_lod=3)
+        whole.append(np.concatenate([some_tokens(320)[:130], some_tokens(190, seed=1)]))
+        for mended, made in zip(levels(again), levels(whole), strict=True):
+            np.testing.assert_allclose(mended, made, atol=1e-6)
+
+    def test_a_level_that_cannot_be_made_is_not_there(
+        self, folder: Path | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The next try makes all of it."""
+        store = make_store(folder)
+        store.append(some_tokens(640))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+            def interrupt(*_: object) -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr(store, "_make_gists", interrupt)
+            store.deepen(4)
+        assert store.gists == (160, 40)
+        store.deepen(4)
+        assert store.gists == (160, 40, 10, 2)
 
 
 class TestGather:

@@ -43,6 +43,25 @@ class TestGaussianRope:
         far = rotate(query, rope([1009], [1])) @ rotate(key, rope([1004], [4])).transpose(-1, -2)
         torch.testing.assert_close(near, far, atol=1e-3, rtol=1e-3)
 
+    def test_twenty_million_tokens_on_neighbours_had_one_angle(self) -> None:
+        """Float32 has no odd integers there; differences are as near the beginning."""
+        far, near = 20_000_003, 3
+        for spans in ([1, 1, 1], [1, 8, 4_096]):
+            starts = torch.tensor([0, 1, 9])
+            turned = [
+                rotate(torch.ones(1, 1, 3, 8), rope((starts + at).tolist(), spans))[0, 0]
+                for at in (near, far)
+            ]
+            products = [x @ x.T for x in turned]
+            torch.testing.assert_close(*products, atol=0.02, rtol=0)
+
+    def test_positions_of_training_have_the_angles_that_they_had(self) -> None:
+        """Bit by bit: below 4,096 tokens nothing is taken off."""
+        starts = torch.arange(4_096)[None]
+        cos, _ = gaussian_rope(starts, torch.ones_like(starts), 8)
+        angles = starts[..., None].float() * 10_000.0 ** -(torch.arange(0, 8, 2) / 8)
+        assert torch.equal(cos[:, 0], angles.cos())
+
     def test_a_part_of_the_features(self) -> None:
         """The rest compares content wherever it stands, and no span damps it."""
         cos, sin = rope([7, 90], [1, 8], head_dim=8, rotated_dim=4)
