@@ -104,6 +104,7 @@ class Trainer:
         self.step = 0
         self.cuts: Cuts | None = None
         self.means = RunningMeans(device)  # of metrics, since the last logged step
+        self._validation_loss: float | None = None  # of a language model that does not change
         self._lm_loss = torch.zeros((), device=device)  # of the last step of the language model
         self.mc = MCController(model, bf16=settings.bf16).to(device)
         self.mc.language_model.recompute = settings.recompute
@@ -142,13 +143,15 @@ class Trainer:
         self.phase = record_function if profile else nullcontext
         cuda = self.device.type == "cuda"
         with step_profile(self.folder.profile, steps, cuda=cuda) as end_step:
-            self._make_steps(_Phase("training", self.mc, *joint, sinks), report, end_step)
+            self._make_steps(_Phase("training", self.mc.learned, *joint, sinks), report, end_step)
 
     def _make_steps(
         self, phase: _Phase, report: Report, end_step: Callable[[], object] = lambda: None
     ) -> None:
         """Make the steps of a phase that are left."""
         settings, step = self.settings, phase.done
+        if step == phase.steps:  # whoever is to be trained may have no weights that are
+            return
         with self.mc.context("training"):
             own_gradients(phase.trained.parameters())
             self.call.train(phase.trained)
@@ -252,7 +255,7 @@ class Trainer:
 
         All processes must call it together, and all stop when one must.
         """
-        weights = map(local_part, self.mc.parameters())
+        weights = map(local_part, self.mc.learned.parameters())
         healthy = [weight.detach().isfinite().all() for weight in weights]
         diverged = ~torch.stack([*healthy, self.means.finite()]).all()
         if bool(self.world.sum(diverged.float())):
@@ -263,13 +266,18 @@ class Trainer:
 
     def validation_loss(self) -> float:
         """Compute the loss on the same held-out windows every time, nats per label."""
+        if self._validation_loss is not None:
+            return self._validation_loss
         config = self.mc.config  # as much text as a working context has; recall needs more room
         text = self.settings.data == "text"
         length = config.train_wc_length if text else config.sequence_tokens
         rng = np.random.default_rng(0)
         batch = self.source.held_out_batch(rng, VALIDATION_SEQUENCES, length).to(self.device)
-        with torch.no_grad():
-            return float(self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled))
+        with self.mc.context("inference"), torch.no_grad():
+            loss = float(self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled))
+        if config.freeze_language_model:
+            self._validation_loss = loss
+        return loss
 
     def validation_agreement(self) -> float:
         """Compare LensNet with the preferences of the same held-out sequences every time."""
@@ -289,7 +297,7 @@ class Trainer:
             "lm_step": self.lm_step,
             "step": self.step,
             "means": self.means.state(self.world.sum),
-            "model": gathered(self.mc.state_dict(), keep=first),
+            "model": gathered(self.mc.learned.state_dict(), keep=first),
             "optimizer": gathered(self.optimizer.state_dict(), keep=first),
         }
         self.folder.save_checkpoint(state)
@@ -308,7 +316,7 @@ class Trainer:
                 self.lm_step, self.step = state["lm_step"], state["step"]
                 if self.world.first:  # means are summed over the processes
                     self.means.load(state["means"])
-                load_weights(self.mc, state["model"])
+                load_weights(self.mc.learned, state["model"])
                 load_optimizer(self.optimizer, state["optimizer"])
         self.folder.drop_metrics_after(self.step)
 
@@ -318,7 +326,7 @@ def _optimizer_of(mc: MCController, settings: TrainConfig) -> torch.optim.AdamW:
     lens = [*mc.lensnet.parameters()]
     if mc.config.language_model:  # GistNet is new, and learns as LensNet does
         lens += mc.gistnet.parameters()
-    rest = [p for p in mc.parameters() if p not in set(lens)]
+    rest = [p for p in mc.learned.parameters() if p not in set(lens)]
     return new_optimizer([(rest, settings.learning_rate), (lens, settings.lens_learning_rate)])
 
 
