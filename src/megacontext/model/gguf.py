@@ -150,7 +150,7 @@ def _convert(file: Path, folder: Path) -> None:
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):  # one that may be saved; its weights are the other's
         fresh = type(model)(config)
-    with _naming(folder):
+    with _naming(folder.with_suffix("")):  # of which nobody need know the .tmp
         fresh.save_pretrained(folder, state_dict=model.state_dict())
         tokenizer.save_pretrained(folder)
         for written in folder.iterdir():  # a power cut must not leave half of it
