@@ -255,13 +255,14 @@ def smollm2_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainResul
         lens_layers=1,
         block_size=8,
         sequence_tokens=64,
-        train_wc_length=36,
+        train_wc_length=43,
         recent_tokens=16,
         horizon_tokens=8,
         num_variants=1,
     )
-    text = str(Path(__file__).parents[3] / "docs" / "install.md")
-    settings = TrainConfig(text=(text,), steps=2, batch_size=1, warmup_steps=1, log_interval=2)
+    docs = Path(__file__).parents[3] / "docs"
+    text = (str(docs / "contracts.md"), str(docs / "conditions.md"))
+    settings = TrainConfig(text=text, steps=2, batch_size=1, warmup_steps=1, log_interval=2)
     folder = tmp_path_factory.mktemp("smollm2") / "run"
     yield train(folder, config, settings)
     shutil.rmtree(folder)  # it is large
@@ -304,20 +305,9 @@ class TestSmolLM2:
 
     def test_generate_and_eval(self, smollm2_run: TrainResult) -> None:
         """The commands read its tokens."""
-        code, text, _ = invoke(
-            *(
-                "generate",
-                "--run-dir",
-                smollm2_run.run_dir,
-                "--text",
-                self.TEXT,
-                "--temperature",
-                0,
-            ),
-            *("--max-tokens", 2, "--quiet"),
-        )
+        run = ("--run-dir", smollm2_run.run_dir)
+        short = ("--temperature", 0, "--max-tokens", 2, "--quiet")
+        code, text, _ = invoke("generate", *run, "--text", self.TEXT, *short)
         assert (code, text.split()[0].strip(".,")) == (0, "Madrid")
-        code, _, told = invoke(
-            *("eval", "--run-dir", smollm2_run.run_dir, "--sequences", 1, "--oracle-draws", 1)
-        )
+        code, _, told = invoke("eval", *run, "--sequences", 1, "--oracle-draws", 1)
         assert code == 0, told

@@ -39,7 +39,7 @@ def write_gguf(
     path: Path, *, seed: int = 0, architecture: str = "llama", without: str = ""
 ) -> dict[str, Any]:
     """A llama of one layer over bytes, its matrices in Q4_1; returns the weights as they were."""
-    tokens = [*sorted(ByteLevel.alphabet()), "th"]
+    tokens = [*sorted(ByteLevel.alphabet()), "th", "<|endoftext|>"]
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
@@ -54,8 +54,8 @@ def write_gguf(
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges(["t h"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(len(tokens) - 1)
+    writer.add_eos_token_id(len(tokens) - 1)
     rng, weights = np.random.default_rng(seed), {}
     packed = gguf.GGMLQuantizationType.Q4_1
     for name, shape in {"token_embd": (len(tokens), WIDTH), **SHAPES}.items():
@@ -114,7 +114,7 @@ class TestConversion:
             weight = model.get_parameter(f"model.{ours}.weight")
             assert weight.equal(expected.to(torch.bfloat16).float())
         assert language_model_sizes(folder) == {
-            "vocab_size": 257,
+            "vocab_size": 258,
             "d_model": WIDTH,
             "num_heads": HEADS,
             "lm_layers": 1,
