@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lensnet_guard import CallPolicy, Guard, MicroStep, guard_module, guard_of
 from megacontext.config import MCConfig
-from megacontext.model.frozen import VARIANTS, frozen_policy
+from megacontext.model.frozen import FROZEN, VARIANTS
 from megacontext.model.gistnet import GistNet
 from megacontext.model.hf_language_model import HFLanguageModel
 from megacontext.model.hf_loading import new_language_model
@@ -57,8 +57,7 @@ class Networks(nn.Module):
                 causal=config.recipe.causal_lens,
             )
         if config.freeze_language_model and isinstance(language_model, HFLanguageModel):
-            policy = frozen_policy(language_model)
-            language_model = guard_module(language_model, policy=policy, mode="enforce").module
+            language_model = guard_module(language_model, policy=FROZEN, mode="enforce").module
         self.language_model = language_model
         policy = CallPolicy(scopes={PREFERENCE_SCORER: 1})
         self.lensnet: LensNet = guard_module(lensnet, policy=policy, mode="enforce").module

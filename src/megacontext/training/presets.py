@@ -62,6 +62,6 @@ SETTINGS: dict[str, tuple[MCConfig, TrainConfig]] = {
             language_model=SMOLLM2,
             freeze_language_model=True,
         ),
-        TrainConfig(steps=500, batch_size=2, checkpoint_interval=25),
+        TrainConfig(steps=300, batch_size=2, log_interval=25, checkpoint_interval=25),
     ),
 }
