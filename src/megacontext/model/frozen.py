@@ -63,8 +63,8 @@ vars(no_trainable_weights)["mistake"] = "moved-weights"
 FROZEN = CallPolicy(
     scopes={VARIANTS: Scope(1)},
     requires=(frozen, no_trainable_weights),
-    # The model of the library by itself is nobody else's: trees run its embedding alone, and to look
-    # at each of its parts as they run would take 0.6 ms of each token of a session.
+    # Of the library's model no part is looked at as it runs: trees run its embedding alone, and it
+    # would take 0.6 ms of each token of a session.
     shared_submodules=("model",),
 )
 """The contract of a frozen model: one call in each micro-step, of weights that stay."""

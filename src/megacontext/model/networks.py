@@ -11,7 +11,7 @@ from lensnet_guard import CallPolicy, Guard, MicroStep, guard_module, guard_of
 from megacontext.config import MCConfig
 from megacontext.model.frozen import FROZEN, VARIANTS
 from megacontext.model.gistnet import GistNet
-from megacontext.model.hf_language_model import HFLanguageModel
+from megacontext.model.hf_language_model import AnyLanguageModel
 from megacontext.model.hf_loading import new_language_model
 from megacontext.model.lensnet import LensNet
 from megacontext.model.tokens import check_batch
@@ -47,7 +47,8 @@ class Networks(nn.Module):
         self.bf16 = bf16
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # not the generators of devices
-            language_model = new_language_model(config)
+            # The first, for checkpoints know parameters by their order.
+            self.language_model = _guarded_if_frozen(new_language_model(config), config)
             self.gistnet = GistNet(config.d_model)
             lensnet = LensNet(
                 config.d_model,
@@ -56,9 +57,6 @@ class Networks(nn.Module):
                 config.max_lod,
                 causal=config.recipe.causal_lens,
             )
-        if config.freeze_language_model and isinstance(language_model, HFLanguageModel):
-            language_model = guard_module(language_model, policy=FROZEN, mode="enforce").module
-        self.language_model = language_model
         policy = CallPolicy(scopes={PREFERENCE_SCORER: 1})
         self.lensnet: LensNet = guard_module(lensnet, policy=policy, mode="enforce").module
 
@@ -184,3 +182,10 @@ class Networks(nn.Module):
         with self.context("inference") if unset else nullcontext(), self.autocast():
             logits: Tensor = self.language_model(embeddings, starts, spans, pad_mask)
         return logits.to(embeddings.dtype)
+
+
+def _guarded_if_frozen(language_model: AnyLanguageModel, config: MCConfig) -> AnyLanguageModel:
+    """Put a frozen language model under its contract."""
+    if not config.freeze_language_model:
+        return language_model
+    return guard_module(language_model, policy=FROZEN, mode="enforce").module
