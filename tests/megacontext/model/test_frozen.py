@@ -136,6 +136,25 @@ class TestContract:
         assert guard_of(plain.language_model) is None
         assert mc.process_batch(tokens).loss.equal(plain.process_batch(tokens).loss)
 
+    @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at all of them
+    def test_compiled(self, slow_bfloat16: None, llama: Path, tokens: Tensor) -> None:
+        """In one graph; the contract holds as before."""
+        torch._dynamo.reset()
+        losses = []
+        for compiled in (False, True):
+            mc = MCController(config_of(llama, freeze_language_model=True))
+            if compiled:
+                mc.language_model.compile(backend="aot_eager", dynamic=False, fullgraph=True)
+            with mc.context("training"):
+                losses.append(mc.process_batch(tokens).loss)
+                mc.language_model.embedding.weight.data.add_(0)  # moves no counter
+                mc.process_batch(tokens, 1)
+                mc.language_model.embedding.weight.detach().add_(0)
+                with pytest.raises(ConditionUnmet):
+                    mc.process_batch(tokens, 2)
+        torch.testing.assert_close(*losses)
+        torch._dynamo.reset()
+
     def test_sessions(self, slow_bfloat16: None, mc: MCController, tokens: Tensor) -> None:
         """With its cache it says what it says without."""
         with mc.context("inference"):
