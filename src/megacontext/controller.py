@@ -87,10 +87,11 @@ class MCController(SessionHost):
             ValueError: Tokens that cannot be a batch.
             LensNetViolation: Something else called LensNet.
         """
-        with self._training_context(), self.guard.micro_step(step, micro_step) as ledger:
+        with self._training_context(), self.micro_step(step, micro_step) as ledger:
             tree = self.build_tree(tokens, pad_mask, labelled)
             variants = self.build_variants(tree)
-            nll = self.token_nll(variants.working_context)
+            with self.reading_variants():
+                nll = self.token_nll(variants.working_context)
             view, pairs = self.comparison(tree, variants, nll)
             with self.guard.sanctioned(PREFERENCE_SCORER), self.autocast():
                 scores = self.lensnet(*lensnet_inputs(view))

@@ -90,6 +90,20 @@ def hold_lock(path: Path, taken: str) -> FileLock:
     return lock
 
 
+def wait_for_lock(path: Path) -> FileLock:
+    """Make a lock that waits as a block with it begins until no process has it.
+
+    It is let go as `hold_lock` says, and its file stays.
+
+    Args:
+        path: Of the lock file; made when there is none.
+
+    Returns:
+        The lock, which nobody holds yet.
+    """
+    return FileLock(path)
+
+
 def cannot_write(path: Path, error: OSError, state: str = "what was there is kept") -> OSError:
     """Make an error of the same number that names the file and its state, and says what to do.
 

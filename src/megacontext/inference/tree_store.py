@@ -252,14 +252,14 @@ class TreeStore:
     def gather(self, cut: Cut) -> Tensor:
         """Gather embeddings of a cut's entries, ``[1, W, D]``, level by level."""
         like = self._model.embedding.weight
-        gathered = like.new_empty(len(cut), like.shape[1])
+        gathered = like.new_empty(len(cut), like.shape[1], dtype=self._model.dtype)
         indices = cut.positions // cut.spans
         for lod, column in enumerate(self._columns):
             of_lod = np.flatnonzero(cut.lods == lod)
             if lod == 0:
                 rows = self.embed(self.tokens(indices[of_lod]))
             else:
-                rows = torch.from_numpy(column.take(indices[of_lod])).to(like)
+                rows = torch.from_numpy(column.take(indices[of_lod])).to(gathered)
             gathered[torch.from_numpy(of_lod).to(self.device)] = rows
         return gathered[None]
 
@@ -289,7 +289,7 @@ class TreeStore:
         if rows.ndim == 1:
             children = self.embed(rows.astype(np.int64))
         else:
-            children = torch.from_numpy(rows).to(self._model.embedding.weight)
+            children = torch.from_numpy(rows).to(self.device, self._model.dtype)
         gists = self._gistnet.gist(children.view(number, self._block_size, -1))
         made: Array = gists.float().numpy(force=True)
         return made

@@ -54,6 +54,11 @@ class HFLanguageModel(nn.Module):
         return embedding
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings that it gives out and reads, whatever its weights are held in."""
+        return self.scale.dtype
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """Its transformer blocks: what the library itself shards one by one."""
         names = getattr(self.model, "_no_split_modules", None) or ()
@@ -86,7 +91,7 @@ class HFLanguageModel(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Turn tokens, int64 ``[B, N]``, into LOD0 embeddings ``[B, N, D]``."""
         embeddings: Tensor = self.embedding(tokens)
-        return embeddings / self.scale
+        return embeddings.to(self.dtype) / self.scale
 
     def forward(
         self,
@@ -110,13 +115,13 @@ class HFLanguageModel(nn.Module):
         if mask is None:
             mask = causal_mask_after(0 if seen is None else seen.length, inputs_embeds)
         logits: Tensor = self.model(
-            inputs_embeds=inputs_embeds * self.scale,
+            inputs_embeds=(inputs_embeds * self.scale).to(self.embedding.weight.dtype),
             attention_mask=mask,
             position_ids=starts + spans - 1,
             use_cache=seen is not None,
             **{self._cache_name: None if seen is None else seen.cache},
         ).logits
-        return logits
+        return logits.to(inputs_embeds.dtype)
 
 
 class HFSeen:

@@ -14,6 +14,8 @@ from torch import nn
 
 from megacontext.config import MCConfig
 from megacontext.files import reading
+from megacontext.model.frozen import freeze
+from megacontext.model.gguf import is_converted, located
 from megacontext.model.hf_checks import check_reading
 from megacontext.model.hf_language_model import (
     AnyLanguageModel,
@@ -50,7 +52,10 @@ def new_language_model(config: MCConfig) -> AnyLanguageModel:
     if not config.language_model:
         return LanguageModel(config.vocab_size, config.d_model, config.lm_layers, config.num_heads)
     check_language_model(config)
-    return HFLanguageModel(load_language_model(config.language_model))
+    language_model = HFLanguageModel(load_language_model(config.language_model))
+    if config.freeze_language_model:
+        freeze(language_model)
+    return language_model
 
 
 def language_model_sizes(path: str | Path) -> dict[str, int]:
@@ -87,7 +92,7 @@ def load_language_model(path: str | Path) -> nn.Module:
 
     Args:
         path: A folder that ``save_pretrained`` made; or the ``config.json`` of one, for a model of
-            that kind with random weights.
+            that kind with random weights; or what `located` converts.
 
     Returns:
         The library's model.
@@ -99,7 +104,7 @@ def load_language_model(path: str | Path) -> nn.Module:
             cannot read working contexts, or reads plain tokens otherwise than in its library;
             named.
     """
-    transformers, config, path = import_transformers(str(path)), _config(path), Path(path)
+    transformers, config, path = import_transformers(str(path)), _config(path), located(path)
     _without_dropout(config)
     auto = transformers.AutoModelForCausalLM
     how = {"attn_implementation": "sdpa", "dtype": torch.float32}
@@ -138,8 +143,9 @@ def kept_files(path: str) -> list[Path]:
 
 
 def folder_of(path: str | Path) -> Path:
-    """Return the folder of a model that is given by it or by its ``config.json``."""
-    return Path(path).parent if Path(path).is_file() else Path(path)
+    """Return the folder of a model that is given by it or by its ``config.json``, or converted."""
+    path = located(path)
+    return path.parent if path.is_file() else path
 
 
 def import_transformers(path: str) -> Any:
@@ -170,8 +176,9 @@ def _config(path: str | Path) -> Any:
         FileNotFoundError: There is none.
         DamagedFileError: It cannot be read.
     """
-    file = folder_of(path) / "config.json"
-    if not file.is_file() or (Path(path).is_file() and Path(path).name != file.name):
+    at = located(path)
+    file = folder_of(at) / "config.json"
+    if not file.is_file() or (at.is_file() and at.name != file.name):
         raise FileNotFoundError(
             f"language_model {str(path)!r} is no folder with a config.json: give one that "
             "model.save_pretrained(folder) made"
@@ -197,6 +204,11 @@ def check_language_model(config: MCConfig) -> None:
     if not config.language_model:
         return
     path, theirs = config.language_model, _config(config.language_model)
+    if config.freeze_language_model and not is_converted(path) and Path(path).is_file():
+        raise ValueError(
+            f"freeze_language_model keeps the weights of the language model, and {path} stands for "
+            "random ones: give the folder instead, or leave one of them out"
+        )
     for name, size in (("d_model", theirs.hidden_size), ("vocab_size", theirs.vocab_size)):
         if getattr(config, name) != size:
             raise ValueError(

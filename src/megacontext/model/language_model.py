@@ -41,6 +41,11 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(d_model, num_heads) for _ in range(num_layers))
         self.norm = nn.RMSNorm(d_model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings that it gives out and reads."""
+        return self.embedding.weight.dtype
+
     def new_seen(self, capacity: int) -> "Seen":
         """Return what has read nothing yet, with room for ``capacity`` entries."""
         return Seen(len(self.blocks), capacity)

@@ -1,14 +1,17 @@
 """The three networks of a model, with LensNet guarded: what training and sessions are made of."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lensnet_guard import CallPolicy, Guard, guard_module, guard_of
+from lensnet_guard import CallPolicy, Guard, MicroStep, guard_module, guard_of
 from megacontext.config import MCConfig
+from megacontext.model.frozen import FROZEN, VARIANTS
 from megacontext.model.gistnet import GistNet
+from megacontext.model.hf_language_model import AnyLanguageModel
 from megacontext.model.hf_loading import new_language_model
 from megacontext.model.lensnet import LensNet
 from megacontext.model.tokens import check_batch
@@ -28,7 +31,7 @@ class Networks(nn.Module):
     Attributes:
         config: The same.
         bf16: The same.
-        language_model: Reads entries, and predicts what follows each.
+        language_model: Reads entries, and predicts what follows each; guarded where it is frozen.
         gistnet: Makes gists.
         lensnet: The guarded proxy; `guard` is its guard.
 
@@ -44,7 +47,8 @@ class Networks(nn.Module):
         self.bf16 = bf16
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # not the generators of devices
-            self.language_model = new_language_model(config)
+            # The first, for checkpoints know parameters by their order.
+            self.language_model = _guarded_if_frozen(new_language_model(config), config)
             self.gistnet = GistNet(config.d_model)
             lensnet = LensNet(
                 config.d_model,
@@ -67,9 +71,39 @@ class Networks(nn.Module):
             )
         return guard
 
-    def context(self, context: str) -> AbstractContextManager[None]:
+    @property
+    def learned(self) -> nn.Module:
+        """What training changes, by the names that it has here: all but what is frozen."""
+        if not self.config.freeze_language_model:
+            return self
+        parts = {n: part for n, part in self.named_children() if n != "language_model"}
+        return nn.ModuleDict(parts)
+
+    @contextmanager
+    def context(self, context: str) -> Iterator[None]:
         """Declare a context for a block: ``"training"`` or ``"inference"``."""
-        return self.guard.context(context)  # type: ignore[arg-type]  # checked there
+        with ExitStack() as blocks:
+            for guard in self._guards:
+                blocks.enter_context(guard.context(context))  # type: ignore[arg-type]  # checked
+            yield
+
+    @contextmanager
+    def micro_step(self, step: int, micro_step: int) -> Iterator[MicroStep]:
+        """Open a training micro-step; yields LensNet's part of the records."""
+        with ExitStack() as blocks:
+            ledgers = [blocks.enter_context(g.micro_step(step, micro_step)) for g in self._guards]
+            yield ledgers[0]
+
+    def reading_variants(self) -> AbstractContextManager[object]:
+        """Return what to put around the language model's one call of a micro-step."""
+        guard = guard_of(self.language_model)
+        return nullcontext() if guard is None else guard.sanctioned(VARIANTS)
+
+    @property
+    def _guards(self) -> list[Guard]:
+        """LensNet's guard, and that of a frozen language model."""
+        frozen = guard_of(self.language_model)
+        return [self.guard] if frozen is None else [self.guard, frozen]
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return what to put around forward passes of the networks, and nothing else."""
@@ -141,6 +175,17 @@ class Networks(nn.Module):
             Next-token logits ``[B, W, vocab_size]`` in the dtype of the embeddings, also where it
             ran in bfloat16.
         """
-        with self.autocast():
+        # A frozen one is guarded: what is asked of it where nobody has said what it is for, is no
+        # training.
+        frozen = guard_of(self.language_model)
+        unset = frozen is not None and frozen.current_context is None
+        with self.context("inference") if unset else nullcontext(), self.autocast():
             logits: Tensor = self.language_model(embeddings, starts, spans, pad_mask)
         return logits.to(embeddings.dtype)
+
+
+def _guarded_if_frozen(language_model: AnyLanguageModel, config: MCConfig) -> AnyLanguageModel:
+    """Put a frozen language model under its contract."""
+    if not config.freeze_language_model:
+        return language_model
+    return guard_module(language_model, policy=FROZEN, mode="enforce").module

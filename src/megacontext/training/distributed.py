@@ -226,10 +226,10 @@ def gathered(state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
     return whole
 
 
-def load_weights(mc: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load whole weights into a model, sharded or not."""
-    own = mc.state_dict()
-    mc.load_state_dict({name: _as(tensor, own[name]) for name, tensor in state.items()})
+def load_weights(learned: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole weights into networks, sharded or not."""
+    own = learned.state_dict()
+    learned.load_state_dict({name: _as(tensor, own[name]) for name, tensor in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

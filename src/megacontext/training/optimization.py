@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 
-def new_optimizer(groups: Sequence[tuple[Iterable[nn.Parameter], float]]) -> torch.optim.AdamW:
-    """Make AdamW over groups of parameters, each with the peak of its learning rate."""
+def new_optimizer(groups: Sequence[tuple[Sequence[nn.Parameter], float]]) -> torch.optim.AdamW:
+    """Make AdamW over groups of parameters, each with its peak learning rate; one may be empty."""
     return torch.optim.AdamW(
-        [{"params": list(params), "lr": peak, "peak": peak} for params, peak in groups],
+        [{"params": params, "lr": peak, "peak": peak} for params, peak in groups if params],
         betas=(0.9, 0.95),
         weight_decay=0.01,
         fused=True,

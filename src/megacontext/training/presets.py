@@ -2,6 +2,7 @@
 
 from megacontext.config import MCConfig
 from megacontext.data.recall import RecallSource
+from megacontext.model.gguf import SMOLLM2
 from megacontext.training.train_config import TrainConfig
 
 _RECALL = RecallSource()
@@ -45,5 +46,22 @@ SETTINGS: dict[str, tuple[MCConfig, TrainConfig]] = {
             learning_rate=2e-3,
             lens_learning_rate=2e-3,
         ),
+    ),
+    # 29 blocks of history, and room for three of them at LOD0 before the tail.
+    "smollm2": (
+        MCConfig(
+            vocab_size=49_152,
+            d_model=576,
+            num_heads=9,
+            lm_layers=30,
+            block_size=32,
+            sequence_tokens=1_024,
+            train_wc_length=218,
+            recent_tokens=96,
+            horizon_tokens=32,
+            language_model=SMOLLM2,
+            freeze_language_model=True,
+        ),
+        TrainConfig(steps=300, batch_size=2, log_interval=25, checkpoint_interval=25),
     ),
 }

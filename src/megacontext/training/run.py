@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -16,13 +16,20 @@ from lensnet_guard import compare_ranks, lensnet_guard
 from lensnet_guard.postmortem import read_verdict
 from megacontext.config import MCConfig
 from megacontext.data.source import Source
+from megacontext.model.frozen import weights_sha256
 from megacontext.model.hf_loading import check_language_model, kept_files
-from megacontext.training.distributed import World, device_name, joined_world
+from megacontext.training.distributed import device_name, joined_world
 from megacontext.training.metric_sinks import MetricSink, TensorBoardSink
-from megacontext.training.pretrained import read_run, saved_model, usable_device
+from megacontext.training.pretrained import (
+    SavedRun,
+    check_same_language_model,
+    read_run,
+    saved_model,
+    usable_device,
+)
 from megacontext.training.run_folder import ReadOnlyFolder, RunFolder
 from megacontext.training.sources import load_source
-from megacontext.training.train_config import TrainConfig
+from megacontext.training.train_config import TrainConfig, check_together
 from megacontext.training.train_result import Report, StepReport, TrainingStopped, TrainResult
 from megacontext.training.trainer import Trainer
 
@@ -93,7 +100,7 @@ class _Plan:
 
     Attributes:
         folder: Its files.
-        resumed: Whether it was begun before.
+        resumed: What a run that was begun before says of itself; None for a new one.
         model: Sizes.
         settings: How it is trained.
         source: Where its sequences come from.
@@ -102,7 +109,7 @@ class _Plan:
     """
 
     folder: RunFolder
-    resumed: bool
+    resumed: SavedRun | None
     model: MCConfig
     settings: TrainConfig
     source: Source
@@ -123,6 +130,7 @@ def _plan(
         model, settings = saved_model(folder, saved.model), saved.settings
     model, settings = model or MCConfig(), settings or TrainConfig()
     device = usable_device(device_name(settings.device))
+    check_together(model, settings)
     check_language_model(model)  # before much text becomes tokens
     source = load_source(settings, model)
     if saved is not None and saved.source.get("sha256") != source.description.get("sha256"):
@@ -131,7 +139,7 @@ def _plan(
             "so the run cannot be continued; start a new one"
         )
     boards = (TensorBoardSink(folder.tensorboard),) if settings.tensorboard else ()
-    return _Plan(folder, resume, model, settings, source, device, boards)
+    return _Plan(folder, saved, model, settings, source, device, boards)
 
 
 def _make_run(
@@ -139,10 +147,12 @@ def _make_run(
 ) -> None:
     """Make the folder of a new run, and all steps that are left, under the guard."""
     folder, world = plan.folder, trainer.world
-    if not plan.resumed:
-        _make_folder(plan, world)
+    if plan.resumed is None:
+        _make_folder(plan, trainer)
+    else:
+        check_same_language_model(folder, plan.resumed, trainer.mc)
     with folder.locked():
-        if plan.resumed:
+        if plan.resumed is not None:
             trainer.restore()
         with (
             lensnet_guard(trainer.mc, log=folder.path) as guard,
@@ -159,16 +169,18 @@ def _make_run(
         )
 
 
-def _make_folder(plan: _Plan, world: World) -> None:
+def _make_folder(plan: _Plan, trainer: Trainer) -> None:
     """Let the first process make the folder, once all have seen that it is free."""
-    folder = plan.folder
+    folder, world = plan.folder, trainer.world
     folder.require_new()  # so that all processes refuse
     world.wait()
-    config = {
+    config: dict[str, Any] = {
         "model": asdict(plan.model),
         "train": asdict(plan.settings),
         "source": plan.source.description,
     }
+    if plan.model.freeze_language_model:  # no checkpoint has its weights
+        config["language_model_sha256"] = weights_sha256(trainer.mc.language_model)
     folder.create(config, kept_files(plan.model.language_model))
     world.wait()
     if not folder.config.exists():

@@ -3,7 +3,8 @@
 A run folder holds ``config.json``, ``metrics.jsonl`` (a line per logged step), ``checkpoint.pt``
 (the newest), ``lensnet.rank0.jsonl`` (the guard's log), ``overview.png``, ``lock`` and, where it
 was asked for, ``profile.json.gz`` and ``tensorboard``, a folder of event files. The folder
-``language_model`` has all of a given language model but its weights, which are in the checkpoint.
+``language_model`` has all of a given language model but its weights, which are in the checkpoint;
+where they are frozen they stay where they came from, and ``config.json`` has their SHA-256.
 """
 
 import json

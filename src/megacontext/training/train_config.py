@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megacontext.checks import check_choice, check_numbers
+from megacontext.config import MCConfig
 
 # Windows of files joined; windows within a file, any ones or those that use again what is far back;
 # facts in prose, pairs of a key and a value, facts in noise: some are asked for at the end.
@@ -92,3 +93,27 @@ class TrainConfig:
             ValueError: A value that cannot train.
         """
         return cls(**{**saved, "text": tuple(saved.get("text", ()))})
+
+
+def check_together(model: MCConfig, settings: TrainConfig) -> None:
+    """Refuse settings that a model cannot be trained by.
+
+    Args:
+        model: Sizes.
+        settings: How it is to be trained.
+
+    Raises:
+        ValueError: They do not go together; says what to leave out.
+    """
+    if not model.freeze_language_model:
+        return
+    if settings.lm_steps:
+        raise ValueError(
+            f"lm_steps is {settings.lm_steps}, and freeze_language_model leaves those steps "
+            "nothing to train; leave one of them out"
+        )
+    if settings.shard:
+        raise ValueError(
+            "shard and freeze_language_model cannot be combined: FSDP2 takes weights of one dtype "
+            "only, and those that are trained beside a frozen model are few; leave shard out"
+        )

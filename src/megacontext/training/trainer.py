@@ -104,6 +104,7 @@ class Trainer:
         self.step = 0
         self.cuts: Cuts | None = None
         self.means = RunningMeans(device)  # of metrics, since the last logged step
+        self._frozen_loss: float | None = None  # validation of what does not change
         self._lm_loss = torch.zeros((), device=device)  # of the last step of the language model
         self.mc = MCController(model, bf16=settings.bf16).to(device)
         self.mc.language_model.recompute = settings.recompute
@@ -130,19 +131,18 @@ class Trainer:
         settings = self.settings
         if self.step == 0 and self.lm_step == 0:
             self.save()  # so that a run can be resumed from its first moment
-        language_model = self.mc.language_model
         alone = (self.lm_step, settings.lm_steps, self.make_lm_step, self._log_lm)
         joint = (self.step, settings.steps, self.make_step, self._log)
         self._hear()
-        self._make_steps(_Phase("language model", language_model, *alone), report)
+        if self.lm_step < settings.lm_steps:  # else it may be frozen
+            self._make_steps(_Phase("language model", self.mc.language_model, *alone), report)
         if self.stopped:
             return
         profile = profile and self.world.first
         steps = settings.steps - self.step if profile else 0
         self.phase = record_function if profile else nullcontext
-        cuda = self.device.type == "cuda"
-        with step_profile(self.folder.profile, steps, cuda=cuda) as end_step:
-            self._make_steps(_Phase("training", self.mc, *joint, sinks), report, end_step)
+        with step_profile(self.folder.profile, steps, cuda=self.device.type == "cuda") as end_step:
+            self._make_steps(_Phase("training", self.mc.learned, *joint, sinks), report, end_step)
 
     def _make_steps(
         self, phase: _Phase, report: Report, end_step: Callable[[], object] = lambda: None
@@ -192,9 +192,9 @@ class Trainer:
         """Make a step of the language model alone, on this process's share of a batch."""
         settings = self.settings
         rng = _random_numbers(self.mc.config.seed, LM_DATA, self.lm_step)
-        sequence_tokens = self.mc.config.sequence_tokens
-        batch = self.source.lm_batch(rng, settings.lm_batch_size, sequence_tokens)
-        batch = batch.share(self.world.rank, self.world.size).to(self.device)
+        size, length = settings.lm_batch_size, self.mc.config.sequence_tokens
+        whole = self.source.lm_batch(rng, size, length)
+        batch = whole.share(self.world.rank, self.world.size).to(self.device)
         loss = self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled)
         torch.autograd.backward(loss)
         rate = min(1.0, (self.lm_step + 1) / max(settings.warmup_steps, 1))
@@ -248,11 +248,8 @@ class Trainer:
         return row
 
     def _check_finite(self, step: int) -> None:
-        """Stop before a checkpoint of a model that has diverged replaces a good one.
-
-        All processes must call it together, and all stop when one must.
-        """
-        weights = map(local_part, self.mc.parameters())
+        """Stop all processes before a model that has diverged replaces a good checkpoint."""
+        weights = map(local_part, self.mc.learned.parameters())
         healthy = [weight.detach().isfinite().all() for weight in weights]
         diverged = ~torch.stack([*healthy, self.means.finite()]).all()
         if bool(self.world.sum(diverged.float())):
@@ -263,13 +260,17 @@ class Trainer:
 
     def validation_loss(self) -> float:
         """Compute the loss on the same held-out windows every time, nats per label."""
+        if self._frozen_loss is not None:
+            return self._frozen_loss
         config = self.mc.config  # as much text as a working context has; recall needs more room
         text = self.settings.data == "text"
         length = config.train_wc_length if text else config.sequence_tokens
         rng = np.random.default_rng(0)
         batch = self.source.held_out_batch(rng, VALIDATION_SEQUENCES, length).to(self.device)
-        with torch.no_grad():
-            return float(self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled))
+        with self.mc.context("inference"), torch.no_grad():
+            loss = float(self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled))
+        self._frozen_loss = loss if config.freeze_language_model else None
+        return loss
 
     def validation_agreement(self) -> float:
         """Compare LensNet with the preferences of the same held-out sequences every time."""
@@ -289,7 +290,7 @@ class Trainer:
             "lm_step": self.lm_step,
             "step": self.step,
             "means": self.means.state(self.world.sum),
-            "model": gathered(self.mc.state_dict(), keep=first),
+            "model": gathered(self.mc.learned.state_dict(), keep=first),
             "optimizer": gathered(self.optimizer.state_dict(), keep=first),
         }
         self.folder.save_checkpoint(state)
@@ -308,7 +309,7 @@ class Trainer:
                 self.lm_step, self.step = state["lm_step"], state["step"]
                 if self.world.first:  # means are summed over the processes
                     self.means.load(state["means"])
-                load_weights(self.mc, state["model"])
+                load_weights(self.mc.learned, state["model"])
                 load_optimizer(self.optimizer, state["optimizer"])
         self.folder.drop_metrics_after(self.step)
 
@@ -318,7 +319,7 @@ def _optimizer_of(mc: MCController, settings: TrainConfig) -> torch.optim.AdamW:
     lens = [*mc.lensnet.parameters()]
     if mc.config.language_model:  # GistNet is new, and learns as LensNet does
         lens += mc.gistnet.parameters()
-    rest = [p for p in mc.parameters() if p not in set(lens)]
+    rest = [p for p in mc.learned.parameters() if p not in set(lens)]
     return new_optimizer([(rest, settings.learning_rate), (lens, settings.lens_learning_rate)])
 
 

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.megacontext.conftest import TEXT, invoke
+from tests.megacontext.conftest import SMALL as SIZES
+from tests.megacontext.conftest import TEXT, arguments, invoke, weights
 
 from megacontext import MCController
+from megacontext.model.gguf import cache_folder
 
 VERDICT = "3 micro-steps, 3 LensNet calls, 0 violations; 1 inference call"
 SMALL = "--steps 3 --batch-size 2 --accumulation 1 --d-model 16 --lm-layers 1 --lens-layers 1"
@@ -87,6 +89,40 @@ class TestTrain:
         assert "UnsanctionedCall: LensNet was called in training outside its sanctioned" in err
         assert f"The log is in {tmp_path / 'run'}; the last checkpoint is kept.\n" in err
         assert "Traceback" not in out + err
+
+
+class TestLanguageModel:
+    def test_a_gguf_file_that_is_frozen(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is said where it was converted to; the other commands find it again."""
+        from tests.megacontext.model.test_gguf import write_gguf  # skips without its library
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        write_gguf(tmp_path / "tiny.gguf")
+        sizes = {k: SIZES[k] for k in ("block_size", "sequence_tokens", "train_wc_length")}
+        sizes |= {k: SIZES[k] for k in ("recent_tokens", "horizon_tokens", "lens_layers")}
+        small = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "text": TEXT[0], **sizes}
+        run = ("--run-dir", "run")
+        model = ("--language-model", "tiny.gguf", "--freeze-language-model")
+        code, told, error = invoke("train", *run, *model, *arguments(**small))
+        assert code == 0, error
+        (folder,) = (path for path in cache_folder().iterdir() if path.is_dir())
+        assert told.splitlines()[:2] == [
+            f"{tmp_path / 'tiny.gguf'} was converted once, to 0 MB in {folder}",
+            f"{tmp_path / 'tiny.gguf'} reads text as its tokenizer's tokens",
+        ]
+        assert "2 micro-steps, 2 LensNet calls, 0 violations" in told
+        assert {name.split(".")[0] for name in weights(tmp_path / "run")} == {"gistnet", "lensnet"}
+        code, text, _ = invoke("generate", *run, "--text", "a", "--max-tokens", 4, "--quiet")
+        assert (code, bool(text.strip("\n"))) == (0, True)
+
+    def test_a_model_that_is_not_there(self, tmp_path: Path) -> None:
+        """Neither a name nor a path."""
+        code, _, error = invoke("train", "--run-dir", tmp_path, "--language-model", "smollm3")
+        assert code == 2
+        assert "'smollm3' does not exist" in " ".join(error.split())
 
 
 class TestWrongUsage:
