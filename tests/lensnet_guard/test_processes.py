@@ -181,12 +181,12 @@ class TestWorkersInThePostMortem:
 
 
 SPAWNED = """
-import multiprocessing
+import copy, multiprocessing
 from torch import nn
 from lensnet_guard import guard_module, guard_of
 
 def look(module):
-    print(guard_of(module).name)
+    print(guard_of(module).name, guard_of(copy.deepcopy(module)))
 
 if __name__ == "__main__":
     guard = guard_module(nn.Linear(3, 2), guard_copies=False)
@@ -198,7 +198,7 @@ if __name__ == "__main__":
 
 def test_a_spawned_process_guards_what_has_raw_copies(run_python):
     """It goes on with the work of its parent, and is no copy that somebody keeps."""
-    assert run_python(SPAWNED).stdout == "Linear\n"
+    assert run_python(SPAWNED).stdout == "Linear None\n"
 
 
 class TestFork:

@@ -14,7 +14,7 @@ from lensnet_guard._torch_checkpoints import (
     is_composable,
     recomputed_checkpoint,
 )
-from lensnet_guard.boundary.claims import Claims, first_breach
+from lensnet_guard.boundary.claims import NOT_SAID, Claims, first_breach
 from lensnet_guard.boundary.doors import Doors
 from lensnet_guard.boundary.execution import Execution
 from lensnet_guard.boundary.inside import Inside
@@ -30,6 +30,8 @@ from lensnet_guard.calls.policy import CallPolicy, Mode, decide
 from lensnet_guard.calls.record import CallRecord, describe_inputs, frame_up
 from lensnet_guard.calls.scope import MICRO_STEP
 from lensnet_guard.logs.history import History, Refusal
+
+_BY_STATE = {"UnsanctionedCall", "BudgetExceeded", "ConditionUnmet"}  # which a state may explain
 
 
 class Admission:
@@ -151,7 +153,7 @@ class Admission:
                 self._recomputes.remember(record, frame)
                 self._last = record
                 return record
-            why = claims.explain(claim, breach, here)
+            why = claims.explain(claim, breach, here) if reason in _BY_STATE else NOT_SAID
         if reason == "UnsanctionedCall" and scope is not None:
             why = claims.outside(scope, here)
         detail = f": {why.found}" if why.found else ""

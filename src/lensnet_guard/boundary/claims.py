@@ -32,8 +32,8 @@ class Claim(NamedTuple):
     Attributes:
         scope: The scope that it belongs to, if any.
         why: Why it belongs to none, or to no other.
-        missed: The scopes of the same caller that it would belong to in another state, by name,
-            with what does not hold.
+        missed: The scopes that it might belong to in another state, by name, with what does not
+            hold.
     """
 
     scope: str | None
@@ -41,7 +41,7 @@ class Claim(NamedTuple):
     missed: Mapping[str, Breach] = MappingProxyType({})
 
 
-_NOT_SAID = Breach("", None)
+NOT_SAID = Breach("", None)
 
 
 class Claims:
@@ -102,26 +102,30 @@ class Claims:
     def explain(self, claim: Claim, breach: Breach | None, here: Position) -> Breach:
         """Return what to say of a call that is refused, and which mistake it is.
 
-        A scope that the call has missed by its state, and that has not made all of its calls, is
-        what was meant; so that state is what is wrong, whatever else is.
+        A scope that the call has missed by its state, and of which a call is still to come, is what
+        was meant; so that state is what is wrong, whatever else is.
 
         Args:
             claim: Whose call it is.
             breach: What does not hold of it as a call of that scope, if that is why.
             here: The blocks that are open.
         """
-        meant = (one for name, one in claim.missed.items() if self._has_some_left(name, here))
-        missed = next(meant, _NOT_SAID)
+        meant = (one for name, one in claim.missed.items() if self._is_due(name, here))
+        missed = next(meant, NOT_SAID)
         if breach is None:
             return Breach(claim.why, missed.mistake)
-        if missed is _NOT_SAID:
+        if missed is NOT_SAID:
             return breach
         found = f"{claim.why}; so it is one of {claim.scope!r}, and {breach.found}"
         return Breach(found, missed.mistake or breach.mistake)
 
-    def _has_some_left(self, scope: str, here: Position) -> bool:
-        window, most = here.window(self.windows.get(scope, MICRO_STEP)), self.most[scope]
-        return window is None or most is None or len(window.spent(scope)) < most
+    def _is_due(self, scope: str, here: Position) -> bool:
+        """Whether a call of a scope is still to come, or may well be where none must."""
+        full, window = self._policy.in_full[scope], here.window(self.windows.get(scope, MICRO_STEP))
+        if window is None:
+            return False
+        expected = full.least or full.most
+        return expected is None or len(window.spent(scope)) < expected
 
     def outside(self, scope: str, here: Position) -> Breach:
         """Return what to say of a call whose scope is known, and whose window is not open."""

@@ -45,7 +45,12 @@ class GuardKeeper:
             history.write_to(log)
         # A shallow copy runs the submodules of its original: who is inside one is inside the other.
         inside = self._admission.inside if shallow else None
-        copied = type(guard)(module, guard.policy, guard.mode, name, history=history, inside=inside)
+        copied = type(guard)(
+            *(module, guard.policy, guard.mode, name),
+            history=history,
+            inside=inside,
+            guard_copies=self._guard_copies,
+        )
         if not self._guard_copies and not shallow:
             copied.uninstall()
             return module
@@ -59,7 +64,8 @@ class GuardKeeper:
         if not self._guard_copies and not spawning:
             return _itself, (module,)
         place = (log.folder, log.pid) if log is not None and spawning else None
-        return rebuild, (place, type(guard), module, guard.policy, guard.mode, guard.name)
+        contract = (guard.policy, guard.mode, guard.name)
+        return rebuild, (place, type(guard), module, *contract, self._guard_copies)
 
 
 def _itself(module: nn.Module) -> nn.Module:
@@ -74,6 +80,7 @@ def rebuild(
     policy: CallPolicy,
     mode: Mode,
     name: str,
+    guard_copies: bool = True,
 ) -> Any:
     """Unpickle a guarded module.
 
@@ -84,12 +91,13 @@ def rebuild(
         policy: Its contract.
         mode: Of its guard.
         name: Of its guard.
+        guard_copies: Of its guard; pickles of before do not say.
 
     Returns:
         The module, guarded.
     """
     history = History(name)
-    guard = kind(module, policy, mode, name, history=history)
+    guard = kind(module, policy, mode, name, history=history, guard_copies=guard_copies)
     if place is not None:
         folder, parent = place
         history.start_log(folder, header_of(mode, policy), parent)

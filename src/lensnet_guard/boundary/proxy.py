@@ -6,7 +6,8 @@ overridden here: fluent methods, copies and pickles. Runs of the raw module are 
 """
 
 import copy
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from types import FrameType, MethodType
 from typing import Any, Protocol, cast
 
@@ -99,7 +100,28 @@ class Keeper(Protocol):
         """Return what pickle keeps of the guarded module: the raw one, and its contract."""
 
 
-class GuardedModule(wrapt.ObjectProxy[nn.Module]):
+class _TypeOfProxies(type(wrapt.ObjectProxy)):  # type: ignore[misc]
+    """What asks for the class of a guarded module by ``type`` shall find that of the raw one.
+
+    Its attributes, what it makes, what is an instance of it; not what it is derived from.
+    """
+
+    find_kind: Callable[[], type[nn.Module] | None] = staticmethod(lambda: None)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make another module of the raw one's kind, which nobody guards."""
+        kind = cls.find_kind()
+        return super().__call__(*args, **kwargs) if kind is None else kind(*args, **kwargs)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.find_kind(), name)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        kind = cls.find_kind()
+        return super().__instancecheck__(instance) or isinstance(instance, kind or ())
+
+
+class GuardedModule(wrapt.ObjectProxy[nn.Module], metaclass=_TypeOfProxies):
     """Proxy around an ``nn.Module`` whose calls its guard admits, records or refuses.
 
     Made by `lensnet_guard.guard_module`, through `proxy_for`, not directly.
@@ -199,25 +221,29 @@ class GuardedModule(wrapt.ObjectProxy[nn.Module]):
 
 
 def proxy_for(module: nn.Module, keeper: Keeper) -> GuardedModule:
-    """Return the proxy of a module.
+    """Return the proxy of a module, of a type for all of its class.
 
-    Its ``type`` makes another module of the raw one's kind, which nobody guards: that is what
-    ``type(model)(model.config)`` is for, in callbacks that average weights.
+    ``type(model)(model.config)`` makes another module of the raw one's class, as callbacks that
+    average weights do, and ``type(model).from_pretrained`` is that class's.
 
     Args:
         module: The raw module.
         keeper: What the proxy asks.
     """
-    kind: Any = module.__class__
-
-    class Kind(GuardedModule):
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            return kind(*args, **kwargs)
-
-    Kind.__name__, Kind.__qualname__ = GuardedModule.__name__, GuardedModule.__qualname__
-    proxy: GuardedModule = GuardedModule.__new__(Kind)
+    proxy: GuardedModule = GuardedModule.__new__(_type_for(module.__class__))
     proxy.__init__(module, keeper)  # type: ignore[misc]
     return proxy
+
+
+def _type_for(kind: type[nn.Module]) -> type[GuardedModule]:
+    found: Any = _types.get(kind)
+    if found is None:
+        of = {"find_kind": weakref.ref(kind), "__module__": __name__}
+        found = _types[kind] = _TypeOfProxies(kind.__name__, (GuardedModule,), of)
+    return found  # type: ignore[no-any-return]
+
+
+_types: MutableMapping[type[nn.Module], Any] = weakref.WeakKeyDictionary()
 
 
 def _fluent(name: str) -> Any:

@@ -7,7 +7,7 @@ checksums. No tensor is kept alive for that.
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, overload
 
@@ -68,7 +68,7 @@ class _Frozen:
         if before is not None and before.holds():
             return None
         found = list(_content(call.module))
-        look = _quick_look(call.module, frozenset(map(id, _notes(call.module))))
+        look = _quick_look(call.module)
         now = call.memory[self] = _Seen(found, look, fingerprint=self.fingerprint)
         return _first_change(before, now, call.earlier)
 
@@ -86,6 +86,7 @@ def frozen_base(call: Call) -> str | None:
     the difference: base weights that somebody has not frozen, biases that are trained along
     (``bias="all"``), an adapter ``"ref"`` that is overwritten. It is for the calls of the
     reference, with the adapters off or that one active; changes are found as `frozen` finds them.
+    What is trained is looked for at the first call, and at those after a change.
 
     Args:
         call: The call as it begins.
@@ -93,7 +94,9 @@ def frozen_base(call: Call) -> str | None:
     Returns:
         None, or the first parameter that is trained or has changed.
     """
-    before: _Seen | None = call.memory.get(frozen_base)
+    before: _Seen | None = call.memory.get(
+        (frozen_base, call.scope)
+    )  # each has adapters of its own
     if before is not None and before.holds():
         return None
     works = parameters_of_adapters(call)
@@ -103,7 +106,9 @@ def frozen_base(call: Call) -> str | None:
         for path, parameter in call.module.named_parameters(remove_duplicate=False)
         if id(parameter) not in idle
     ]
-    now = call.memory[frozen_base] = _Seen(found, _quick_look(call.module, idle, buffers=False))
+    now = call.memory[frozen_base, call.scope] = _Seen(
+        found, _quick_look(call.module, idle, buffers=False)
+    )
     trained = [path for path, _, it in found if it.requires_grad and id(it) not in works]
     return _first_change(before, now, call.earlier) or _in_words(trained, len(found))
 
@@ -180,8 +185,9 @@ class _Seen:
 
     def __init__(self, found: list[_Content], look: _Look, *, fingerprint: bool = False) -> None:
         tensors = [thing for _, _, thing in found if isinstance(thing, torch.Tensor)]
-        self._bits = _read(tensors) if fingerprint else None
-        bits = iter(self._bits or ())
+        read = _read(tensors) if fingerprint else None
+        self._bits = _by_id(tensors, read) if read is not None else None
+        bits = iter(read or ())
         self.items: dict[str, _Item] = {}
         for path, kind, thing in found:
             if isinstance(thing, nn.Module):
@@ -193,7 +199,9 @@ class _Seen:
     def holds(self) -> bool:
         """Return whether it is so still; False too where that cannot be told quickly."""
         tensors = self._look()
-        return tensors is not None and (self._bits is None or _read(tensors) == self._bits)
+        if tensors is None or self._bits is None:
+            return tensors is not None
+        return _by_id(tensors, _read(tensors)) == self._bits
 
 
 def _content(module: nn.Module) -> Iterator[_Content]:
@@ -209,12 +217,8 @@ def _content(module: nn.Module) -> Iterator[_Content]:
                 yield f"{path}.{name}" if path else name, kind, tensor
 
 
-def _notes(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the buffers that are not compared."""
-    for part in module.modules():
-        if notes := transient_buffers(part):
-            own = dict(part.named_buffers(recurse=False))
-            yield from (own[name] for name in notes if name in own)
+def _by_id(tensors: list[torch.Tensor], bits: list[Any]) -> dict[int, Any]:
+    return dict(zip(map(id, tensors), bits, strict=True))
 
 
 def _read(tensors: list[torch.Tensor]) -> list[tuple[int, ...] | str]:
@@ -263,7 +267,9 @@ def _changes(before: _Seen, now: _Seen) -> Iterator[str]:
             yield f"the {was.kind} {path} is gone"
 
 
-def _quick_look(module: nn.Module, idle: frozenset[int], *, buffers: bool = True) -> _Look:
+def _quick_look(
+    module: nn.Module, idle: frozenset[int] = frozenset(), *, buffers: bool = True
+) -> _Look:
     """Return a function that looks at a whole module in microseconds, many things at each step.
 
     It looks into the dicts in which the parts of a module keep their things. Of the tensors it has
@@ -271,25 +277,25 @@ def _quick_look(module: nn.Module, idle: frozenset[int], *, buffers: bool = True
 
     Args:
         module: The module.
-        idle: What may change, by their ids.
-        buffers: Whether to look at buffers.
+        idle: Of the parameters those that may change, by their ids.
+        buffers: Whether to look at buffers, but for those that a state dict leaves out.
 
     Returns:
-        The function. It returns all tensors of the module, as `_content` orders them, if none was
-        written in place and everything is what it was; else None, and always where a part has no
-        such dicts, or a tensor no counter.
+        The function. It returns all tensors of the module if none was written in place and
+        everything is what it was; else None, and always where a part has no such dicts, or a tensor
+        no counter.
     """
-    kept = [holders(part) for _, part in module.named_modules(remove_duplicate=False)]
-    kinds = 1 + buffers
-    dicts = [held for own in kept if own is not None for held in own[:kinds]]
-    dicts, single = _without(dicts, idle)
-    trees = [own[2] for own in kept if own is not None]
-    if len(trees) < len(kept):
+    parts = [part for _, part in module.named_modules(remove_duplicate=False)]
+    trees = [own[2] for part in parts if (own := holders(part)) is not None]
+    if len(trees) < len(parts):
         return _nothing
+    looked = [one for part in parts for one in _looked_at(part, idle, buffers=buffers)]
+    dicts = [one.held for one in looked if one.kept is None]
+    mixed = [one for one in looked if one.kept is not None]
     full, parents = tuple(filter(None, dicts)), tuple(filter(None, trees))
     empty = [held for held in (*dicts, *trees) if not held]
     things = [thing for held in full for thing in held.values()]  # None: no such bias
-    things.extend(held[name] for held, name in single)
+    things.extend(thing for one in mixed for thing in one.things())
     children = [child for parent in parents for child in parent.values()]
     tensors = [thing for thing in things if thing is not None]
     try:
@@ -305,7 +311,10 @@ def _quick_look(module: nn.Module, idle: frozenset[int], *, buffers: bool = True
         if any(empty) or gc.get_referents(*parents) != children:
             return None
         found = gc.get_referents(*full)
-        found.extend(held.get(name) for held, name in single)
+        for one in mixed:
+            if not one.has_the_same_names():
+                return None
+            found.extend(one.things())
         if len(found) != len(find):
             return None
         for ref, thing in zip(find, found, strict=True):
@@ -317,17 +326,46 @@ def _quick_look(module: nn.Module, idle: frozenset[int], *, buffers: bool = True
     return look if look() is not None else _nothing
 
 
-_Held = Mapping[str, Any]
+class _LookedAt(NamedTuple):
+    """A dict in which a part of a module keeps its parameters or its buffers.
+
+    Attributes:
+        held: The dict.
+        kept: The names of what is looked at; None where that is all.
+        names: All of its names.
+        notes: The names that the part says are of no state, as it keeps them.
+        noted: What they were.
+    """
+
+    held: Mapping[str, Any]
+    kept: tuple[str, ...] | None = None
+    names: frozenset[str] = frozenset()
+    notes: Iterable[str] = ()
+    noted: frozenset[str] = frozenset()
+
+    def has_the_same_names(self) -> bool:
+        return self.held.keys() == self.names and self.noted == frozenset(self.notes)
+
+    def things(self) -> Iterator[Any]:
+        return (self.held[name] for name in self.kept or ())
 
 
-def _without(
-    dicts: list[_Held], idle: frozenset[int]
-) -> tuple[list[_Held], list[tuple[_Held, str]]]:
-    """Return the dicts that hold nothing idle; and what else others hold, by dict and name."""
-    mixed = [held for held in dicts if not idle.isdisjoint(map(id, held.values()))] if idle else []
-    names = [(held, n) for held in mixed for n, thing in held.items() if id(thing) not in idle]
-    apart = set(map(id, mixed))
-    return [held for held in dicts if id(held) not in apart], names
+def _looked_at(part: nn.Module, idle: frozenset[int], *, buffers: bool) -> Iterator[_LookedAt]:
+    own = holders(part)
+    if own is None:
+        return
+    left_out = {name for name, thing in own[0].items() if id(thing) in idle} if idle else set()
+    yield _all_but(own[0], left_out, ())
+    if buffers:
+        notes = transient_buffers(part)
+        yield _all_but(own[1], set(notes), notes)
+
+
+def _all_but(held: Mapping[str, Any], left_out: set[str], notes: Iterable[str]) -> _LookedAt:
+    if not left_out:
+        return _LookedAt(held)
+    kept = tuple(name for name in held if name not in left_out)
+    return _LookedAt(held, kept, frozenset(held), notes, frozenset(notes))
 
 
 def _nothing() -> None:

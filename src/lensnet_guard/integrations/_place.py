@@ -108,7 +108,8 @@ class Items:
 
 
 def _with_items(owner: Any) -> Any:
-    return Items(owner) if isinstance(owner, (list, tuple, dict)) else owner
+    has_items = isinstance(owner, (list, tuple, dict)) and not hasattr(owner, "_fields")
+    return Items(owner) if has_items else owner
 
 
 def locate(root: Any, path: str) -> Place:

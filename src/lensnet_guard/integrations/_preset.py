@@ -150,9 +150,12 @@ def _modules_at(trainer: Any, place: str) -> Iterator[tuple[str, nn.Module]]:
     found = getattr_path(trainer, place)
     if isinstance(found, nn.Module):
         yield place, found
-    elif isinstance(found, (list, tuple, dict)):
-        for name, item in found.items() if isinstance(found, dict) else enumerate(found):
-            if isinstance(item, nn.Module):
+    elif isinstance(found, (list, tuple)):
+        items = ((f"{place}.{number}", item) for number, item in enumerate(found))
+        yield from ((name, item) for name, item in items if isinstance(item, nn.Module))
+    elif isinstance(found, dict):
+        for name, item in found.items():
+            if isinstance(name, str) and isinstance(item, nn.Module):
                 yield f"{place}.{name}", item
 
 
@@ -243,11 +246,12 @@ def around(trainer: Any, decorators: Mapping[str, Decorator]) -> Iterator[None]:
     """
     own = vars(trainer)
     before = {name: own[name] for name in decorators if name in own}
+    put = {name: decorator(getattr(trainer, name)) for name, decorator in decorators.items()}
+    own.update(put)
     try:
-        for name, decorator in decorators.items():
-            own[name] = decorator(getattr(trainer, name))
         yield
     finally:
-        for name in decorators:
-            own.pop(name, None)
-        own.update(before)
+        for name, decorated in put.items():
+            if own.get(name) is decorated:  # and not what somebody has put there since
+                del own[name]
+                own.update({name: before[name]} if name in before else {})

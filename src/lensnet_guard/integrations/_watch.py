@@ -87,7 +87,7 @@ class Watch:
 
     Attributes:
         guard: The guard; None before `open` when it is made there.
-        micro_step: The last that was begun; None before.
+        micro_step: The one that is open, if any.
         begun: Training micro-steps that were begun since `open`, or since `count_from_here`.
         log: Where `Watches` are to log, when this one is their first.
     """
@@ -199,7 +199,7 @@ class Watch:
             BudgetUnmet: As the end of ``guard.micro_step``.
             LensNetViolation: As the end of ``guard.micro_step``.
         """
-        block, self._step = self._step, None
+        block, self._step, self.micro_step = self._step, None, None
         if block is not None:
             block.close()
 
@@ -220,7 +220,7 @@ class Watch:
 
     def abandon(self, error: BaseException | None = None) -> None:
         """Close a micro-step that was cut short: no budget is due."""
-        block, self._step = self._step, None
+        block, self._step, self.micro_step = self._step, None, None
         if block is not None:
             leave(block, error or Abandoned())
 

@@ -208,8 +208,9 @@ class Watches:
         try:
             yield
         except BaseException as error:
-            self._leave_ranks(error)
-            self._each(partial(Watch.cut_short, error=error))
+            with ExitStack() as last:
+                last.callback(self._each, partial(Watch.cut_short, error=error))
+                self._leave_ranks(error)
             raise
         finally:
             self.enter("inference")
@@ -292,10 +293,10 @@ class Watches:
 def _window(watch: Watch, name: str) -> AbstractContextManager[object]:
     """Return a block that is a window, if the policy counts in it; of a micro-step the first.
 
-    Another stays closed, so that its calls are too many.
+    Another stays closed, so that its calls are too many; unless they are only observed.
     """
     guard, micro_step = watch.guard, watch.micro_step
     assert guard is not None
     counts = name in guard.policy.windows or guard.mode == "observe"
-    had = micro_step is not None and name in micro_step.ended
+    had = micro_step is not None and name in micro_step.ended and guard.mode != "observe"
     return guard.window(name) if counts and not had else nullcontext()

@@ -3,7 +3,8 @@
 Needs ``pip install lensnet-guard[hf]``.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -286,17 +287,34 @@ def _told(trainer: Trainer, watch: Watches) -> Iterator[LensNetGuardCallback]:
     preset = preset_of(trainer) or _NO_PRESET
     kind = UpdatesCallback if preset.own_loop else LensNetGuardCallback
     callback = kind(first, watch=watch)
-    settles = _Settles(callback)
-    trainer.callback_handler.callbacks.insert(0, settles)
-    trainer.add_callback(callback)
+    handler, ours = trainer.callback_handler, (_Settles(callback), callback)
+
+    def as_it_trains(train: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(train)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            handler.callbacks[:] = _around(ours, handler.callbacks)  # others may have come since
+            with watch.training():
+                return train(*args, **kwargs)
+
+        return run
+
+    decorators: dict[str, Decorator] = {
+        "train": as_it_trains,
+        **dict.fromkeys((*_EVALUATES, *preset.evaluates), watch.freed),
+        **{by: watch.window(name) for name, by in preset.windows.items()},
+    }
+    handler.callbacks[:] = _around(ours, handler.callbacks)
     try:
-        decorators: dict[str, Decorator] = {
-            "train": watch.training(),
-            **dict.fromkeys(("evaluate", "predict", *preset.evaluates), watch.freed),
-            **{by: watch.window(name) for name, by in preset.windows.items()},
-        }
         with around(trainer, decorators):
             yield callback
     finally:
-        trainer.remove_callback(callback)
-        trainer.remove_callback(settles)
+        handler.callbacks[:] = [other for other in handler.callbacks if other not in ours]
+
+
+_EVALUATES = ("evaluate", "predict", "evaluation_loop")
+_Ours = tuple[TrainerCallback, TrainerCallback]
+
+
+def _around(ours: _Ours, callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
+    """Return the callbacks with one of ours before all others, and one after them."""
+    return [ours[0], *(other for other in callbacks if other not in ours), ours[1]]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from lensnet_guard._torch_internals import default_store
 from lensnet_guard.calls.errors import RankDivergence, RankStopped
@@ -65,7 +66,7 @@ def compare_ranks(
         RankStopped: Another rank raised, or its process ended; says what.
     """
     members = _members(guard)
-    ranks = Ranks(members, every)
+    ranks = Ranks(members, every, ranges=ranges)
     sinks = [
         _Calls(ranks, number, _left_out(member, ranges=ranges))
         for number, member in enumerate(members)
@@ -145,12 +146,13 @@ class Ranks:
     Args:
         guards: Of the modules whose calls are compared.
         every: Micro-steps between comparisons.
+        ranges: Whether ranges are compared; alike on all ranks.
 
     Attributes:
         progress: What this rank has done.
     """
 
-    def __init__(self, guards: Sequence[Guard[Any]], every: int) -> None:
+    def __init__(self, guards: Sequence[Guard[Any]], every: int, *, ranges: bool) -> None:
         names = [guard.name for guard in guards]
         if not names:
             raise ValueError("there is nothing to compare: the mapping of guards is empty")
@@ -165,9 +167,10 @@ class Ranks:
         self._every, self._guards = every, guards
         self._world = dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
-        _check_alike(f"{', '.join(names)}, every {every}", self._world, self._group)
+        said = f"{', '.join(names)}, every {every}{'' if ranges else ', without ranges'}"
+        _check_alike(said, self._world, self._group)
         store = default_store(f"lensnet_guard/{next(_numbers)}")  # numbered alike everywhere
-        self._apart = False  # the ranks have differed: nobody compares any more
+        self._apart = False  # nobody compares any more: the ranks have differed, or one has stopped
         self._listener = Listener(
             dist.get_rank(),
             _exchange_processes(self._world, self._group),
@@ -292,18 +295,30 @@ def _check_alike(mine: str, world: int, group: dist.ProcessGroup | None) -> None
     Raises:
         ValueError: They would.
     """
-    everyone = [""] * world
-    dist.all_gather_object(everyone, mine, group=group)
-    if len(set(everyone)) > 1:
-        lines = "".join(f"\n  rank {rank:<7} {one}" for rank, one in enumerate(everyone))
+    written = torch.tensor(list(mine.encode()))
+    lengths = _gathered(torch.tensor([len(written)]), world, group)
+    padded = nn.functional.pad(written, (0, int(max(lengths)) - len(written)))
+    everyone = _gathered(padded, world, group)
+    if not all(torch.equal(one, padded) for one in everyone):
+        lines = "".join(
+            f"\n  rank {rank:<7} {bytes(one.tolist()[: int(length)]).decode()}"
+            for rank, (one, length) in enumerate(zip(everyone, lengths, strict=True))
+        )
         raise ValueError(
             f"compare_ranks must be opened alike on all ranks, with the same modules:{lines}"
         )
 
 
-def _exchange_processes(world: int, group: dist.ProcessGroup | None) -> list[Process]:
-    """Return the processes of all ranks, in order."""
-    mine = torch.tensor(this_process())
+def _gathered(
+    mine: torch.Tensor, world: int, group: dist.ProcessGroup | None
+) -> list[torch.Tensor]:
+    """Return the tensors of all ranks, which are as long, in order."""
     everyone = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(everyone, mine, group=group)
+    return everyone
+
+
+def _exchange_processes(world: int, group: dist.ProcessGroup | None) -> list[Process]:
+    """Return the processes of all ranks, in order."""
+    everyone = _gathered(torch.tensor(this_process()), world, group)
     return [Process(*one.tolist()) for one in everyone]

@@ -98,7 +98,8 @@ class Listener:
     def explain(self) -> None:
         """Wait a while for what may explain that a collective has broken."""
         self._broken.set()
-        self.told.wait(2 * BEAT_S)
+        self._wake.set()
+        self.told.wait(3 * BEAT_S)
 
     def come(self) -> None:
         """Note that the training ends by itself, however long its unwinding takes."""
@@ -137,7 +138,8 @@ class Listener:
         try:
             self._listen()
         except RuntimeError as error:  # the store has gone, and with it the rank that held it
-            leaves = self._progress.count().leaving  # so may have the one that held it
+            # So may have the one that held it, by itself; and nobody compares who has differed.
+            leaves = self._progress.count().leaving or self.states is not None
             if not (leaves or self._left.is_set()):
                 reason = str(error).partition("\n")[0]
                 _say(f"rank {self._rank} hears of the others no more, the store has gone: {reason}")
@@ -157,16 +159,15 @@ class Listener:
                 _say(f"rank {self._rank} hears that {self.heard}")
 
     def _see_that_it_ends(self) -> None:
-        """End the process if its training stands still, as in a collective that never returns.
+        """End the process if its training stands still in torch, as in a collective.
 
-        One that runs (it saves what there is, or evaluates) raises as soon as it comes to the
-        guard.
+        One that saves what there is, or evaluates, raises as soon as it comes to the guard.
         """
-        before, deadline = self._progress.pulse(), time.monotonic() + GRACE_S
+        before, deadline = None, 0.0
         while not self._left.wait(POLL_S):
-            pulse, now = self._progress.pulse(), time.monotonic()
-            if pulse != before:
-                before, deadline = pulse, now + GRACE_S
+            place, now = self._progress.standstill(), time.monotonic()
+            if place is None or place != before:
+                before, deadline = place, now + GRACE_S
             elif now > deadline:
                 self._end(GRACE_S)
 
@@ -240,7 +241,7 @@ class Listener:
 
     def _look_after(self, store: Any) -> None:
         """Give a sign of life, and look for those of the others."""
-        if self._peers.is_time():
+        if self._peers.is_time() or self._broken.is_set():
             if (lost := self._lost(store)) is not None:
                 self._stop(store, f"{lost} {self._words_for(lost)}")
             if remark := self._peers.exchange(store):

@@ -49,19 +49,6 @@ def has_ended(process: Process) -> bool:
         return False
 
 
-def waits_of(thread: int) -> int | None:
-    """Return how often a thread of this process has waited for something; None where unknown.
-
-    Args:
-        thread: Its number as the kernel has it.
-    """
-    try:
-        text = (_PROC / f"self/task/{thread}/status").read_text()
-        return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
-    except (OSError, IndexError, ValueError):
-        return None
-
-
 def _stat(pid: int) -> list[str]:
     """Return the fields of a process that come after its name, which may hold anything."""
     return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()

@@ -11,17 +11,20 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from lensnet_guard.calls.record import Frame, frame_up, outside_frame
-from lensnet_guard.ranks.processes import waits_of
 
 if TYPE_CHECKING:
     from lensnet_guard.calls.budget import MicroStep
     from lensnet_guard.calls.record import CallRecord
 
 _KEPT_CALLS, _KEPT_CALLERS = 16, 3
+_TORCH = Path(torch.__file__).parent
 
 
 class Count(NamedTuple):
@@ -112,7 +115,7 @@ class Progress:
         self._last = (-1, -1)
         self._newest: deque[tuple[CallRecord, float]] = deque(maxlen=_KEPT_CALLS)
         self._stood, self._place = 0.0, ""
-        self._be_here()
+        self._thread = threading.get_ident()
         self._window = 1
         self._final: Count | None = None
 
@@ -124,7 +127,7 @@ class Progress:
             self._calls[module] += compared
             self._made[self.modules[module]] += 1
             self._newest.append((record, time.monotonic()))
-            self._be_here()
+            self._thread = threading.get_ident()
             self.context = contextvars.copy_context()
 
     def end_micro_step(self, module: int, ledger: "MicroStep") -> int | None:
@@ -146,7 +149,7 @@ class Progress:
     def stand(self, *, leaving: bool) -> Count:
         """Come to a comparison; return what is compared."""
         with self._lock:
-            self._be_here()
+            self._thread = threading.get_ident()
             self._stood = time.monotonic()
             self._place = _line(outside_frame(frame_up(1)))
             self._final = self._count(final=True, leaving=leaving)
@@ -156,10 +159,6 @@ class Progress:
         """Leave the comparison: all ranks have come."""
         with self._lock:
             self._window, self._final = self._window + 1, None
-
-    def _be_here(self) -> None:
-        """Take the running thread for the training's."""
-        self._thread, self._native = threading.get_ident(), threading.get_native_id()
 
     # Read by the listener ----------------------------------------------------------------------
 
@@ -190,14 +189,20 @@ class Progress:
             place = stood_at
         return RankState(count, self.modules, kept, f"{doing}, at {place}")
 
-    def pulse(self) -> object:
-        """Return what stays the same only while the training's thread stands still.
+    def standstill(self) -> tuple[int, int] | None:
+        """Return the instruction at which a guarded call or torch is waited for; None if none is.
 
-        It is the instruction that it runs, and how often it has waited: a loop that sleeps is met
-        at the same one again and again.
+        A collective that never returns is such a wait. Whoever writes a checkpoint waits for torch
+        too, and whoever waits for other programs or threads does not.
         """
+        with self._lock:
+            in_a_call = any(record.outcome is None for record, _ in self._newest)
         frame = sys._current_frames().get(self._thread)  # noqa: SLF001  # documented by this name
-        return id(frame), frame.f_lasti if frame is not None else 0, waits_of(self._native)
+        if frame is None:
+            return None
+        file = Path(frame.f_code.co_filename)
+        in_torch = _TORCH in file.parents and file.name != "serialization.py"
+        return (id(frame), frame.f_lasti) if in_torch or in_a_call else None
 
     def frame(self) -> FrameType | None:
         """Return what the training's thread runs now, outside the guard and torch."""

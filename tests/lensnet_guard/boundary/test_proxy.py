@@ -404,7 +404,9 @@ class TestCopies:
             assert guard.count() == 1
         with pytest.raises(NoContext):
             guard.module(torch.ones(1, 3))
-        assert is_own_guard(copy.copy(guard.module), guard)
+        shallow = copy.copy(guard.module)
+        assert is_own_guard(shallow, guard)
+        assert guard_of(copied_by(shallow)) is None
 
     def test_a_refused_copy_leaves_the_original_alone(self, guard):
         """A module that cannot be copied raises its own error."""
@@ -464,6 +466,40 @@ def test_another_of_its_kind_is_made_by_its_type(guard):
     assert (other.in_features, other.bias, guard_of(other)) == (4, None, None)
     with pytest.raises(TypeError, match=r"Linear.__init__\(\) missing"):
         type(guard.module)()
+
+
+def test_its_type_passes_for_the_class_of_the_raw_one():
+    """Its name, its attributes, what is an instance of it; the same for all guards of a class."""
+
+    class Net(nn.Linear):
+        @classmethod
+        def made(cls):
+            return cls(2, 1)
+
+    one, other = (guard_module(Net(3, 2)).module for _ in range(2))
+    assert type(one) is type(other)
+    assert type(one).__name__ == "Net"
+    assert type(type(one).made()) is Net
+    assert isinstance(Net(1, 1), type(one))
+    assert isinstance(other, type(one))
+    assert not isinstance(nn.Linear(1, 1), type(one))
+    with pytest.raises(AttributeError, match="no_such"):
+        type(one).no_such  # noqa: B018
+
+
+def test_a_class_that_was_guarded_is_freed():
+    """One that is made in a function, and gone with it."""
+
+    def guarded():
+        class Net(nn.Linear):
+            pass
+
+        guard_module(Net(1, 1)).uninstall()
+        return weakref.ref(Net)
+
+    gone = guarded()
+    gc.collect()
+    assert gone() is None
 
 
 class TestGuardOf:

@@ -14,7 +14,7 @@ from tests.lensnet_guard.helpers import X
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lensnet_guard import CallPolicy, ConditionUnmet, Scope, frozen, guard_module
+from lensnet_guard import ConditionUnmet, frozen, guard_module
 from lensnet_guard.calls.scope import name_of
 
 FINGERPRINT = frozen(fingerprint=True)
@@ -400,37 +400,6 @@ def flip_first(tensor):
     data = data.as_strided((1,), (1,), data.storage_offset())
     bits = data.view(torch.uint8)
     bits[0] ^= 1
-
-
-class Rotary(nn.Module):
-    """As transformers' rotary positions do where they scale: notes anew for a longer sequence."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("angles", torch.zeros(1), persistent=False)
-        self.register_buffer("base", torch.ones(1))
-
-    def forward(self, x):
-        if x.shape[0] > self.angles.shape[0]:
-            self.register_buffer("angles", torch.zeros(x.shape[0]), persistent=False)
-        self.angles += 1
-        return x * self.angles[: x.shape[0]] * self.base
-
-
-class TestNotes:
-    @pytest.mark.parametrize("condition", [frozen, frozen(fingerprint=True)])
-    def test_buffers_of_no_state_are_not_compared(self, condition):
-        """Written or replaced; those beside them are, though the quick look skips their part."""
-        policy = CallPolicy({"kl": Scope((0, 9))}, requires=(condition,))
-        guard = guard_module(Rotary(), policy=policy, name="net")
-        told = pytest.raises(ConditionUnmet, match="the buffer base was written in place 1 time")
-        with told, guard.context("training"), guard.sanctioned("kl"):
-            for length in (1, 3, 2):
-                guard.module(torch.ones(length))
-            with torch.no_grad():
-                guard.module.base.mul_(2)
-            assert guard.count("training") == 3
-            guard.module(torch.ones(2))
 
 
 class TestFingerprint:

@@ -295,3 +295,10 @@ class TestAround:
         with pytest.raises(KeyError), around(loud, {"ask": partial(partial, pytest.fail)}):
             raise KeyError("mine")
         assert loud.ask is own
+
+    def test_leaves_what_was_put_there_meanwhile(self):
+        """A method that somebody has put on the trainer in the block."""
+        loud = Loud()
+        with around(loud, {"ask": partial(partial, pytest.fail)}):
+            loud.ask = len
+        assert loud.ask is len

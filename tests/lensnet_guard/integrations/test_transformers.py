@@ -258,6 +258,42 @@ class TestEvaluationInBetween:
         assert (guarded.verdict.calls, guarded.verdict.violations) == ({"kl": 10}, 0)
         assert guarded.verdict.inference_calls == times
 
+    @pytest.mark.parametrize(("hook", "times"), [("on_step_begin", 6), ("on_substep_end", 4)])
+    def test_a_callback_that_is_added_in_the_block(self, make_trainer, hook, times):
+        """It comes between the guard's like any other."""
+        trainer = make_trainer(eval_strategy="no")
+        callback, batch = TrainerCallback(), {"input_ids": torch.arange(4)[None]}
+        setattr(callback, hook, lambda *_, **__: trainer.reference(**batch) and None)
+        before = [*trainer.callback_handler.callbacks]
+        with guarded_trainer(trainer, "reference", policy=KL) as guarded:
+            trainer.add_callback(callback)
+            trainer.train()
+        assert guarded.verdict.inference_calls == times
+        assert trainer.callback_handler.callbacks == [*before, callback]
+
+    def test_by_another_door(self, make_trainer):
+        """A class's own method, and the loop alone, in the midst of a micro-step."""
+        trainer = make_trainer(eval_strategy="no", max_steps=1)
+
+        class Evaluating(TrainerCallback):
+            def on_pre_optimizer_step(self, *_, **__):
+                Trainer.evaluate(trainer)
+                loader = trainer.get_eval_dataloader()
+                trainer.evaluation_loop(loader, "mine", prediction_loss_only=True)
+
+        trainer.add_callback(Evaluating())
+        with guarded_trainer(trainer, "reference", policy=KL) as guarded:
+            trainer.train()
+        assert (guarded.verdict.calls, guarded.verdict.inference_calls) == ({"kl": 2}, 2)
+
+    def test_callbacks_that_are_replaced_in_the_block(self, make_trainer):
+        """The block ends well, and leaves what is there."""
+        trainer = make_trainer()
+        before = [*trainer.callback_handler.callbacks]
+        with guarded_trainer(trainer, "reference", policy=KL):
+            trainer.callback_handler.callbacks = [*before]
+        assert trainer.callback_handler.callbacks == before
+
     def test_does_not_pay_for_the_micro_step(self, make_trainer):
         """A loss that asks the reference never, but evaluates."""
         trainer = make_trainer()

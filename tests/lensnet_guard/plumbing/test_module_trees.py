@@ -114,7 +114,7 @@ class TestContainers:
         layers = nn.ModuleList([nn.Identity(), nn.Identity()])
         layers.insert(0, guard.module)
         layers[1] = guard.module
-        assert [type(layer) is GuardedModule for layer in layers[:2]] == [True, True]
+        assert all(issubclass(type(layer), GuardedModule) for layer in layers[:2])
         model = nn.Sequential(nn.Identity()).append(guard.module).extend([nn.Identity()])
         assert model[1:][0] is guard.module
         with pytest.raises(NoContext):

@@ -245,8 +245,10 @@ class TestStopped:
         """It waits for something that never comes; where, is said."""
         first, second = run_ranks(
             """
-            import time, lensnet_guard.ranks.listener
+            import lensnet_guard.ranks.listener
             lensnet_guard.ranks.listener.GRACE_S = 1.0
+            import time
+            sys.excepthook = lambda *_: time.sleep(6)  # it lives on, so gloo waits
             def batches(rank): return range(6)
             def within(rank, step):
                 if rank == 1 and step == 2:
@@ -254,7 +256,7 @@ class TestStopped:
                 if rank == 0 and step == 2:
                     wait_for_ever()
             def wait_for_ever():
-                time.sleep(200)
+                dist.barrier()
             """,
         )
         assert (first.code, second.code) == (1, 1)
@@ -273,8 +275,7 @@ class TestStopped:
                 if rank == 1 and step == 2:
                     raise KeyError("label")
                 if rank == 0 and step == 2:
-                    for part in range(60):
-                        time.sleep(0.05)
+                    time.sleep(2.5)  # an upload, a thread that writes
                     print("saved")
             """,
         )
@@ -408,6 +409,24 @@ class TestSeveral:
         ):
             assert (ended.code, ended.out) == (0, "finished 0 1\n"), ended.err
             assert "b was not called alike by all ranks" in ended.err
+
+    def test_who_goes_on_after_an_observed_difference(
+        self, run_several: Callable[..., list[Ended]]
+    ) -> None:
+        """Nobody compares any more; one that has come to its end, with the store, is not lost."""
+        first, second = run_several(
+            """
+            import time
+            def make(rank): return {"a": guarded("a"), "b": guarded("b", "observe")}
+            def work(rank, step):
+                call(guards["b"], "free", rank)
+                if step:
+                    time.sleep(3 * (rank + 1))
+            """
+        )
+        for ended in (first, second):
+            assert (ended.code, ended.out) == (0, "finished 0 1\n"), ended.err
+            assert "stopped" not in ended.err
 
     def test_many_modules_in_few_words(self, run_several: Callable[..., list[Ended]]) -> None:
         """Those that differ are named, and some more."""

@@ -87,13 +87,14 @@ def lines_told(ended: Ended) -> list[str]:
     return told[0].split("\n")
 
 
-def lines_of(ended: Ended) -> list[str]:
+def lines_of(ended: Ended, *, once: bool = True) -> list[str]:
     """What stderr says of the ranks' difference, raised or not: a line for each rank."""
     text = re.sub(r"^\[rank\d\]: ", "", ended.err, flags=re.MULTILINE)  # torch's prefix
     told = re.findall(
         r"^lensnet_guard\S* .*B was not called alike .*:((?:\n  rank .*)+)", text, re.M
     )
-    assert len(told) == 1, text  # once
+    assert told, text
+    assert len(told) == 1 or not once, text
     lines: list[str] = told[0].removesuffix(".").split("\n")[1:]
     return lines
 
@@ -168,10 +169,12 @@ class TestInsideACall:
             every=2,
         )
         for rank, ended in enumerate(ranks):
-            made = [line.partition(" training")[0].split()[2:] for line in lines_of(ended)]
+            lines = lines_of(ended, once=False)  # one that is ended breaks the others' collective
+            made = [line.partition(" training")[0].split()[2:] for line in lines]
             assert made == [["0", "A,", "4", "B"], ["0", "A,", "3", "B"], ["0", "A,", "4", "B"]]
             assert ended.code == 1
-            assert (ENDED_HERE in ended.err) == (rank != 1)
+            waited = ENDED_HERE in ended.err or "Connection" in ended.err  # with one that was ended
+            assert waited == (rank != 1), ended.err
 
     def test_a_rank_that_can_raise_is_not_ended(self, run_ranks: Runs) -> None:
         """It is told as its next call begins, and raises there."""
@@ -230,21 +233,21 @@ class TestLost:
         """Also rank 0, and with it the store that the ranks tell each other through."""
         ranks = run_ranks(
             f"""
-            import lensnet_guard.ranks.listener
-            lensnet_guard.ranks.listener.GRACE_S = 1.0
             def work(rank):
                 with guards.micro_step(0):
                     score("B")
                     if rank == {victim}:
                         os.kill(os.getpid(), signal.SIGKILL)
-                    time.sleep(100)
+                    for _ in range(100):
+                        time.sleep(0.1)
+                        score("A")
             """
         )
         killed, other = ranks[victim], ranks[1 - victim]
         assert (killed.code, other.code) == (-9, 1)
         why = rf"rank {victim} stopped: its process \d+ has ended without a word"
         assert re.search(f"rank {1 - victim} ends, because {why}", other.err), other.err
-        assert f"rank {1 - victim} still waits after 1 s and is ended, here:" in other.err
+        assert re.search(f"lensnet_guard.RankStopped: {why}", other.err)
         assert ("hears of the others no more, the store has gone" in other.err) == (victim == 0)
 
     @pytest.mark.parametrize("victim", [0, 1])

@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from lensnet_guard.ranks import processes
-from lensnet_guard.ranks.processes import Process, has_ended, this_process, waits_of
+from lensnet_guard.ranks.processes import Process, has_ended, this_process
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux")
 
@@ -41,17 +39,6 @@ def test_a_number_that_was_given_out_again() -> None:
     assert has_ended(this_process()._replace(started=1))
 
 
-def test_a_thread_that_sleeps_has_waited() -> None:
-    """Each time; one that runs has not."""
-    before = waits_of(threading.get_native_id())
-    assert before is not None
-    for _ in range(3):
-        time.sleep(0.001)
-    after = waits_of(threading.get_native_id())
-    assert after is not None
-    assert after >= before + 3
-
-
 def test_where_the_kernel_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known, and nobody is taken for ended."""
     here = this_process()
@@ -60,4 +47,3 @@ def test_where_the_kernel_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / str(here.pid)).mkdir()
     (tmp_path / str(here.pid) / "stat").write_text("nothing")
     assert not has_ended(here)
-    assert waits_of(threading.get_native_id()) is None
