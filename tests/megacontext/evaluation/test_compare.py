@@ -227,7 +227,7 @@ class _Copier(torch.nn.Module):
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.embedding, self.embed = model.embedding, model.embed
-        self.max_tokens, self.new_seen = model.max_tokens, model.new_seen
+        self.max_tokens, self.new_seen, self.dtype = model.max_tokens, model.new_seen, model.dtype
 
     def forward(
         self,

@@ -289,7 +289,10 @@ class TestRecall:
         """One of them would be ignored."""
         with pytest.raises(ValueError, match="leave out the text"):
             TrainConfig(data="recall", text=("notes.txt",))
-        with pytest.raises(ValueError, match="data must be one of text, recall, not 'wiki'"):
+        with pytest.raises(
+            ValueError,
+            match="data must be one of text, files, reuse, needles, mqar, recall, not 'wiki'",
+        ):
             TrainConfig(data="wiki")
 
 
