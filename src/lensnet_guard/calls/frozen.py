@@ -94,9 +94,8 @@ def frozen_base(call: Call) -> str | None:
     Returns:
         None, or the first parameter that is trained or has changed.
     """
-    before: _Seen | None = call.memory.get(
-        (frozen_base, call.scope)
-    )  # each has adapters of its own
+    key = (frozen_base, call.scope)  # each scope has adapters of its own
+    before: _Seen | None = call.memory.get(key)
     if before is not None and before.holds():
         return None
     works = parameters_of_adapters(call)
@@ -106,9 +105,7 @@ def frozen_base(call: Call) -> str | None:
         for path, parameter in call.module.named_parameters(remove_duplicate=False)
         if id(parameter) not in idle
     ]
-    now = call.memory[frozen_base, call.scope] = _Seen(
-        found, _quick_look(call.module, idle, buffers=False)
-    )
+    now = call.memory[key] = _Seen(found, _quick_look(call.module, idle, buffers=False))
     trained = [path for path, _, it in found if it.requires_grad and id(it) not in works]
     return _first_change(before, now, call.earlier) or _in_words(trained, len(found))
 

@@ -12,6 +12,7 @@ from lensnet_guard import (
     BudgetUnmet,
     CallPolicy,
     ConditionUnmet,
+    ReentrantCall,
     Scope,
     UnsanctionedCall,
     guard_module,
@@ -189,6 +190,27 @@ class TestScopes:
                 for on in calls:
                     inner(guard.module, on)
         assert refused.value.mistake == mistake
+
+    def test_a_second_call_where_the_other_state_has_made_its_least(self):
+        """More of the other may come, but need not: so it is one too many of its own."""
+        base = Scope(1, when=wrong_when_on)
+        guard = guarded(scopes={"base": base, "policy": Scope((1, None), when=wrong_when_off)})
+        with pytest.raises(BudgetExceeded) as refused, guard.context("training"):
+            with guard.micro_step():
+                for on in (False, True, True):
+                    inner(guard.module, not on)
+        assert refused.value.mistake == "called-twice"
+
+    def test_a_call_inside_a_call_is_told_as_that(self):
+        """Whatever state the module is in."""
+        base, policy = Scope((0, 1), when=wrong_when_on), Scope((0, 1), when=wrong_when_off)
+        guard = guarded(scopes={"base": base, "policy": policy})
+        guard.module.register_forward_pre_hook(lambda *_: guard.module(X))
+        with pytest.raises(ReentrantCall) as refused, guard.context("training"):
+            with guard.micro_step():
+                inner(guard.module, False)
+        assert "not in the scope" not in str(refused.value)
+        assert refused.value.mistake == "called-twice"
 
     def test_a_call_of_no_state(self):
         """What the state is wrong for explains it."""

@@ -7,7 +7,14 @@ import torch
 from tests.lensnet_guard.adapted import IDS, lora, make_model, peft
 from tests.lensnet_guard.calls.asked import call, guarded
 
-from lensnet_guard import ConditionUnmet, frozen_base
+from lensnet_guard import (
+    CallPolicy,
+    ConditionUnmet,
+    Scope,
+    active_adapter,
+    frozen_base,
+    guard_module,
+)
 
 # Each of the two is older than the other expects, and says so.
 pytestmark = pytest.mark.filterwarnings(
@@ -193,3 +200,27 @@ def test_does_not_look_through_the_model_again(adapted, kind, monkeypatch):
     assert looked == []
     model.add_adapter("other", model.peft_config["default"])
     base_pass(model, guard)
+
+
+def test_two_references_are_compared_each_with_itself():
+    """Each scope has an adapter of its own, which may move while the other may not."""
+    model = peft.get_peft_model(make_model(), lora(), adapter_name="a")
+    model.add_adapter("b", lora())
+    model.requires_grad_(False)
+    scopes = {
+        name: Scope((0, 9), when=active_adapter(name), requires=(frozen_base,)) for name in "ab"
+    }
+    guard = guard_module(model, policy=CallPolicy(scopes))
+
+    def ask(name):
+        model.set_adapter(name, inference_mode=True)
+        with guard.context("training"), guard.micro_step(), torch.no_grad():
+            guard.module(input_ids=IDS)
+
+    for name in "abab":
+        ask(name)
+    with torch.no_grad():
+        model.get_parameter(f"{Q_PROJ}.lora_A.b.weight").mul_(2)
+    ask("a")
+    with pytest.raises(ConditionUnmet, match=r"lora_A\.b\.weight was written in place 1 time"):
+        ask("b")
