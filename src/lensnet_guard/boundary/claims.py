@@ -31,7 +31,7 @@ class Claim(NamedTuple):
 
     Attributes:
         scope: The scope that it belongs to, if any.
-        why: Why it belongs to none, or to no other.
+        why: Why it belongs to none, where that is not what it has missed.
         missed: The scopes that it might belong to in another state, by name, with what does not
             hold.
     """
@@ -97,7 +97,7 @@ class Claims:
                 caller, frame = find_caller(frame, self._by_caller)
         if found := self._holding(self._by_state, call, missed):
             return _only(found, missed)
-        return Claim(None, _in_words(missed), missed)
+        return Claim(None, missed=missed)
 
     def explain(self, claim: Claim, breach: Breach | None, here: Position) -> Breach:
         """Return what to say of a call that is refused, and which mistake it is.
@@ -112,11 +112,12 @@ class Claims:
         """
         meant = (one for name, one in claim.missed.items() if self._is_due(name, here))
         missed = next(meant, NOT_SAID)
+        why = claim.why or _in_words(claim.missed)
         if breach is None:
-            return Breach(claim.why, missed.mistake)
+            return Breach(why, missed.mistake)
         if missed is NOT_SAID:
             return breach
-        found = f"{claim.why}; so it is one of {claim.scope!r}, and {breach.found}"
+        found = f"{why}; so it is one of {claim.scope!r}, and {breach.found}"
         return Breach(found, missed.mistake or breach.mistake)
 
     def _is_due(self, scope: str, here: Position) -> bool:
@@ -196,7 +197,7 @@ def _of(
 def _only(found: list[str], missed: Mapping[str, Breach]) -> Claim:
     """Return the one scope that applies; none where several do, which would be anybody's guess."""
     if len(found) == 1:
-        return Claim(found[0], _in_words(missed), missed)
+        return Claim(found[0], missed=missed)
     return Claim(None, f"the scopes {' and '.join(map(repr, found))} both apply to it")
 
 

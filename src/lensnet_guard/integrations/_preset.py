@@ -254,4 +254,5 @@ def around(trainer: Any, decorators: Mapping[str, Decorator]) -> Iterator[None]:
         for name, decorated in put.items():
             if own.get(name) is decorated:  # and not what somebody has put there since
                 del own[name]
-                own.update({name: before[name]} if name in before else {})
+                if name in before:
+                    own[name] = before[name]

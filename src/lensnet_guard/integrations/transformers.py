@@ -216,8 +216,8 @@ def guarded_trainer(
     kind of trainer keeps, from `lensnet_guard.integrations.presets`.
 
     Outside the micro-steps of ``train``, and in ``evaluate`` and ``predict``, calls are free; also
-    in other callbacks as a step ends. Copies of the modules are not guarded. At the end of the
-    block, and after an exception, the modules are as they were.
+    in other callbacks as a step ends. Deep copies of whole modules are not guarded. At the end of
+    the block, and after an exception, the modules are as they were.
 
     Args:
         trainer: The trainer; its callback is added for the length of the block.

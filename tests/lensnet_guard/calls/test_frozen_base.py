@@ -170,6 +170,7 @@ def test_an_adapter_that_is_merged_for_a_while(adapted):
     model.merge_adapter()
     model.unmerge_adapter()
     base_pass(model, guard)
+    assert (guard.count("training"), guard.violation_count) == (2, 0)
 
 
 def test_a_model_without_adapters():
