@@ -16,9 +16,9 @@ from torch import Tensor
 from megacontext.allocators.cut import Cut, Geometry, held_at_lod0
 from megacontext.config import MCConfig
 from megacontext.micro_step import Variants
+from megacontext.model.focus_view import FocusView
 from megacontext.model.transfer import to_device
 from megacontext.model.tree import MegaContextTree
-from megacontext.model.working_context import WorkingContext
 from megacontext.preference import PreferencePairs, make_pairs, paired
 
 Judge: TypeAlias = Callable[[MegaContextTree, Variants, Tensor], Tensor]
@@ -29,7 +29,7 @@ class Comparison(Protocol):
 
     def __call__(
         self, tree: MegaContextTree, variants: Variants, nll: Tensor
-    ) -> tuple[WorkingContext, PreferencePairs]:
+    ) -> tuple[FocusView, PreferencePairs]:
         """Decide what LensNet is to score, and what the variants' losses say of it.
 
         Args:
@@ -49,7 +49,8 @@ def comparison_of(config: MCConfig) -> Comparison:
         judge = partial(judge_horizon, horizon_tokens=config.horizon_tokens)
     if config.recipe.scored == "variant":
         return VariantComparison(judge)
-    return ViewComparison(judge, config.geometry, config.horizon_tokens)
+    geometry, horizon = config.geometry, config.horizon_tokens
+    return ViewComparison(judge, geometry, horizon, config.query_tokens)
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,25 @@ class ViewComparison:
         judge: Gives the loss of each variant.
         geometry: Of the focus view.
         horizon_tokens: Length of the horizon.
+        query_tokens: As for `MegaContextTree.focus_view`.
     """
 
     judge: Judge
     geometry: Geometry
     horizon_tokens: int
+    query_tokens: int | None = None
 
     def __call__(
         self, tree: MegaContextTree, variants: Variants, nll: Tensor
-    ) -> tuple[WorkingContext, PreferencePairs]:
+    ) -> tuple[FocusView, PreferencePairs]:
         """Pair variants by what they hold at LOD0 of the view's gists; see `Comparison`."""
         judged = self.judge(tree, variants, nll)
         focus_view, horizon = self.geometry.focus_view, self.horizon_tokens
         view_of = {length: focus_view(length, horizon) for length in set(tree.lengths)}
         views = [view_of[length] for length in tree.lengths]
-        view = tree.working_context([[cut] for cut in views])
+        view = tree.focus_view(views, self.query_tokens)
         held = held_by_variants(tree, variants, views)
-        return view, make_pairs(judged, held, gists=view.lods > 0)
+        return view, make_pairs(judged, held, gists=view.entries.lods > 0)
 
 
 def judge_horizon(
@@ -144,7 +147,7 @@ class VariantComparison:
 
     def __call__(
         self, tree: MegaContextTree, variants: Variants, nll: Tensor
-    ) -> tuple[WorkingContext, PreferencePairs]:
+    ) -> tuple[FocusView, PreferencePairs]:
         """Pair variants by how much detail the better one has of the worse; see `Comparison`."""
         judged = self.judge(tree, variants, nll)
         detail = [
@@ -153,7 +156,7 @@ class VariantComparison:
         ]
         host = torch.from_numpy(np.stack(detail, axis=1))
         finer, coarser = to_device(host, nll.device)
-        return variants.working_context, make_plain_pairs(judged, finer, coarser)
+        return FocusView(variants.working_context), make_plain_pairs(judged, finer, coarser)
 
 
 def relative_detail(cuts: Sequence[Cut], num_tokens: int) -> NDArray[np.bool_]:

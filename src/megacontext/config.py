@@ -65,6 +65,10 @@ class MCConfig:
             be that of a GGUF file; both are converted once, into the user's cache.
         freeze_language_model: Leave the language model that was given as it is, and train the
             others beside it.
+        gists: GistNet makes a ``"sum"`` of K children, or a ``"weighted"`` mean of what
+            distinguishes them, which a language model that was given can read.
+        lens_reads: LensNet reads the ``"entries"`` of its view, or the ``"tokens"`` below them,
+            and compares those (see `LateInteractionLensNet`); ``lens_layers`` says nothing then.
         recipe: How LensNet is trained.
 
     Raises:
@@ -93,12 +97,21 @@ class MCConfig:
     seed: int = 0
     language_model: str = ""
     freeze_language_model: bool = False
+    gists: str = "sum"
+    lens_reads: str = "entries"
     recipe: Recipe = Recipe()
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("lod2_probability", "seed"))
         if not isinstance(self.recipe, Recipe):
             raise TypeError(f"recipe must be a Recipe, not {self.recipe!r}")
+        check_choice("gists", self.gists, ("sum", "weighted"))
+        check_choice("lens_reads", self.lens_reads, ("entries", "tokens"))
+        if self.lens_reads == "tokens" and self.recipe != Recipe():
+            raise ValueError(
+                "a LensNet that reads tokens scores the view of a sequence by its horizon; leave "
+                "the recipe as it is, or let it read entries"
+            )
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"d_model {self.d_model} must be a multiple of 2 · num_heads = "
@@ -150,6 +163,11 @@ class MCConfig:
     def geometry(self) -> Geometry:
         """The shape of trees and working contexts; its window is that of the focus view."""
         return Geometry(self.block_size, self.max_lod, self.recent_tokens, self.focus_window)
+
+    @property
+    def query_tokens(self) -> int | None:
+        """Entries at the end of a focus view that are LensNet's query; None if it reads entries."""
+        return self.recent_tokens - self.horizon_tokens if self.lens_reads == "tokens" else None
 
     def new_allocator(self) -> TrainingWCVariationAllocator:
         """Make the training allocator of this configuration, at the start of its sequence."""

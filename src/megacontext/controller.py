@@ -19,16 +19,17 @@ from megacontext.inference.host import SessionHost
 from megacontext.micro_step import (
     MCBatchResult,
     Variants,
-    lensnet_inputs,
     lod_losses,
     scores_by_sequence,
     without_graph,
 )
+from megacontext.model.focus_view import FocusView
 from megacontext.model.networks import PREFERENCE_SCORER
 from megacontext.model.tokens import check_batch
 from megacontext.model.transfer import to_device
 from megacontext.model.tree import MegaContextTree
 from megacontext.model.working_context import NO_LABEL
+from megacontext.preference import PreferencePairs
 
 
 class MCController(SessionHost):
@@ -87,33 +88,47 @@ class MCController(SessionHost):
             ValueError: Tokens that cannot be a batch.
             LensNetViolation: Something else called LensNet.
         """
-        with self._training_context(), self.micro_step(step, micro_step) as ledger:
+        with self.training_context(), self.micro_step(step, micro_step) as ledger:
             tree = self.build_tree(tokens, pad_mask, labelled)
             variants = self.build_variants(tree)
             with self.reading_variants():
                 nll = self.token_nll(variants.working_context)
             view, pairs = self.comparison(tree, variants, nll)
-            with self.guard.sanctioned(PREFERENCE_SCORER), self.autocast():
-                scores = self.lensnet(*lensnet_inputs(view))
-            scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
-            lens_loss = preference.preference_loss(
-                scores,
-                pairs,
-                temperature=self.config.temperature,
-                advantage_scale=self.config.advantage_scale,
-            )
+            lens_loss, metrics = self.learn_preferences(view, pairs)
             lm_loss = nll.sum() / (variants.working_context.labels != NO_LABEL).sum()
             calls = sum(ledger.calls.values())
-        metrics: dict[str, Tensor | int] = {
+        metrics |= {
             "lm_loss": lm_loss.detach(),
-            "lens_loss": lens_loss.detach(),
             "lensnet_calls": calls,
             **lod_losses(nll, variants.working_context),
-            **preference.preference_metrics(scores, pairs, gists),
         }
         return MCBatchResult(
             lm_loss + lens_loss, lm_loss, lens_loss, without_graph(variants), metrics
         )
+
+    def learn_preferences(
+        self, view: FocusView, pairs: PreferencePairs
+    ) -> tuple[Tensor, dict[str, Tensor | int]]:
+        """Call LensNet, and compare its scores with what pairs of variants say.
+
+        Args:
+            view: What it scores.
+            pairs: Of the variants.
+
+        Returns:
+            The preference loss, scalar, and metrics by name.
+        """
+        with self.guard.sanctioned(PREFERENCE_SCORER), self.autocast():
+            scores = self.lensnet(*view.lensnet_inputs())
+        scores, gists = scores_by_sequence(scores, view.entries, len(pairs.advantages))
+        lens_loss = preference.preference_loss(
+            scores,
+            pairs,
+            temperature=self.config.temperature,
+            advantage_scale=self.config.advantage_scale,
+        )
+        metrics = preference.preference_metrics(scores, pairs, gists)
+        return lens_loss, {"lens_loss": lens_loss.detach(), **metrics}
 
     def build_tree(
         self, tokens: Tensor, pad_mask: Tensor | None = None, labelled: Tensor | None = None
@@ -219,12 +234,24 @@ class MCController(SessionHost):
             tree = self.build_tree(tokens, labelled=labelled)
             variants = self.build_variants(tree, self.config.new_allocator())
             view, pairs = self.comparison(tree, variants, self.token_nll(variants.working_context))
-            with self.autocast():
-                scores = self.lensnet(*lensnet_inputs(view))
-            scores, gists = scores_by_sequence(scores, view, len(tree.lengths))
-            return preference.preference_metrics(scores, pairs, gists)["preference_agreement"]
+            return self.agreement(view, pairs)
 
-    def _training_context(self) -> AbstractContextManager[None]:
+    def agreement(self, view: FocusView, pairs: PreferencePairs) -> Tensor:
+        """Call LensNet, and compute ``preference_agreement``.
+
+        Args:
+            view: What it scores.
+            pairs: Of the variants.
+
+        Returns:
+            The agreement, scalar on the device; nan where no pair tells anything.
+        """
+        with self.autocast():
+            scores = self.lensnet(*view.lensnet_inputs())
+        scores, gists = scores_by_sequence(scores, view.entries, len(pairs.advantages))
+        return preference.preference_metrics(scores, pairs, gists)["preference_agreement"]
+
+    def training_context(self) -> AbstractContextManager[None]:
         """Declare training for a block where no context is set.
 
         Raises:

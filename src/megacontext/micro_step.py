@@ -44,15 +44,23 @@ class MCBatchResult:
     metrics: dict[str, Tensor | int]
 
 
+@dataclass(frozen=True)
+class LensResult:
+    """What a micro-step of LensNet alone produced.
+
+    Attributes:
+        loss: The preference loss; scalar.
+        metrics: As in `MCBatchResult`, but for those of the language model.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor | int]
+
+
 def without_graph(variants: Variants) -> Variants:
     """Return the variants for whoever looks at them later: nothing is kept for a backward."""
     context = variants.working_context
     return Variants(variants.cuts, replace(context, embeddings=context.embeddings.detach()))
-
-
-def lensnet_inputs(view: WorkingContext) -> tuple[Tensor | None, ...]:
-    """Return the arguments of LensNet, detached: its loss trains it, not what it looks at."""
-    return view.embeddings.detach(), view.starts, view.spans, view.lods, view.pad_mask
 
 
 def scores_by_sequence(

@@ -204,6 +204,20 @@ class Geometry:
         end = max(num_tokens - horizon_tokens, 0)
         return self.coarse_cut(0, end, max(num_tokens - self.recent_tokens, 0))
 
+    def detail(self, num_tokens: int, length: int) -> tuple[int, int]:
+        """Count the blocks before the protected tail, and how many of them there is room for.
+
+        Args:
+            num_tokens: Of the sequence.
+            length: Entries of a working context that holds the other blocks at LOD1.
+
+        Returns:
+            The blocks, and those that it can hold at LOD0.
+        """
+        blocks = max(num_tokens - self.recent_tokens, 0) // self.block_size
+        room = length - (num_tokens - blocks * (self.block_size - 1))
+        return blocks, min(max(room, 0) // (self.block_size - 1), blocks)
+
     def shortest_length(self, num_tokens: int) -> int:
         """Count the entries left when all before the protected tail is as coarse as it can be."""
         history = max(num_tokens - self.recent_tokens, 0)
@@ -221,6 +235,22 @@ def spans_of(lods: Ints, block_size: int) -> Ints:
 def _powers(base: int) -> Ints:
     """Return the powers of a base that an int64 holds, from 1 on."""
     return np.array([power for lod in range(63) if (power := base**lod) < 2**63], dtype=np.int64)
+
+
+def child_nodes(starts: Ints, lods: Ints, block_size: int) -> tuple[Ints, Ints]:
+    """Find the K children of nodes; a node at LOD0 is K times itself.
+
+    Args:
+        starts: First token of each node, int64 ``[...]``.
+        lods: Their levels of detail, likewise.
+        block_size: Children of a node, K.
+
+    Returns:
+        First token and level of detail of each child, int64 ``[..., K]``.
+    """
+    below = np.repeat(np.maximum(lods - 1, 0)[..., None], block_size, axis=-1)
+    steps = spans_of(below, block_size) * (lods > 0)[..., None]
+    return starts[..., None] + steps * np.arange(block_size), below
 
 
 def sibling_groups(cut: Cut, max_lod: int, editable_end: int) -> Ints:

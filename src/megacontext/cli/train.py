@@ -105,6 +105,14 @@ _OPTIONS = (
         "in the run folder; LensNet calls and phases are ranges in it. May be given with --resume.",
     ),
     option("--lm-steps", _TRAIN.lm_steps, "Optimizer steps of the language model alone, before."),
+    option("--gist-steps", _TRAIN.gist_steps, "Of GistNet alone, beside a frozen model."),
+    option(
+        "--kept-sequences",
+        _TRAIN.kept_sequences,
+        "Sequences whose variants' losses under a frozen model are computed once and kept, for "
+        "LensNet to learn from; 0 computes losses in every step.",
+    ),
+    option("--guess-steps", _TRAIN.guess_steps, "Of LensNet before, on losses that are guessed."),
     option("--steps", _TRAIN.steps, "Optimizer steps."),
     option("--batch-size", _TRAIN.batch_size, "Sequences per micro-step."),
     option("--accumulation", _TRAIN.accumulation, "Micro-steps per optimizer step."),

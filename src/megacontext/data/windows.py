@@ -108,11 +108,15 @@ class WindowSource:
         used: NDArray[np.float64] = again @ self._rarity
         return used
 
+    def token_counts(self) -> Ints:
+        """Count each token in the files to train on, int64 ``[vocab_size]``."""
+        tokens = joined(self.documents.training, self.vocab_size)
+        return np.bincount(tokens, minlength=self.vocab_size)
+
     @cached_property
     def _rarity(self) -> NDArray[np.float64]:
         """What using a token again counts, ``[vocab_size]``: its surprise, if it is rare."""
-        tokens = joined(self.documents.training, self.vocab_size)
-        counts = np.bincount(tokens, minlength=self.vocab_size)
+        counts = self.token_counts()
         surprise = np.log(counts.sum() / (counts + 1))
         rare: NDArray[np.float64] = surprise * (counts * self.vocab_size < _RARE * counts.sum())
         return rare

@@ -82,11 +82,9 @@ class Chunk:
         tuning = FocusTuning(expand_threshold=-np.inf, margin=0.0, max_edits=self.length)
         self.rules = FocusRules(self.geometry, tuning)
         self.allocator = replace(config, seed=int(rng.integers(2**32))).new_allocator()
-        k = config.block_size
-        blocks = max(self.length - config.recent_tokens, 0) // k
-        room = config.train_wc_length - (self.length - blocks * (k - 1))
+        blocks, picks = config.geometry.detail(self.length, config.train_wc_length)
         seen = self.tree.tokens[:, : self.horizon].numpy(force=True)
-        self.visible = Visible(seen, blocks, k, picks=max(room, 0) // (k - 1))
+        self.visible = Visible(seen, blocks, config.block_size, picks)
         gists_left_out = 0 if what.gists else blocks - self.visible.picks
         self.entries = config.train_wc_length - gists_left_out
 
@@ -214,10 +212,9 @@ class Chunk:
     def _lensnet_scores(self) -> Floats:
         """Ask LensNet once for all sequences, ``[S, E]``."""
         with torch.no_grad(), self.mc.context("inference"):
-            view = self.tree.working_context([[self.view]] * len(self.batch.tokens))
-            scores = self.mc.lensnet(
-                view.embeddings, view.starts, view.spans, view.lods, view.pad_mask
-            )
+            views = [self.view] * len(self.batch.tokens)
+            view = self.tree.focus_view(views, self.mc.config.query_tokens)
+            scores = self.mc.lensnet(*view.lensnet_inputs())
         out: Floats = scores.double().numpy(force=True)
         return out
 
@@ -229,9 +226,9 @@ class Chunk:
         def read(tokens: Tensor) -> None:
             tokens = tokens.to(self.tree.tokens.device)
             starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            mc.logits(mc.language_model.embed(tokens), starts, torch.ones_like(starts))
+            mc.logits(mc.language_model.embed(tokens), starts, torch.ones_like(starts), last=1)
 
-        rows = at_once(mc, self.horizon)
+        rows = at_once(mc, self.horizon, 1)
         for first in range(0, len(self.visible.tokens), rows):
             part = replace(self.visible, tokens=self.visible.tokens[first : first + rows])
             parts.append(attention(part, read))

@@ -15,12 +15,23 @@ from megacontext.inference.session_config import SessionConfig
 from megacontext.model.tree import MegaContextTree
 from megacontext.model.working_context import NO_LABEL
 
-_LOGITS = 2**26  # computed at once: a quarter of a GiB in single precision
+_NUMBERS = 2**26  # computed at once: a quarter of a GiB in single precision
 
 
-def at_once(mc: MCController, entries: int) -> int:
-    """Count the contexts of so many entries that the language model may read at once."""
-    return max(_LOGITS // (entries * mc.config.vocab_size), 1)
+def at_once(mc: MCController, entries: int, predicting: int) -> int:
+    """Count the contexts that the language model may read at once.
+
+    Args:
+        mc: Whose language model.
+        entries: Of each.
+        predicting: Entries of each after which the next token is predicted.
+
+    Returns:
+        How many, at least one.
+    """
+    config = mc.config
+    inside = 8 * entries * config.d_model  # of a block, at its widest
+    return max(_NUMBERS // max(predicting * config.vocab_size, inside), 1)
 
 
 def horizon_nll(mc: MCController, tree: MegaContextTree, cuts: Sequence[Sequence[Cut]]) -> Floats:
@@ -35,7 +46,8 @@ def horizon_nll(mc: MCController, tree: MegaContextTree, cuts: Sequence[Sequence
         The means, nats, ``[S, V]``.
     """
     columns = len(cuts[0])
-    together = at_once(mc, max(len(cut) for row in cuts for cut in row))
+    longest = max(len(cut) for row in cuts for cut in row)
+    together = at_once(mc, longest, mc.config.horizon_tokens + 1)
     rows = max(together // columns, 1)
     nll = np.empty((len(cuts), columns))
     for row in range(0, len(cuts), rows):
@@ -48,11 +60,11 @@ def horizon_nll(mc: MCController, tree: MegaContextTree, cuts: Sequence[Sequence
 
 
 def _nll_at_once(mc: MCController, tree: MegaContextTree, cuts: Sequence[Sequence[Cut]]) -> Floats:
+    horizon = mc.config.horizon_tokens
     with torch.no_grad():
         context = tree.working_context(cuts)
-        nll = mc.token_nll(context)
-    horizon = tree.lengths[0] - mc.config.horizon_tokens
-    counted = (context.starts + context.spans >= horizon) & (context.labels != NO_LABEL)
+        nll = mc.token_nll(context, horizon + 1)[:, :-1]  # all end with the horizon, at LOD0
+    counted = context.labels[:, -horizon - 1 : -1] != NO_LABEL
     mean = (nll * counted).sum(-1) / counted.sum(-1)
     out: Floats = mean.view(len(cuts), -1).double().numpy(force=True)
     return out

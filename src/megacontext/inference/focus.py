@@ -1,6 +1,7 @@
 """The focus allocator: it asks LensNet what to look at. In inference only."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -10,7 +11,7 @@ from megacontext.allocators.cut import Cut, Ints
 from megacontext.allocators.focus import Edits, Scored, refocus_cut
 from megacontext.allocators.rules import FocusRules, first_that_fits
 from megacontext.allocators.view import view_of_cut
-from megacontext.model.working_context import WorkingContext
+from megacontext.model.focus_view import FocusView
 
 
 class FocusAllocator:
@@ -51,7 +52,7 @@ class FocusAllocator:
         self,
         cut: Cut,
         resting: Sequence[Ints],
-        gather: Callable[[Cut], WorkingContext],
+        look: Callable[[Cut], FocusView],
         max_lod: int | None = None,
     ) -> tuple[Cut, Edits]:
         """Do one iteration: one LensNet call, then edits.
@@ -62,7 +63,7 @@ class FocusAllocator:
         Args:
             cut: The working context's, up to the newest token.
             resting: Keys of the nodes that may not be edited now, some arrays of them.
-            gather: Makes tensors ``[1, E]`` of the focus view.
+            look: Makes tensors ``[1, E]`` of the focus view.
             max_lod: The highest level of detail of the tree now; that of the rules by default.
 
         Returns:
@@ -75,9 +76,9 @@ class FocusAllocator:
         known = self.rules.geometry.max_lod
         rules = self.rules.up_to(known if max_lod is None else max_lod)
         view_cut = self.focus_view(cut, max_lod)
-        view = gather(view_cut)
-        lods = view.lods.clamp(max=known)
-        scores = self._lensnet(view.embeddings, view.starts, view.spans, lods, view.pad_mask)
+        view = look(view_cut)
+        entries = replace(view.entries, lods=view.entries.lods.clamp(max=known))
+        scores = self._lensnet(*replace(view, entries=entries).lensnet_inputs())
         scored = Scored(view_cut, scores[0].float().numpy(force=True))
         barred = np.concatenate([np.empty(0, dtype=np.int64), *resting])
         return refocus_cut(cut, scored, rules, barred)

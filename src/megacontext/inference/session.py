@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megacontext.allocators.cut import Cut
+from megacontext.allocators.cut import Cut, child_nodes
 from megacontext.allocators.rules import first_that_fits, highest_lod
 from megacontext.inference.focus import FocusAllocator
 from megacontext.inference.focus_state import FocusState
@@ -26,8 +26,10 @@ from megacontext.inference.session_config import SessionConfig, session_rules
 from megacontext.inference.session_folder import SessionFolder, fingerprint
 from megacontext.inference.session_report import FocusEvent, InferenceReport
 from megacontext.inference.tree_store import TreeStore
+from megacontext.model.focus_view import FocusView
 from megacontext.model.hf_language_model import HFSeen
 from megacontext.model.language_model import Seen
+from megacontext.model.matching import NO_TOKEN
 from megacontext.model.networks import Networks
 from megacontext.model.working_context import NO_LABEL, WorkingContext
 
@@ -247,7 +249,7 @@ class Session:
         focus = self.focus.refocused(tokens)
         for _ in range(max(self.settings.iterations, least)):
             before = len(focus.cut)
-            cut, edits = self._allocator.refocus(focus.cut, focus.resting, self._gather, depth)
+            cut, edits = self._allocator.refocus(focus.cut, focus.resting, self._look, depth)
             events.append(FocusEvent.of(edits, cut, before, tokens))
             focus = focus.edited(cut, edits, self.settings.cooldown)
         if self._folder is not None:
@@ -262,6 +264,29 @@ class Session:
         embeddings = self.store.gather(cut)
         return WorkingContext(
             embeddings, starts, spans, lods, torch.full_like(starts, NO_LABEL), None
+        )
+
+    def _look(self, cut: Cut) -> FocusView:
+        """Turn a focus view into what LensNet reads, ``[1, E]``."""
+        entries, query = self._gather(cut), self._networks.config.query_tokens
+        if query is None:
+            return FocusView(entries)
+        candidates, lods = slice(max(len(cut) - query, 0)), cut.lods
+        starts, below = child_nodes(cut.positions[candidates], lods[candidates], cut.block_size)
+        children = self.store.gather(Cut(starts.ravel(), below.ravel(), cut.block_size))
+        of_tokens = np.full(len(cut), NO_TOKEN)
+        of_tokens[lods == 0] = self.store.tokens(cut.positions[lods == 0])
+        of_children = np.full(starts.shape, NO_TOKEN)
+        of_blocks = lods[candidates] == 1
+        of_children[of_blocks] = self.store.tokens(starts[of_blocks].ravel()).reshape(
+            -1, cut.block_size
+        )
+        device = self.store.device
+        return FocusView(
+            entries,
+            tokens=torch.from_numpy(of_tokens)[None].to(device),
+            children=children.view(1, *starts.shape, -1),
+            child_tokens=torch.from_numpy(of_children)[None].to(device),
         )
 
     def _read(self, last: int) -> Tensor:
@@ -282,9 +307,9 @@ class Session:
             first = int(self.focus.cut.positions[0])
             starts = torch.from_numpy(new - first).to(self.store.device)[None]
             spans = torch.ones_like(starts)
-        logits: Tensor = self._networks.language_model(embeddings, starts, spans, None, seen)
+        logits: Tensor = self._networks.language_model(embeddings, starts, spans, None, seen, last)
         self._seen, self._seen_tokens = seen, len(self.store)
-        return logits[:, -last:]
+        return logits
 
 
 def session_about(networks: Networks, settings: SessionConfig) -> dict[str, Any]:

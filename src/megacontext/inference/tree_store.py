@@ -290,7 +290,8 @@ class TreeStore:
             children = self.embed(rows.astype(np.int64))
         else:
             children = torch.from_numpy(rows).to(self.device, self._model.dtype)
-        gists = self._gistnet.gist(children.view(number, self._block_size, -1))
+        children = children.view(number, self._block_size, -1)
+        gists = self._gistnet.gist(children, of_tokens=rows.ndim == 1)
         made: Array = gists.float().numpy(force=True)
         return made
 

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+_WEIGH_DIM, _MLP_DIM = 32, 128
+_FIRST_SCALE = 0.2  # of a gist whose features would vary as much as those of one child
+
 
 class GistNet(nn.Module):
     """Sum over the children, scaled to keep their variance, plus what an MLP makes of it.
@@ -45,11 +48,59 @@ class GistNet(nn.Module):
             below = levels[-1]
             blocks = below.shape[1] // block_size
             children = below[:, : blocks * block_size]
-            levels.append(self.gist(children.reshape(batch, blocks, block_size, d_model)))
+            children = children.reshape(batch, blocks, block_size, d_model)
+            levels.append(self.gist(children, of_tokens=len(levels) == 1))
         return torch.cat(levels, dim=1)
 
-    def gist(self, children: Tensor) -> Tensor:
-        """Go one step up, from ``[..., K, D]`` to ``[..., D]``; this is never compiled."""
+    def gist(self, children: Tensor, *, of_tokens: bool = True) -> Tensor:
+        """Go one step up; this is never compiled.
+
+        Args:
+            children: Of each gist, ``[..., K, D]``.
+            of_tokens: Whether they are tokens, or else gists.
+
+        Returns:
+            The gists, ``[..., D]``.
+        """
         total: Tensor = children.sum(dim=-2) * children.shape[-2] ** -0.5
         residual: Tensor = self.mlp(self.norm(total))
         return total + residual
+
+
+class WeightedGistNet(GistNet):
+    """A weighted mean of what distinguishes the children, plus what an MLP makes of it.
+
+    The token embeddings of a pretrained model have a mean that is most of each of them. A sum or a
+    mean of many is little more than that, long and in a direction in which no token lies: in the
+    place of blocks it cost SmolLM2 more than 2 nats per token, where leaving the blocks out costs
+    nothing by comparison. So the mean is taken off, and the gist begins short.
+
+    Args:
+        d_model: Width D.
+        centre: Mean of all token embeddings, ``[D]``.
+    """
+
+    centre: Tensor
+
+    def __init__(self, d_model: int, centre: Tensor) -> None:
+        nn.Module.__init__(self)  # none of the weights of a sum
+        self.register_buffer("centre", centre.clone())
+        self.weigh = nn.Sequential(
+            nn.Linear(d_model, _WEIGH_DIM), nn.GELU(), nn.Linear(_WEIGH_DIM, 1)
+        )
+        self.scale = nn.Parameter(torch.full((d_model,), _FIRST_SCALE))
+        self.norm = nn.RMSNorm(d_model)
+        self.mlp = nn.Sequential(
+            nn.Linear(d_model, _MLP_DIM), nn.GELU(), nn.Linear(_MLP_DIM, d_model)
+        )
+        for last in (*self.weigh[-1].parameters(), *self.mlp[-1].parameters()):
+            nn.init.zeros_(last)  # all weigh the same at first
+
+    def gist(self, children: Tensor, *, of_tokens: bool = True) -> Tensor:
+        """Go one step up, as `GistNet.gist` does; gists of tokens have no mean to take off."""
+        if of_tokens:
+            children = children - self.centre
+        weights = self.weigh(children).softmax(dim=-2) * children.shape[-2] ** 0.5
+        total: Tensor = (children * weights).sum(dim=-2)
+        residual: Tensor = self.mlp(self.norm(total))
+        return total * self.scale + residual

@@ -41,6 +41,7 @@ class HFLanguageModel(nn.Module):
         super().__init__()
         self.model: Any = model
         self._cache_name = cache_name(model) or _CACHES[0]
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.max_tokens: int | None = max_tokens(self.model.config)
         deviation = float(self.embedding.weight.detach().float().square().mean().sqrt())
         scale = 2.0 ** round(math.log2(deviation)) if deviation > 0 else 1.0
@@ -100,6 +101,7 @@ class HFLanguageModel(nn.Module):
         spans: Tensor,
         pad_mask: Tensor | None = None,
         seen: "HFSeen | None" = None,
+        last: int | None = None,
     ) -> Tensor:
         """Predict what follows each entry, as `LanguageModel.forward` does, with any room."""
         if seen is not None and pad_mask is not None:
@@ -114,13 +116,16 @@ class HFLanguageModel(nn.Module):
         mask = attention_mask(pad_mask, causal=True)
         if mask is None:
             mask = causal_mask_after(0 if seen is None else seen.length, inputs_embeds)
+        keep = {} if last is None or not self._keeps_logits else {"logits_to_keep": last}
         logits: Tensor = self.model(
             inputs_embeds=(inputs_embeds * self.scale).to(self.embedding.weight.dtype),
             attention_mask=mask,
             position_ids=starts + spans - 1,
             use_cache=seen is not None,
             **{self._cache_name: None if seen is None else seen.cache},
+            **keep,
         ).logits
+        logits = logits if last is None else logits[:, -last:]
         return logits.to(inputs_embeds.dtype)
 
 

@@ -62,6 +62,7 @@ class LanguageModel(nn.Module):
         spans: Tensor,
         pad_mask: Tensor | None = None,
         seen: "Seen | None" = None,
+        last: int | None = None,
     ) -> Tensor:
         """Predict what follows each entry.
 
@@ -71,9 +72,10 @@ class LanguageModel(nn.Module):
             spans: Tokens of each entry, int64 ``[B, W]``.
             pad_mask: Where pads are, bool ``[B, W]``; None where there are none.
             seen: The entries before these, without pads; it takes up these.
+            last: Predict what follows so many of them alone, the newest; all by default.
 
         Returns:
-            Next-token logits ``[B, W, vocab_size]``.
+            Next-token logits ``[B, W or last, vocab_size]``.
 
         Raises:
             ValueError: Pads together with ``seen``, or more entries than it has room for.
@@ -97,6 +99,7 @@ class LanguageModel(nn.Module):
         else:
             for block in self.blocks:
                 x = self._run(block, x, rope, mask)
+        x = x if last is None else x[:, -last:]
         logits: Tensor = nn.functional.linear(
             self.norm(x) * self.embedding.embedding_dim**-0.5, self.embedding.weight
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 from lensnet_guard import CallPolicy, Guard, MicroStep, guard_module, guard_of
 from megacontext.config import MCConfig
 from megacontext.model.frozen import FROZEN, VARIANTS
-from megacontext.model.gistnet import GistNet
+from megacontext.model.gistnet import GistNet, WeightedGistNet
 from megacontext.model.hf_language_model import AnyLanguageModel
 from megacontext.model.hf_loading import new_language_model
+from megacontext.model.late_interaction import LateInteractionLensNet
 from megacontext.model.lensnet import LensNet
 from megacontext.model.tokens import check_batch
 from megacontext.model.working_context import NO_LABEL, WorkingContext
 
 PREFERENCE_SCORER = "preference_scorer"
+AnyLensNet: TypeAlias = LensNet | LateInteractionLensNet
 
 
 class Networks(nn.Module):
@@ -48,17 +51,13 @@ class Networks(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # not the generators of devices
             # The first, for checkpoints know parameters by their order.
-            self.language_model = _guarded_if_frozen(new_language_model(config), config)
-            self.gistnet = GistNet(config.d_model)
-            lensnet = LensNet(
-                config.d_model,
-                config.lens_layers,
-                config.num_heads,
-                config.max_lod,
-                causal=config.recipe.causal_lens,
-            )
+            language_model = new_language_model(config)
+            self.language_model = _guarded_if_frozen(language_model, config)
+            centre = _mean_embedding(language_model)
+            self.gistnet = _new_gistnet(config, centre)
+            lensnet = _new_lensnet(config, centre)
         policy = CallPolicy(scopes={PREFERENCE_SCORER: 1})
-        self.lensnet: LensNet = guard_module(lensnet, policy=policy, mode="enforce").module
+        self.lensnet: AnyLensNet = guard_module(lensnet, policy=policy, mode="enforce").module
 
     @property
     def guard(self) -> Guard:
@@ -88,11 +87,44 @@ class Networks(nn.Module):
             yield
 
     @contextmanager
-    def micro_step(self, step: int, micro_step: int) -> Iterator[MicroStep]:
-        """Open a training micro-step; yields LensNet's part of the records."""
+    def micro_step(
+        self, step: int, micro_step: int, *, reads_variants: bool = True
+    ) -> Iterator[MicroStep]:
+        """Open a training micro-step; yields LensNet's part of the records.
+
+        Args:
+            step: Number of the optimizer step.
+            micro_step: Number of the micro-batch within it.
+            reads_variants: Whether the language model is to be called in it; if not, one that is
+                frozen may not be.
+
+        Yields:
+            LensNet's part of the records.
+        """
+        guards = self._guards if reads_variants else [self.guard]
         with ExitStack() as blocks:
-            ledgers = [blocks.enter_context(g.micro_step(step, micro_step)) for g in self._guards]
+            ledgers = [blocks.enter_context(g.micro_step(step, micro_step)) for g in guards]
             yield ledgers[0]
+
+    def language_model_step(self, step: int) -> AbstractContextManager[object]:
+        """Open a training micro-step of a frozen language model alone.
+
+        Args:
+            step: Number of the optimizer step.
+
+        Returns:
+            What to put around it.
+
+        Raises:
+            RuntimeError: The language model is not frozen, and so is not guarded.
+        """
+        guard = guard_of(self.language_model)
+        if guard is None:
+            raise RuntimeError(
+                "only a frozen language model has micro-steps of its own; set "
+                "freeze_language_model, or train it with process_batch"
+            )
+        return guard.micro_step(step, 0)
 
     def reading_variants(self) -> AbstractContextManager[object]:
         """Return what to put around the language model's one call of a micro-step."""
@@ -127,16 +159,24 @@ class Networks(nn.Module):
         self.gistnet.compile(mode="reduce-overhead", dynamic=False)
         self.lensnet.compile(mode="reduce-overhead", dynamic=False)
 
-    def token_nll(self, context: WorkingContext) -> Tensor:
-        """Compute the NLL of each entry's label, nats, ``[R, W]``; 0 where there is none."""
-        logits = self.logits(context.embeddings, context.starts, context.spans, context.pad_mask)
-        flat = F.cross_entropy(
-            logits.flatten(0, 1),
-            context.labels.flatten(),
-            ignore_index=NO_LABEL,
-            reduction="none",
+    def token_nll(self, context: WorkingContext, last: int | None = None) -> Tensor:
+        """Compute the NLL of each entry's label.
+
+        Args:
+            context: R working contexts.
+            last: Of so many entries alone, the newest; of all by default.
+
+        Returns:
+            The NLL, nats, ``[R, W or last]``; 0 where there is no label.
+        """
+        labels = context.labels if last is None else context.labels[:, -last:]
+        logits = self.logits(
+            context.embeddings, context.starts, context.spans, context.pad_mask, last
         )
-        return flat.view_as(context.labels)
+        flat = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="none"
+        )
+        return flat.view_as(labels)
 
     def full_detail_loss(self, tokens: Tensor, labelled: Tensor | None = None) -> Tensor:
         """Compute the language model's mean NLL on plain LOD0 contexts; it needs no LensNet.
@@ -161,7 +201,12 @@ class Networks(nn.Module):
         )
 
     def logits(
-        self, embeddings: Tensor, starts: Tensor, spans: Tensor, pad_mask: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        starts: Tensor,
+        spans: Tensor,
+        pad_mask: Tensor | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Run the language model.
 
@@ -170,18 +215,44 @@ class Networks(nn.Module):
             starts: First token of each entry, int64 ``[B, W]``.
             spans: Tokens of each entry, int64 ``[B, W]``.
             pad_mask: Where pads are, bool ``[B, W]``; None where there are none.
+            last: Predict what follows so many entries alone, the newest; all by default.
 
         Returns:
-            Next-token logits ``[B, W, vocab_size]`` in the dtype of the embeddings, also where it
-            ran in bfloat16.
+            Next-token logits ``[B, W or last, vocab_size]`` in the dtype of the
+            embeddings, also where it ran in bfloat16.
         """
         # A frozen one is guarded: what is asked of it where nobody has said what it is for, is no
         # training.
         frozen = guard_of(self.language_model)
         unset = frozen is not None and frozen.current_context is None
         with self.context("inference") if unset else nullcontext(), self.autocast():
-            logits: Tensor = self.language_model(embeddings, starts, spans, pad_mask)
+            logits: Tensor = self.language_model(embeddings, starts, spans, pad_mask, None, last)
         return logits.to(embeddings.dtype)
+
+
+def _new_gistnet(config: MCConfig, centre: Tensor) -> GistNet:
+    if config.gists == "weighted":
+        return WeightedGistNet(config.d_model, centre)
+    return GistNet(config.d_model)
+
+
+def _new_lensnet(config: MCConfig, centre: Tensor) -> AnyLensNet:
+    if config.query_tokens is not None:
+        return LateInteractionLensNet(config.d_model, config.query_tokens, centre)
+    return LensNet(
+        config.d_model,
+        config.lens_layers,
+        config.num_heads,
+        config.max_lod,
+        causal=config.recipe.causal_lens,
+    )
+
+
+def _mean_embedding(language_model: AnyLanguageModel) -> Tensor:
+    """Compute the mean of all token embeddings, ``[D]``."""
+    weight = language_model.embedding.weight
+    with torch.no_grad():
+        return language_model.embed(torch.arange(len(weight), device=weight.device)).mean(0)
 
 
 def _guarded_if_frozen(language_model: AnyLanguageModel, config: MCConfig) -> AnyLanguageModel:

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megacontext.allocators.cut import Cut, Ints, spans_of
+from megacontext.allocators.cut import Cut, Ints, child_nodes, spans_of
+from megacontext.model.focus_view import FocusView
 from megacontext.model.gistnet import GistNet
+from megacontext.model.matching import NO_TOKEN
 from megacontext.model.transfer import new_host, to_device
 from megacontext.model.working_context import NO_LABEL, WorkingContext
 
@@ -82,10 +85,8 @@ class MegaContextTree:
         history = np.repeat(np.arange(len(cuts)), [len(of_history) for of_history in cuts])[:, None]
         rows = [cut for of_history in cuts for cut in of_history]
         positions, lods, pads = _left_padded(rows)
-        num_tokens, k = self.tokens.shape[1], self.block_size
-        offsets = np.cumsum([0, *(num_tokens // k**lod for lod in range(self.max_lod + 1))])
-        spans = spans_of(lods, k)
-        in_levels = history * offsets[-1] + offsets[lods] + positions // spans
+        num_tokens, spans = self.tokens.shape[1], spans_of(lods, self.block_size)
+        in_levels = self._in_levels(history, positions, lods)
         following = positions + spans
         labelled = ~pads & (following < np.array(self.lengths)[history])
         following = np.where(labelled, history * num_tokens + following, -1)
@@ -105,6 +106,53 @@ class MegaContextTree:
             labels=labels.masked_fill(label_index < 0, NO_LABEL),
             pad_mask=padded.bool() if pads.any() else None,
         )
+
+    def focus_view(self, cuts: Sequence[Cut], query_tokens: int | None) -> FocusView:
+        """Gather what LensNet reads.
+
+        Args:
+            cuts: The focus view of each history.
+            query_tokens: Entries at the end of each that are LensNet's query: what stands below
+                the others is gathered too. None for nothing but the entries.
+
+        Returns:
+            The views.
+        """
+        entries = self.working_context([[cut] for cut in cuts])
+        if query_tokens is None:
+            return FocusView(entries)
+        positions, lods, pads = _left_padded(cuts)
+        history = np.arange(len(cuts))[:, None]
+        candidates = slice(max(positions.shape[1] - query_tokens, 0))
+        starts, below = child_nodes(positions[:, candidates], lods[:, candidates], self.block_size)
+        of_blocks = ((lods == 1) & ~pads)[:, candidates, None]
+        of_tokens = np.where((lods == 0) & ~pads, positions, NO_TOKEN)
+        return FocusView(
+            entries,
+            tokens=self._tokens_at(history, of_tokens),
+            children=self._gathered(self._in_levels(history[..., None], starts, below)),
+            child_tokens=self._tokens_at(history[..., None], np.where(of_blocks, starts, NO_TOKEN)),
+        )
+
+    def _in_levels(self, history: Ints, starts: Ints, lods: Ints) -> Ints:
+        """Number nodes as they stand in the flattened levels of all histories."""
+        num_tokens, k = self.tokens.shape[1], self.block_size
+        offsets = np.cumsum([0, *(num_tokens // k**lod for lod in range(self.max_lod + 1))])
+        numbers: Ints = history * offsets[-1] + offsets[lods] + starts // spans_of(lods, k)
+        return numbers
+
+    def _gathered(self, numbers: Ints) -> Tensor:
+        """Gather embeddings of numbered nodes, ``[..., D]``."""
+        index = to_device(torch.from_numpy(numbers), self.levels.device)
+        embeddings = self.levels.flatten(0, 1).index_select(0, index.flatten())
+        return embeddings.view(*index.shape, -1)
+
+    def _tokens_at(self, history: Ints, positions: Ints) -> Tensor:
+        """Gather tokens at positions of histories, int64; `NO_TOKEN` where a position is that."""
+        none = positions == NO_TOKEN
+        numbers = np.where(none, NO_TOKEN, history * self.tokens.shape[1] + positions)
+        index = to_device(torch.from_numpy(numbers), self.tokens.device)
+        return self.tokens.take(index.clamp(min=0)).masked_fill(index == NO_TOKEN, NO_TOKEN)
 
 
 def _left_padded(cuts: Sequence[Cut]) -> tuple[Ints, Ints, NDArray[np.bool_]]:

@@ -17,6 +17,20 @@ def new_optimizer(groups: Sequence[tuple[Sequence[nn.Parameter], float]]) -> tor
     )
 
 
+def train_alone(parameters: Iterable[nn.Parameter], trained: Iterable[nn.Parameter]) -> None:
+    """Give each parameter that is trained gradients of its own, and take away those of all others.
+
+    Args:
+        parameters: All of a model's.
+        trained: Those that a phase trains.
+    """
+    own = set(trained)
+    own_gradients(own)
+    for parameter in parameters:
+        if parameter not in own:
+            parameter.grad = None
+
+
 def own_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give each parameter that has no gradient one of zeros, which backward adds to in place.
 

@@ -29,6 +29,7 @@ from megacontext.training.pretrained import (
 )
 from megacontext.training.run_folder import ReadOnlyFolder, RunFolder
 from megacontext.training.sources import load_source
+from megacontext.training.staged import StagedTrainer
 from megacontext.training.train_config import TrainConfig, check_together
 from megacontext.training.train_result import Report, StepReport, TrainingStopped, TrainResult
 from megacontext.training.trainer import Trainer
@@ -87,7 +88,8 @@ def train(
         if not world.first:  # the first process writes and tells, the others take part
             plan = replace(plan, folder=ReadOnlyFolder(run_dir), boards=())
             report, sinks = _tell_nobody, ()
-        trainer = Trainer(
+        kind = StagedTrainer if plan.settings.kept_sequences else Trainer
+        trainer = kind(
             plan.model, plan.settings, plan.source, plan.folder, plan.device, world, stop
         )
         _make_run(plan, trainer, report, sinks, profile)
@@ -164,9 +166,7 @@ def _make_run(
             trainer.run(report, [*plan.boards, *sinks], profile=profile)
         world.wait()  # for all logs to be complete
     if trainer.stopped:
-        raise TrainingStopped(
-            f"stopped after step {trainer.step or trainer.lm_step}, and saved in {folder.path}"
-        )
+        raise TrainingStopped(f"stopped after step {trainer.done}, and saved in {folder.path}")
 
 
 def _make_folder(plan: _Plan, trainer: Trainer) -> None:

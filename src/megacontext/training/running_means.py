@@ -27,11 +27,12 @@ class RunningMeans:
         self._totals: Tensor | None = None  # sums and counts, float32 [2, M]
 
     def add(self, metrics: Mapping[str, Tensor | int]) -> None:
-        """Add those of one micro-step: scalars by name, `LOSSES` and others; nan is undefined."""
-        names = (*LOSSES, *(name for name in metrics if name not in LOSSES))
+        """Add those of one micro-step: by name, `LOSSES` among them; nan is undefined."""
+        losses = [name for name in LOSSES if name in metrics]
+        names = (*losses, *(name for name in metrics if name not in LOSSES))
         values = torch.stack([self._on_device(metrics[name]) for name in names])
         undefined = values.isnan()
-        undefined[: len(LOSSES)] = False
+        undefined[: len(losses)] = False
         summands = torch.stack([values.masked_fill(undefined, 0.0), (~undefined).float()])
         self._totals = summands if self._totals is None else self._totals + summands
         self._names = names
@@ -40,7 +41,8 @@ class RunningMeans:
         """Tell whether the losses so far are finite numbers, bool scalar on the device."""
         if self._totals is None:
             return torch.ones((), dtype=torch.bool, device=self._device)
-        return self._totals[0, : len(LOSSES)].isfinite().all()
+        losses = sum(name in LOSSES for name in self._names)
+        return self._totals[0, :losses].isfinite().all()
 
     def take(self, total: Total = _own) -> dict[str, float]:
         """Return means since the last call; this waits for the device.

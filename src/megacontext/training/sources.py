@@ -7,6 +7,7 @@ import numpy as np
 from megacontext.allocators.cut import kept_tokens
 from megacontext.config import MCConfig
 from megacontext.data.documents import Documents, read_documents, split_documents
+from megacontext.data.mixture import MixedSource
 from megacontext.data.mqar import MQARSource, number_symbols, word_symbols
 from megacontext.data.needles import NeedleSource, reference_manual
 from megacontext.data.recall import RecallSource
@@ -15,7 +16,8 @@ from megacontext.data.tokenizer import Tokenizer, has_tokenizer, tokenizer_of
 from megacontext.data.windows import TRIES, WindowSource
 from megacontext.training.train_config import TrainConfig
 
-_PLACED = ("needles", "mqar")  # facts stand in blocks, so the sequence must be kept whole
+_SHARES = {"reuse": 0.5, "files": 0.2, "needles": 0.15, "mqar": 0.15}
+_PLACED = ("needles", "mqar", "mixed")  # facts stand in blocks, so the sequence must be kept whole
 
 
 def load_source(settings: TrainConfig, model: MCConfig) -> Source:
@@ -60,12 +62,15 @@ def _source(settings: TrainConfig, model: MCConfig) -> Source:
     if settings.data == "text":
         return load_corpus(paths, model.sequence_tokens, tokenizer)
     if settings.data in ("files", "reuse"):
-        tries = TRIES if settings.data == "reuse" else 1
-        return WindowSource(read_documents(paths, tokenizer), recent, horizon, tries)
+        return _windows(read_documents(paths, tokenizer), model)[settings.data]
     if settings.data == "needles":
         return NeedleSource(_prose(paths, tokenizer), model.block_size, recent, horizon)
     if settings.data == "mqar":
         return _mqar(model, tokenizer)
+    if settings.data == "mixed":
+        prose = NeedleSource(_prose([], tokenizer), model.block_size, recent, horizon)
+        windows = _windows(read_documents(paths, tokenizer), model)
+        return MixedSource(windows | {"needles": prose, "mqar": _mqar(model, tokenizer)}, _SHARES)
     source = RecallSource(block_size=model.block_size, label_all=model.recipe.judged == "all")
     if horizon != source.horizon_tokens:
         raise ValueError(
@@ -73,6 +78,15 @@ def _source(settings: TrainConfig, model: MCConfig) -> Source:
             f"must be that, not {horizon}"
         )
     return source
+
+
+def _windows(documents: Documents, model: MCConfig) -> dict[str, Source]:
+    """Return windows of either kind of the same files."""
+    tail = model.recent_tokens, model.horizon_tokens
+    return {
+        "reuse": WindowSource(documents, *tail, TRIES),
+        "files": WindowSource(documents, *tail),
+    }
 
 
 def _prose(paths: list[Path], tokenizer: Tokenizer) -> Documents:

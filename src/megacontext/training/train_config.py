@@ -9,7 +9,9 @@ from megacontext.config import MCConfig
 
 # Windows of files joined; windows within a file, any ones or those that use again what is far back;
 # facts in prose, pairs of a key and a value, facts in noise: some are asked for at the end.
-DATA = ("text", "files", "reuse", "needles", "mqar", "recall")
+# Or windows of files of both kinds, needles and pairs, mixed.
+DATA = ("text", "files", "reuse", "needles", "mqar", "recall", "mixed")
+_STAGES = ("gist_steps", "kept_sequences", "guess_steps")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,14 @@ class TrainConfig:
         lm_steps: Optimizer steps of the language model alone, before anything else: LensNet learns
             from what its losses tell, so they must tell something.
         lm_batch_size: Sequences of each of them; several processes share them.
-        steps: Optimizer steps of all networks.
+        gist_steps: Optimizer steps of GistNet alone, beside a frozen language model.
+        gist_batch_size: Sequences of each of them.
+        kept_sequences: Where not 0, LensNet learns from so many sequences, the losses of whose
+            variants are computed once and kept; GistNet stays as ``gist_steps`` made it then. It
+            takes a frozen language model.
+        guess_steps: Optimizer steps of LensNet before that, on losses that are guessed without the
+            language model: pre-training (see `training.guess`).
+        steps: Optimizer steps of all networks; of LensNet alone, where losses are kept.
         batch_size: Sequences of a micro-step.
         accumulation: Micro-steps of an optimizer step; several processes share them.
         learning_rate: Peak for language model and GistNet.
@@ -51,6 +60,10 @@ class TrainConfig:
     text: tuple[str, ...] = ()
     lm_steps: int = 0
     lm_batch_size: int = 32
+    gist_steps: int = 0
+    gist_batch_size: int = 4
+    kept_sequences: int = 0
+    guess_steps: int = 0
     steps: int = 240
     batch_size: int = 8
     accumulation: int = 1
@@ -68,7 +81,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        check_numbers(self, may_be_zero=("warmup_steps", "lm_steps"))
+        check_numbers(self, may_be_zero=("warmup_steps", "lm_steps", *_STAGES))
         check_choice("data", self.data, DATA)
         if self.data in ("recall", "mqar") and self.text:
             raise ValueError(f"{self.data} makes its own sequences; leave out the text")
@@ -105,6 +118,12 @@ def check_together(model: MCConfig, settings: TrainConfig) -> None:
     Raises:
         ValueError: They do not go together; says what to leave out.
     """
+    staged = [name for name in _STAGES if getattr(settings, name)]
+    if staged and not (model.freeze_language_model and settings.kept_sequences):
+        raise ValueError(
+            f"{staged[0]} is {getattr(settings, staged[0])}, and stages are for losses that do not "
+            "change: they take freeze_language_model and kept_sequences"
+        )
     if not model.freeze_language_model:
         return
     if settings.lm_steps:

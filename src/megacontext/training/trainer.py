@@ -1,7 +1,7 @@
 """The trainer: the steps of a run, its checkpoints, its validation.
 
-A run has two phases: the language model alone, then all networks. `Trainer._make_steps` is the one
-loop that both go through.
+A run has two phases: the language model alone, then all networks (`staged` has others). One loop,
+`Trainer._make_steps`, is what all of them go through.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ from torch.profiler import record_function
 
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
-from megacontext.data.source import Source
+from megacontext.data.source import Batch, Source
 from megacontext.files import reading
-from megacontext.micro_step import Cuts
+from megacontext.micro_step import Cuts, LensResult
 from megacontext.training.distributed import (
     DataParallel,
     World,
@@ -27,7 +27,7 @@ from megacontext.training.distributed import (
     local_part,
 )
 from megacontext.training.metric_sinks import MetricSink, MetricSinkError, write_all
-from megacontext.training.optimization import new_optimizer, own_gradients, rate_at, update
+from megacontext.training.optimization import new_optimizer, rate_at, train_alone, update
 from megacontext.training.run_folder import ADVICE, RunFolder
 from megacontext.training.running_means import RunningMeans
 from megacontext.training.step_profile import step_profile
@@ -36,11 +36,12 @@ from megacontext.training.train_result import Report, StepReport
 
 LM_DATA, DATA = 0, 1  # what random numbers are for
 VALIDATION_SEQUENCES = 32
+_LOGITS = 2**26  # of validation, computed at once
 COMPARED_SEQUENCES = 16  # of validation, with all their variants
 
 
 @dataclass(frozen=True)
-class _Phase:
+class Phase:
     """Steps of one kind.
 
     Attributes:
@@ -51,6 +52,7 @@ class _Phase:
         make_step: Makes the next one; returns how many there were then.
         log: Gives the metrics since the last logged step, which it keeps where that is due.
         sinks: Are told of them.
+        prepare: Is called before the first of the steps that are left.
     """
 
     name: str
@@ -60,6 +62,7 @@ class _Phase:
     make_step: Callable[[], int]
     log: Callable[[], dict[str, float]]
     sinks: Sequence[MetricSink] = ()
+    prepare: Callable[[], None] = lambda: None
 
 
 class Trainer:
@@ -75,6 +78,7 @@ class Trainer:
         stop: Asked before the first step and after each, whether to end.
 
     Attributes:
+        counters: Names of the attributes that count steps; a checkpoint has them.
         mc: The controller that is trained.
         call: Calls methods of the controller so that all processes train the same weights.
         lm_step: Steps of the language model alone so far.
@@ -82,6 +86,8 @@ class Trainer:
         stopped: Whether the run ended because it was asked to.
         cuts: Those of the last micro-step, to look at; None before the first one.
     """
+
+    counters: tuple[str, ...] = ("lm_step", "step")
 
     def __init__(
         self,
@@ -115,6 +121,12 @@ class Trainer:
         # A range in a trace, only on demand: it is not free where no trace is taken.
         self.phase: Callable[[str], AbstractContextManager[object]] = nullcontext
 
+    @property
+    def done(self) -> int:
+        """Steps of the phase that the run is in."""
+        counts = [getattr(self, name) for name in self.counters]
+        return next((count for count in reversed(counts) if count), 0)
+
     def run(self, report: Report, sinks: Sequence[MetricSink], *, profile: bool = False) -> None:
         """Make all remaining steps.
 
@@ -128,29 +140,60 @@ class Trainer:
             MetricSinkError: A sink failed; the run was saved at that step, by several processes at
                 its last checkpoint.
         """
-        settings = self.settings
-        if self.step == 0 and self.lm_step == 0:
+        if not any(phase.done for phase in self.phases(report, sinks)):
             self.save()  # so that a run can be resumed from its first moment
-        alone = (self.lm_step, settings.lm_steps, self.make_lm_step, self._log_lm)
-        joint = (self.step, settings.steps, self.make_step, self._log)
         self._hear()
-        if self.lm_step < settings.lm_steps:  # else it may be frozen
-            self._make_steps(_Phase("language model", self.mc.language_model, *alone), report)
+        *before, last = self.phases(report, sinks)
+        for phase in before:
+            if phase.done < phase.steps and not self.stopped:  # else it may be of what is frozen
+                self._make_steps(phase, report)
         if self.stopped:
             return
         profile = profile and self.world.first
-        steps = settings.steps - self.step if profile else 0
+        steps = last.steps - last.done if profile else 0
         self.phase = record_function if profile else nullcontext
         with step_profile(self.folder.profile, steps, cuda=self.device.type == "cuda") as end_step:
-            self._make_steps(_Phase("training", self.mc.learned, *joint, sinks), report, end_step)
+            self._make_steps(last, report, end_step)
+
+    def phases(self, report: Report, sinks: Sequence[MetricSink]) -> list[Phase]:
+        """Return the phases of the run, in their order, as they stand now.
+
+        Args:
+            report: Is told of what a phase prepares.
+            sinks: Get the metrics of the last one.
+
+        Returns:
+            The phases.
+        """
+        settings, alone = self.settings, self.mc.language_model
+        return [
+            Phase(
+                "language model",
+                alone,
+                self.lm_step,
+                settings.lm_steps,
+                self.make_lm_step,
+                self._log_lm,
+            ),
+            Phase(
+                "training",
+                self.mc.learned,
+                self.step,
+                settings.steps,
+                self.make_step,
+                self._log,
+                sinks,
+            ),
+        ]
 
     def _make_steps(
-        self, phase: _Phase, report: Report, end_step: Callable[[], object] = lambda: None
+        self, phase: Phase, report: Report, end_step: Callable[[], object] = lambda: None
     ) -> None:
         """Make the steps of a phase that are left."""
         settings, step = self.settings, phase.done
+        phase.prepare()
         with self.mc.context("training"):
-            own_gradients(phase.trained.parameters())
+            train_alone(self.mc.parameters(), phase.trained.parameters())
             self.call.train(phase.trained)
             while step < phase.steps and not self.stopped:
                 step = phase.make_step()
@@ -191,7 +234,7 @@ class Trainer:
     def make_lm_step(self) -> int:
         """Make a step of the language model alone, on this process's share of a batch."""
         settings = self.settings
-        rng = _random_numbers(self.mc.config.seed, LM_DATA, self.lm_step)
+        rng = random_numbers(self.mc.config.seed, LM_DATA, self.lm_step)
         size, length = settings.lm_batch_size, self.mc.config.sequence_tokens
         whole = self.source.lm_batch(rng, size, length)
         batch = whole.share(self.world.rank, self.world.size).to(self.device)
@@ -209,34 +252,51 @@ class Trainer:
 
     def make_step(self) -> int:
         """Make a step of all networks: this process's micro-steps of it."""
-        settings, config = self.settings, self.mc.config
+        self.make_micro_steps(self.step, self.settings.steps, self._micro_step)
+        self.step += 1
+        return self.step
+
+    def make_micro_steps(
+        self, step: int, steps: int, micro_step: Callable[[int, int, int], LensResult]
+    ) -> None:
+        """Make this process's micro-steps of an optimizer step, and the step.
+
+        Args:
+            step: Its number within the phase.
+            steps: Of the phase.
+            micro_step: Gives the loss of one, and its metrics; is told the micro-step's number
+                within the run, the step and its number within that.
+        """
+        settings = self.settings
         own = settings.accumulation // self.world.size
-        for micro_step in range(own):
+        for micro in range(own):
             # Sequences and cuts go by the micro-step's number within the run, whoever does it.
-            number = self.step * settings.accumulation + micro_step * self.world.size
-            number += self.world.rank
-            rng = _random_numbers(config.seed, DATA, number)
-            batch = self.source.batch(rng, settings.batch_size, config.sequence_tokens)
-            batch = batch.to(self.device)
-            self.mc.allocator.drawn = number * settings.batch_size * config.num_variants
-            with self.call.adding_up(last=micro_step == own - 1):
+            number = step * settings.accumulation + micro * self.world.size + self.world.rank
+            with self.call.adding_up(last=micro == own - 1):
                 with self.phase("process_batch"):
-                    result = self.call(
-                        self.mc.process_batch,
-                        batch.tokens,
-                        step=self.step,
-                        micro_step=micro_step,
-                        labelled=batch.labelled,
-                    )
+                    result = micro_step(number, step, micro)
                 with self.phase("backward"):
                     torch.autograd.backward(result.loss / own)
             self.means.add({"loss": result.loss.detach(), **result.metrics})
         with self.phase("optimizer"):
-            rate = rate_at(self.step, settings.steps, settings.warmup_steps)
+            rate = rate_at(step, steps, settings.warmup_steps)
             update(self.optimizer, rate, settings.clip_norm)
+
+    def _micro_step(self, number: int, step: int, micro_step: int) -> LensResult:
+        """Make a micro-step of all networks, up to its losses."""
+        settings, config = self.settings, self.mc.config
+        rng = random_numbers(config.seed, DATA, number)
+        batch = self.source.batch(rng, settings.batch_size, config.sequence_tokens).to(self.device)
+        self.mc.allocator.drawn = number * settings.batch_size * config.num_variants
+        result = self.call(
+            self.mc.process_batch,
+            batch.tokens,
+            step=step,
+            micro_step=micro_step,
+            labelled=batch.labelled,
+        )
         self.cuts = result.variants.cuts
-        self.step += 1
-        return self.step
+        return LensResult(result.loss, result.metrics)
 
     def _log(self) -> dict[str, float]:
         """Return means since the last logged step and the validation, which the folder keeps."""
@@ -267,8 +327,15 @@ class Trainer:
         length = config.train_wc_length if text else config.sequence_tokens
         rng = np.random.default_rng(0)
         batch = self.source.held_out_batch(rng, VALIDATION_SEQUENCES, length).to(self.device)
+        at_once = max(_LOGITS // (length * config.vocab_size), 1)
+        parts = -(-VALIDATION_SEQUENCES // at_once)
+        loss = 0.0
         with self.mc.context("inference"), torch.no_grad():
-            loss = float(self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled))
+            for part in (batch.share(rank, parts) for rank in range(parts)):
+                share = _labels(part) / _labels(batch)
+                loss += share * float(
+                    self.call(self.mc.full_detail_loss, part.tokens, part.labelled)
+                )
         self._frozen_loss = loss if config.freeze_language_model else None
         return loss
 
@@ -287,8 +354,7 @@ class Trainer:
         """
         first = self.world.first
         state = {
-            "lm_step": self.lm_step,
-            "step": self.step,
+            **{name: getattr(self, name) for name in self.counters},
             "means": self.means.state(self.world.sum),
             "model": gathered(self.mc.learned.state_dict(), keep=first),
             "optimizer": gathered(self.optimizer.state_dict(), keep=first),
@@ -306,12 +372,19 @@ class Trainer:
         state = self.folder.load_checkpoint(on)
         if state is not None:
             with reading(self.folder.checkpoint, ADVICE):
-                self.lm_step, self.step = state["lm_step"], state["step"]
+                for name in self.counters:
+                    setattr(self, name, state[name])
                 if self.world.first:  # means are summed over the processes
                     self.means.load(state["means"])
                 load_weights(self.mc.learned, state["model"])
                 load_optimizer(self.optimizer, state["optimizer"])
         self.folder.drop_metrics_after(self.step)
+
+
+def _labels(batch: Batch) -> int:
+    """Count the labels of a batch, of which the first token is none."""
+    every = torch.ones_like(batch.tokens) if batch.labelled is None else batch.labelled
+    return int(every[:, 1:].sum())
 
 
 def _optimizer_of(mc: MCController, settings: TrainConfig) -> torch.optim.AdamW:
@@ -323,6 +396,15 @@ def _optimizer_of(mc: MCController, settings: TrainConfig) -> torch.optim.AdamW:
     return new_optimizer([(rest, settings.learning_rate), (lens, settings.lens_learning_rate)])
 
 
-def _random_numbers(seed: int, purpose: int, number: int) -> np.random.Generator:
-    """Make random numbers by what they are for alone, so that nothing of them need be saved."""
+def random_numbers(seed: int, purpose: int, number: int) -> np.random.Generator:
+    """Make random numbers by what they are for alone, so that nothing of them need be saved.
+
+    Args:
+        seed: Of the run.
+        purpose: What they are for.
+        number: Of the step, or what else there are many of.
+
+    Returns:
+        The generator.
+    """
     return np.random.default_rng([seed, purpose, number])
