@@ -19,6 +19,7 @@ from megacontext.cli.streams import PipeConsole
 from megacontext.controller import MCController
 from megacontext.data.source import Source
 from megacontext.evaluation.compare import evaluate
+from megacontext.evaluation.memo import Memo
 from megacontext.evaluation.minilm import MISSING, load_minilm
 from megacontext.evaluation.overview import draw_evaluation
 from megacontext.evaluation.rows import as_good_as_lensnet, comparison_rows
@@ -73,15 +74,25 @@ _OPTIONS = (
     ),
     click.option("--seed", default=1000, help="Of the sequences and of everything random."),
     click.option(
+        "--all-ways/--main-ways",
+        default=True,
+        help="Compare all ways to pick, or the nine that matter most.",
+    ),
+    click.option(
         "--oracle-draws",
-        type=click.IntRange(min=1),
+        type=click.IntRange(min=0),
         default=64,
-        help="Random cuts of which the oracle takes the best.",
+        help="Random cuts of which the oracle takes the best; 0 leaves it out.",
     ),
     click.option(
         "--greedy/--no-greedy",
         default=True,
         help="Add blocks one by one, each the one that helps most: the slowest way by far.",
+    ),
+    click.option(
+        "--attention/--no-attention",
+        default=True,
+        help="Pick by what the language model attends to, which it has to read everything for.",
     ),
     click.option(
         "--session/--no-session",
@@ -92,6 +103,13 @@ _OPTIONS = (
         "--gists/--no-gists",
         default=True,
         help="Hold as gists what is not held in detail; or leave it out, for all ways alike.",
+    ),
+    click.option(
+        "--losses",
+        type=click.Path(path_type=Path, dir_okay=False),
+        show_default="losses.jsonl in the run folder",
+        help="File of losses that were computed before, for an evaluation that was stopped to go "
+        "on; models that differ in LensNet alone may share one.",
     ),
     click.option("--device", default="cpu", help="Torch device, such as cpu or cuda."),
     click.option(
@@ -133,11 +151,14 @@ def command(run_dir: Path, as_json: bool, **options: Any) -> None:
             what = Comparing(
                 oracle_draws=options["oracle_draws"],
                 greedy=options["greedy"],
+                all_ways=options["all_ways"],
+                attention=options["attention"],
                 in_session=options["session"],
                 gists=options["gists"],
                 embed=None if source.tokenizer is None else load_minilm(str(where)),
             )
-            result = _evaluate(console, folder, mc, settings, source, what, sequences, seed)
+            memo = Memo(options["losses"] or folder.path / "losses.jsonl")
+            result = _evaluate(console, folder, mc, settings, source, what, memo, sequences, seed)
         if as_json:
             click.echo(json.dumps(result))
 
@@ -169,6 +190,7 @@ def _evaluate(
     settings: TrainConfig,
     source: Source,
     what: Comparing,
+    memo: Memo,
     sequences: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -185,6 +207,7 @@ def _evaluate(
             sequences=sequences,
             seed=seed,
             what=what,
+            memo=memo,
             progress=lambda done: progress.update(task, completed=done),
         )
     rows = comparison_rows(evaluation)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from megacontext.controller import MCController
 from megacontext.data.source import Batch
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.evaluation.attention import SINK, attention
-from megacontext.evaluation.losses import at_once, horizon_nll, session_losses
+from megacontext.evaluation.losses import at_once, pairs_nll, session_loss
+from megacontext.evaluation.memo import Memo, key_of
 from megacontext.evaluation.pickers import (
     LAST,
     Floats,
@@ -30,20 +32,24 @@ from megacontext.evaluation.pickers import (
 )
 from megacontext.evaluation.ways import (
     ASKED,
+    EVENLY,
     FULL,
     GREEDY,
     LENSNET,
+    MAIN,
     ORACLE,
     RANDOM,
     RECENCY,
     ROUNDS,
     SALIENCE,
     SESSION,
+    UNIFORM,
     Comparing,
     Kind,
     Picked,
     Way,
 )
+from megacontext.inference.session_folder import fingerprint
 from megacontext.model.tree import MegaContextTree
 
 
@@ -57,6 +63,8 @@ class Chunk:
         what: What to compare.
         rng: Draws random collapses.
         block_rng: Draws random blocks.
+        memo: Knows what was computed before.
+        of_model: Fingerprint of what makes losses.
     """
 
     def __init__(
@@ -67,13 +75,19 @@ class Chunk:
         what: Comparing,
         rng: np.random.Generator,
         block_rng: np.random.Generator,
+        memo: Memo,
+        of_model: str,
     ) -> None:
         self.mc, self.batch, self.tokenizer, self.what = mc, batch, tokenizer, what
-        self.rng, self.block_rng = rng, block_rng
+        self.rng, self.block_rng, self.memo = rng, block_rng, memo
         config = mc.config if what.gists else replace(mc.config, max_lod=1)
         with torch.no_grad():
             self.tree: MegaContextTree = mc.build_tree(batch.tokens, labelled=batch.labelled)
         self.length = self.tree.lengths[0]
+        rows = zip(
+            self.tree.tokens.numpy(force=True), self.tree.labels.numpy(force=True), strict=True
+        )
+        self.keys = [key_of(of_model, tokens, labels) for tokens, labels in rows]
         self.horizon = self.length - config.horizon_tokens
         self.view = mc.config.geometry.focus_view(self.length, config.horizon_tokens)
         self.geometry = config.geometry.within(config.train_wc_length)
@@ -92,11 +106,14 @@ class Chunk:
 
     def ways(self) -> Iterator[Way]:
         """Yield the ways, in an order in which each finds the random numbers that it had before."""
-        yield from self._at_fixed_places()
-        yield from self._by_words()
-        yield from self._by_vectors()
-        yield from self._by_lensnet()
-        yield from self._by_knowledge()
+        every = chain(
+            self._at_fixed_places(),
+            self._by_words(),
+            self._by_vectors(),
+            self._by_lensnet(),
+            self._by_knowledge(),
+        )
+        return (way for way in every if self.what.all_ways or way.name in MAIN)
 
     def _at_fixed_places(self) -> Iterator[Way]:
         blocks = partial(self._scored, kind=Kind.PLACES)
@@ -104,8 +121,8 @@ class Chunk:
         k = self.visible.block_size
         yield cut(RECENCY, lambda: self._each(lod0_tail(self.length, self.entries, k)))
         yield cut("recency + sink", lambda: self._each(self._with_sink()))
-        yield cut("uniform LOD", lambda: self._each(self._uniform()))
-        yield blocks("evenly spaced blocks", lambda: evenly_spaced(self.visible))
+        yield cut(UNIFORM, lambda: self._each(self._uniform()))
+        yield blocks(EVENLY, lambda: evenly_spaced(self.visible))
         yield cut(RANDOM, self._random)
         yield blocks("random blocks", lambda: at_random(self.visible, self.block_rng))
 
@@ -125,8 +142,9 @@ class Chunk:
             for last, where in ((None, "whole tail"), (LAST, f"last {LAST}")):
                 score = partial(similarity, self.visible, embed, text_of, last)
                 yield way(f"MiniLM, {where}", score)
-        yield way("attention, mean of heads", lambda: self._attention[0])
-        yield way("attention, maximum of heads", lambda: self._attention[1])
+        if self.what.attention:
+            yield way("attention, mean of heads", lambda: self._attention[0])
+            yield way("attention, maximum of heads", lambda: self._attention[1])
 
     def _by_lensnet(self) -> Iterator[Way]:
         way = partial(self._way, kind=Kind.LENSNET)
@@ -137,7 +155,7 @@ class Chunk:
         coarsest = self._each(self._coarsest())
         yield way(f"{rounds} the coarsest cut", lambda: self._focus(scores, coarsest, ROUNDS))
         if self.what.in_session and self.what.gists:
-            yield Way(SESSION, Kind.LENSNET, lambda: session_losses(self.mc, self.tree))
+            yield Way(SESSION, Kind.LENSNET, self._in_session)
 
     def _by_knowledge(self) -> Iterator[Way]:
         way = partial(self._way, kind=Kind.KNOWLEDGE)
@@ -147,7 +165,8 @@ class Chunk:
         ):
             if blocks is not None:
                 yield way(name, partial(self._holding, blocks))
-        yield Way(ORACLE, Kind.KNOWLEDGE, self._oracle)
+        if self.what.oracle_draws:
+            yield Way(ORACLE, Kind.KNOWLEDGE, self._oracle)
         if self.what.greedy and self.visible.picks and not (self.start.lods > 1).any():
             yield Way(GREEDY, Kind.KNOWLEDGE, self._greedy)
         full = self._each(lod0_tail(self.length, self.length, self.visible.block_size))
@@ -174,7 +193,34 @@ class Chunk:
         return Cut(cut.positions[kept], cut.lods[kept], cut.block_size)
 
     def _nll(self, cuts: Sequence[Sequence[Cut]]) -> Floats:
-        return horizon_nll(self.mc, self.tree, cuts)
+        """Return the mean NLL over each horizon, by cut, ``[S, V]``; what is known is looked up."""
+        pairs = [(row, cut) for row, of_one in enumerate(cuts) for cut in of_one]
+        keys = [key_of(self.keys[row], cut.positions, cut.lods) for row, cut in pairs]
+
+        def compute(numbers: list[int]) -> Floats:
+            return pairs_nll(self.mc, self.tree, [pairs[n] for n in numbers])[:, None]
+
+        return self.memo.many(keys, compute).reshape(len(cuts), -1)
+
+    def _in_session(self) -> Picked:
+        """Let each history come bit by bit."""
+        width = self.mc.config.train_wc_length
+
+        def compute(rows: list[int]) -> Floats:
+            found = [session_loss(self.mc, self.tree.tokens[r], self.tree.labels[r]) for r in rows]
+            padded = np.full((len(rows), 1 + 2 * width), -1.0)
+            for into, (nll, cut) in zip(padded, found, strict=True):
+                into[0], into[1 : 1 + len(cut)] = nll, cut.positions
+                into[1 + width : 1 + width + len(cut)] = cut.lods
+            return padded
+
+        lensnet = fingerprint(self.mc.lensnet)
+        kept = self.memo.many([key_of("session", lensnet, key) for key in self.keys], compute)
+        cuts = [
+            Cut(p[p >= 0], lods[p >= 0], self.mc.config.block_size)
+            for p, lods in kept[:, 1:].reshape(len(kept), 2, -1).astype(np.int64)
+        ]
+        return kept[:, 0], cuts
 
     # Their cuts --------------------------------------------------------------------------------
 
@@ -221,6 +267,12 @@ class Chunk:
     @cached_property
     def _attention(self) -> tuple[Floats, Floats]:
         """Ask the language model what it attends to, so many sequences at once as there is room."""
+        keys = [key_of("attention", key) for key in self.keys]
+        both = self.memo.many(keys, self._attended).reshape(len(keys), 2, -1)
+        return both[:, 0], both[:, 1]
+
+    def _attended(self, numbers: list[int]) -> Floats:
+        """Return what the language model attends to in some sequences, ``[n, 2 · blocks]``."""
         mc, parts = self.mc, []
 
         def read(tokens: Tensor) -> None:
@@ -229,11 +281,10 @@ class Chunk:
             mc.logits(mc.language_model.embed(tokens), starts, torch.ones_like(starts), last=1)
 
         rows = at_once(mc, self.horizon, 1)
-        for first in range(0, len(self.visible.tokens), rows):
-            part = replace(self.visible, tokens=self.visible.tokens[first : first + rows])
-            parts.append(attention(part, read))
-        mean, most = (np.concatenate(scores) for scores in zip(*parts, strict=True))
-        return mean, most
+        for first in range(0, len(numbers), rows):
+            some = self.visible.tokens[numbers[first : first + rows]]
+            parts.append(attention(replace(self.visible, tokens=some), read))
+        return np.concatenate([np.concatenate(both, axis=1) for both in parts])
 
     def _holding(self, blocks: NDArray[np.int64]) -> list[Cut]:
         """Hold these blocks first, -1 for none; ties are in random order."""

@@ -15,8 +15,10 @@ from megacontext.allocators.cut import Cut, kept_tokens
 from megacontext.controller import MCController
 from megacontext.data.source import Source
 from megacontext.evaluation.chunk import Chunk
+from megacontext.evaluation.memo import Memo
 from megacontext.evaluation.pickers import Floats
 from megacontext.evaluation.ways import ORACLE, RANDOM, Comparing, Kind
+from megacontext.inference.session_folder import fingerprint
 
 CHUNK = 32  # sequences at a time
 
@@ -50,6 +52,7 @@ def evaluate(
     sequences: int,
     seed: int,
     what: Comparing | None = None,
+    memo: Memo | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Evaluation:
     """Compare ways to pick a working context on held-out sequences.
@@ -60,20 +63,23 @@ def evaluate(
         sequences: How many, S.
         seed: Of the sequences and of everything random.
         what: What to compare; all that needs nothing else by default.
+        memo: Knows what was computed before, and is told what is computed now.
         progress: Called with the number of sequences that are done, and the part of the next ones.
 
     Returns:
         The losses.
 
     Raises:
-        ValueError: No sequences, or no draws.
+        ValueError: No sequences.
+        OSError: The file of ``memo`` cannot be written.
     """
-    what = what or Comparing()
-    if sequences < 1 or what.oracle_draws < 1:
+    what, memo = what or Comparing(), Memo() if memo is None else memo
+    if sequences < 1 or what.oracle_draws < 0:
         raise ValueError(
-            f"an evaluation needs sequences and draws of the oracle, not {sequences} and "
-            f"{what.oracle_draws}"
+            f"an evaluation needs sequences, and no less than 0 draws of the oracle, not "
+            f"{sequences} and {what.oracle_draws}"
         )
+    of_model = fingerprint(mc.language_model, mc.gistnet)
     rng, block_rng = np.random.default_rng([seed, 2]), np.random.default_rng([seed, 3])
     # No token more than is kept: facts are where the source says that they are.
     config = mc.config
@@ -85,7 +91,8 @@ def evaluate(
     for done in range(0, sequences, CHUNK):
         batch = source.held_out_batch(rng, min(CHUNK, sequences - done), length).to(device)
         files += [] if batch.files is None else [batch.files]
-        ways = list(Chunk(mc, batch, source.tokenizer, what, rng, block_rng).ways())
+        chunk = Chunk(mc, batch, source.tokenizer, what, rng, block_rng, memo, of_model)
+        ways = list(chunk.ways())
         for number, way in enumerate(ways):
             nll, cuts = way.pick()
             losses.setdefault(way.name, []).append(nll)
@@ -105,6 +112,11 @@ def evaluate(
 
 
 def gap_closed(evaluation: Evaluation, way: str, to: str = ORACLE) -> float:
-    """Return how much of the gap from random collapse to another way a way closes, as a share."""
+    """Return how much of the gap from random collapse to another way a way closes, as a share.
+
+    It is nan where that other way was left out.
+    """
+    if to not in evaluation.nll:
+        return float("nan")
     random, best, mean = (evaluation.nll[name].mean() for name in (RANDOM, to, way))
     return float((random - mean) / (random - best))

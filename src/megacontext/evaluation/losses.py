@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from megacontext.allocators.cut import Cut
 from megacontext.controller import MCController
 from megacontext.evaluation.pickers import Floats
-from megacontext.evaluation.ways import ROUNDS, Picked
+from megacontext.evaluation.ways import ROUNDS
 from megacontext.inference.session_config import SessionConfig
 from megacontext.model.tree import MegaContextTree
 from megacontext.model.working_context import NO_LABEL
@@ -45,28 +46,39 @@ def horizon_nll(mc: MCController, tree: MegaContextTree, cuts: Sequence[Sequence
     Returns:
         The means, nats, ``[S, V]``.
     """
-    columns = len(cuts[0])
-    longest = max(len(cut) for row in cuts for cut in row)
+    pairs = [(row, cut) for row, of_history in enumerate(cuts) for cut in of_history]
+    return pairs_nll(mc, tree, pairs).reshape(len(cuts), -1)
+
+
+def pairs_nll(mc: MCController, tree: MegaContextTree, pairs: Sequence[tuple[int, Cut]]) -> Floats:
+    """Compute the mean NLL over the labels of the horizon.
+
+    Args:
+        mc: Its language model reads; some of the contexts at once.
+        tree: Of S histories, all as long.
+        pairs: P numbers of histories, in ascending order, each with a cut.
+
+    Returns:
+        The means, nats, ``[P]``.
+    """
+    longest = max(len(cut) for _, cut in pairs)
     together = at_once(mc, longest, mc.config.horizon_tokens + 1)
-    rows = max(together // columns, 1)
-    nll = np.empty((len(cuts), columns))
-    for row in range(0, len(cuts), rows):
-        histories = _histories(tree, slice(row, row + rows))
-        for column in range(0, columns, together):
-            some = slice(column, column + together)
-            part = [of_history[some] for of_history in cuts[row : row + rows]]
-            nll[row : row + rows, some] = _nll_at_once(mc, histories, part)
-    return nll
+    parts = [pairs[first : first + together] for first in range(0, len(pairs), together)]
+    return np.concatenate([_nll_at_once(mc, tree, part) for part in parts])
 
 
-def _nll_at_once(mc: MCController, tree: MegaContextTree, cuts: Sequence[Sequence[Cut]]) -> Floats:
-    horizon = mc.config.horizon_tokens
+def _nll_at_once(
+    mc: MCController, tree: MegaContextTree, pairs: Sequence[tuple[int, Cut]]
+) -> Floats:
+    first, horizon = pairs[0][0], mc.config.horizon_tokens
+    cuts: list[list[Cut]] = [[] for _ in range(first, pairs[-1][0] + 1)]
+    for row, cut in pairs:
+        cuts[row - first].append(cut)
     with torch.no_grad():
-        context = tree.working_context(cuts)
+        context = _histories(tree, slice(first, first + len(cuts))).working_context(cuts)
         nll = mc.token_nll(context, horizon + 1)[:, :-1]  # all end with the horizon, at LOD0
     counted = context.labels[:, -horizon - 1 : -1] != NO_LABEL
-    mean = (nll * counted).sum(-1) / counted.sum(-1)
-    out: Floats = mean.view(len(cuts), -1).double().numpy(force=True)
+    out: Floats = ((nll * counted).sum(-1) / counted.sum(-1)).double().numpy(force=True)
     return out
 
 
@@ -81,21 +93,20 @@ def _histories(tree: MegaContextTree, rows: slice) -> MegaContextTree:
     )
 
 
-def session_losses(mc: MCController, tree: MegaContextTree) -> Picked:
-    """Let each history come bit by bit, refocused again and again, up to the horizon.
+def session_loss(mc: MCController, history: Tensor, labels: Tensor) -> tuple[float, Cut]:
+    """Let a history come bit by bit, refocused again and again, up to the horizon.
 
     The session's budget leaves room for the horizon, so that the length is equal at its end.
 
     Args:
-        mc: Holds the sessions.
-        tree: Of S histories, all as long.
+        mc: Holds the session.
+        history: Its tokens, int64 ``[N]``.
+        labels: What each is to be predicted as, or `NO_LABEL`, int64 ``[N]``.
 
     Returns:
-        The mean NLL over the labels of the horizon, nats, ``[S]``, and the cuts at the end.
+        The mean NLL over the labels of the horizon, nats, and the cut at the end.
     """
-    config, length = mc.config, tree.lengths[0]
-    nll: list[float] = []
-    cuts: list[Cut] = []
+    config, length = mc.config, len(history)
     settings = SessionConfig(
         wc_length=config.train_wc_length - config.horizon_tokens,
         refocus_interval=config.recent_tokens,
@@ -107,13 +118,12 @@ def session_losses(mc: MCController, tree: MegaContextTree) -> Picked:
     horizon = length - config.horizon_tokens
     interval = settings.refocus_interval
     first = horizon % interval + interval
-    for history, labels in zip(tree.tokens, tree.labels[:, horizon:], strict=True):
-        logits = mc.begin_inference_session(history[:first], settings=settings)
-        for begin in range(first, horizon, interval):
-            logits = mc.inference_step(history[begin : begin + interval])
-        rest = mc.inference_step(history[horizon:-1])
-        read = torch.cat([logits[0, -1:], rest[0]])
-        nll.append(float(F.cross_entropy(read, labels, ignore_index=NO_LABEL)))
-        cuts.append(mc.inference_cut)
-        mc.end_inference_session()
-    return np.array(nll), cuts
+    logits = mc.begin_inference_session(history[:first], settings=settings)
+    for begin in range(first, horizon, interval):
+        logits = mc.inference_step(history[begin : begin + interval])
+    rest = mc.inference_step(history[horizon:-1])
+    read = torch.cat([logits[0, -1:], rest[0]])
+    nll = float(F.cross_entropy(read, labels[horizon:], ignore_index=NO_LABEL))
+    cut = mc.inference_cut
+    mc.end_inference_session()
+    return nll, cut

@@ -18,6 +18,13 @@ SALIENCE = "salience"
 ASKED = "the facts that are asked for"
 FULL = "full context"
 SESSION = f"{LENSNET}, in a session"
+UNIFORM = "uniform LOD"
+EVENLY = "evenly spaced blocks"
+LEXICAL = "lexical, last 16"
+MINILM = "MiniLM, last 16"
+
+# What a sceptic names first: each takes a reading of its own, and some take dozens.
+MAIN = (RECENCY, UNIFORM, EVENLY, RANDOM, LEXICAL, MINILM, LENSNET, ASKED, FULL)
 
 
 class Kind(Enum):
@@ -43,17 +50,21 @@ class Comparing:
     """What to compare.
 
     Attributes:
-        oracle_draws: Random cuts of which the oracle takes the best.
+        oracle_draws: Random cuts of which the oracle takes the best; 0 leaves it out.
+        attention: Also pick by what the language model attends to.
         greedy: Also add blocks one by one, each the one that helps most.
         in_session: Also let each history come bit by bit.
         gists: Hold as gists what is not held in detail; else leave it out, for all ways alike.
+        all_ways: Compare all of them; else those of `MAIN` alone.
         embed: Embeds texts, for pickers by similarity; None leaves them out.
     """
 
     oracle_draws: int = 64
+    attention: bool = True
     greedy: bool = True
     in_session: bool = True
     gists: bool = True
+    all_ways: bool = True
     embed: Embed | None = None
 
 
