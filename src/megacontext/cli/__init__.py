@@ -10,6 +10,7 @@ _COMMANDS = {
     "train": "Train on text, or on a data set that only far memory can solve.",
     "eval": "Compare ways to pick a working context, LensNet among them, at equal length.",
     "generate": "Continue a text of any length with a trained model.",
+    "export": "Write the weights of a run beside a frozen language model, to be given away.",
 }
 
 

@@ -25,6 +25,8 @@ from megacontext.inference.session_config import SessionConfig, session_rules
 from megacontext.inference.session_folder import require_free, require_session
 from megacontext.inference.session_report import FocusEvent
 from megacontext.inference.text_stream import TextStream
+from megacontext.model.gguf import SMOLLM2
+from megacontext.training.exported import shipped
 from megacontext.training.pretrained import load_model, usable_device
 from megacontext.training.run_folder import RunFolder
 
@@ -39,6 +41,7 @@ The text streams to stdout; the budget and every refocus are told on stderr.
 \b
 Examples:
   megacontext generate --run-dir runs/first --text "def main("
+  megacontext generate --language-model smollm2 --prompt book.txt --show-focus
   megacontext generate --run-dir runs/first --prompt book.txt --show-focus
   megacontext generate --run-dir runs/first --prompt log.txt --tree-store disk --session-dir s
   megacontext generate --run-dir runs/first --session-dir s --resume
@@ -47,8 +50,11 @@ _OPTIONS = (
     click.option(
         "--run-dir",
         type=click.Path(path_type=Path),
-        required=True,
         help="Folder of the run that trained the model.",
+    ),
+    click.option(
+        "--language-model",
+        help=f"Instead: {SMOLLM2}, with the LensNet and the GistNet that this package ships.",
     ),
     click.option(
         "--prompt",
@@ -101,7 +107,7 @@ _OPTIONS = (
 
 @click.command("generate", help=_HELP, epilog=EXIT_CODES, context_settings={"show_default": True})
 @with_options(_OPTIONS)
-def command(run_dir: Path, device: str, **options: Any) -> None:
+def command(run_dir: Path | None, language_model: str | None, device: str, **options: Any) -> None:
     """Continue a text; `_HELP` is what a user reads."""
     console = PipeConsole(stderr=True, highlight=False)
     where = options["session_dir"]
@@ -109,6 +115,7 @@ def command(run_dir: Path, device: str, **options: Any) -> None:
     with plain_endings(lambda: again):
         with usage_errors():
             _check_usage(click.get_current_context())
+            run_dir = _run_dir(run_dir, language_model)
             RunFolder(run_dir).require_run()
             on = usable_device(device)
         mc = load_model(run_dir, on)
@@ -121,6 +128,22 @@ def command(run_dir: Path, device: str, **options: Any) -> None:
                 )
             generation = _Generation(mc, tokenizer, console, options)
         generation.run()
+
+
+def _run_dir(run_dir: Path | None, language_model: str | None) -> Path:
+    """Return the folder of the model.
+
+    Raises:
+        ValueError: None or two were given, or one that is not shipped.
+    """
+    if run_dir is not None and language_model is None:
+        return run_dir
+    if run_dir is None and language_model is not None:
+        return shipped(language_model)
+    raise ValueError(
+        f"give the --run-dir of a model that was trained, or --language-model {SMOLLM2}, and not "
+        "both"
+    )
 
 
 def _check_usage(ctx: click.Context) -> None:

@@ -12,7 +12,7 @@ DATA_HELP = (
     "What sequences are: text, windows of files joined; files, windows that each lie within one "
     "file; reuse, of 24 such windows the one that uses most rare tokens again from far back; "
     "needles, facts in prose that are asked for at the end; mqar, pairs, likewise; recall, facts "
-    "in noise, likewise."
+    "in noise, likewise; mixed, reuse, files, needles and mqar together."
 )
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

@@ -112,6 +112,12 @@ _OPTIONS = (
         "Sequences whose variants' losses under a frozen model are computed once and kept, for "
         "LensNet to learn from; 0 computes losses in every step.",
     ),
+    click.option(
+        "--gists-of",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="Folder of a run whose GistNet and kept losses are taken: for another LensNet, or "
+        "another seed, in minutes.",
+    ),
     option("--guess-steps", _TRAIN.guess_steps, "Of LensNet before, on losses that are guessed."),
     option("--steps", _TRAIN.steps, "Optimizer steps."),
     option("--batch-size", _TRAIN.batch_size, "Sequences per micro-step."),
@@ -172,6 +178,8 @@ def command(
     if resume:
         _refuse_settings(click.get_current_context())
     given = {name: options[name] for name in options if _is_given(name)}
+    if "gists_of" in given:
+        given["gists_of"] = str(options["gists_of"].absolute())
     if text:
         given["text"] = tuple(str(path.absolute()) for path in text)
     model, settings = SETTINGS[setting]

@@ -49,7 +49,7 @@ from megacontext.evaluation.ways import (
     Picked,
     Way,
 )
-from megacontext.inference.session_folder import fingerprint
+from megacontext.model.fingerprint import fingerprint
 from megacontext.model.tree import MegaContextTree
 
 

@@ -18,7 +18,7 @@ from megacontext.evaluation.chunk import Chunk
 from megacontext.evaluation.memo import Memo
 from megacontext.evaluation.pickers import Floats
 from megacontext.evaluation.ways import ORACLE, RANDOM, Comparing, Kind
-from megacontext.inference.session_folder import fingerprint
+from megacontext.model.fingerprint import fingerprint
 
 CHUNK = 32  # sequences at a time
 

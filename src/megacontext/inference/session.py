@@ -23,9 +23,10 @@ from megacontext.allocators.rules import first_that_fits, highest_lod
 from megacontext.inference.focus import FocusAllocator
 from megacontext.inference.focus_state import FocusState
 from megacontext.inference.session_config import SessionConfig, session_rules
-from megacontext.inference.session_folder import SessionFolder, fingerprint
+from megacontext.inference.session_folder import SessionFolder
 from megacontext.inference.session_report import FocusEvent, InferenceReport
 from megacontext.inference.tree_store import TreeStore
+from megacontext.model.fingerprint import fingerprint
 from megacontext.model.focus_view import FocusView
 from megacontext.model.hf_language_model import HFSeen
 from megacontext.model.language_model import Seen

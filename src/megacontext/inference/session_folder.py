@@ -5,16 +5,13 @@ fingerprint of the weights that made the gists), ``focus.json`` (the cut and wha
 last refocus) and ``lock``.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
-from torch import nn
 
 from megacontext.allocators.rules import FocusRules
 from megacontext.files import DamagedFileError, hold_lock, reading, replacing
@@ -195,16 +192,6 @@ def require_session(folder: Path) -> None:
     """
     if not (folder / "session.json").exists():
         raise FileNotFoundError(f"{folder} holds no session to resume: no session.json")
-
-
-def fingerprint(*modules: nn.Module) -> str:
-    """Compute the SHA-256 of the weights of some modules."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, weight in module.state_dict().items():
-            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-            digest.update(np.ascontiguousarray(weight.float().numpy(force=True)).tobytes())
-    return digest.hexdigest()
 
 
 def _compare(folder: Path, saved: Mapping[str, Any], about: Mapping[str, Any]) -> None:

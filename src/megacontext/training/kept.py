@@ -20,8 +20,8 @@ from megacontext.data.source import Batch, Ints
 from megacontext.evaluation.losses import horizon_nll
 from megacontext.evaluation.pickers import LAST, Visible, overlap
 from megacontext.files import DamagedFileError, reading, write_atomically
-from megacontext.inference.session_folder import fingerprint
 from megacontext.judged import Judged
+from megacontext.model.fingerprint import fingerprint
 from megacontext.model.tokens import as_ids
 
 IN_A_FILE = 4  # sequences
@@ -66,20 +66,20 @@ class KeptLosses:
         )
         write_atomically(self.path(number), buffer.getvalue())
 
-    def read(self, files: int) -> Judged:
-        """Read the first so many files.
-
-        Args:
-            files: How many.
+    def read(self) -> Judged:
+        """Read all files.
 
         Returns:
             Their sequences.
 
         Raises:
-            FileNotFoundError: One of them is not there.
+            FileNotFoundError: There is none.
             DamagedFileError: One of them cannot be read, or is of other networks.
         """
-        return _joined([self._read(self.path(number)) for number in range(files)])
+        paths = sorted(self.folder.glob("*.npz"))
+        if not paths:
+            raise FileNotFoundError(f"{self.folder} holds no losses; compute them first")
+        return _joined([self._read(path) for path in paths])
 
     def _read(self, path: Path) -> Judged:
         with reading(path, _ADVICE), np.load(path, allow_pickle=False) as saved:
@@ -89,6 +89,25 @@ class KeptLosses:
                 )
             tokens = torch.from_numpy(saved["tokens"].astype(np.int64))
             return Judged(tokens, torch.from_numpy(saved["nll"]), torch.from_numpy(saved["held"]))
+
+
+def merge(folder: Path, into: Path) -> None:
+    """Make one file of all those of a folder.
+
+    Args:
+        folder: Of the files.
+        into: Another folder, which is made.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        DamagedFileError: One of them cannot be read, or is of other networks than the first.
+        OSError: The new one cannot be written.
+    """
+    first = min(folder.glob("*.npz"), default=folder / "000000.npz")
+    with reading(first, _ADVICE), np.load(first, allow_pickle=False) as saved:
+        made_by, ids = str(saved["made_by"]), saved["tokens"].dtype
+    losses = KeptLosses(folder, made_by).read()
+    KeptLosses(into, made_by).write(0, losses, np.iinfo(ids).max + 1)
 
 
 def judge(mc: MCController, batch: Batch, rng: np.random.Generator) -> Judged:

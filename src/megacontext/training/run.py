@@ -128,6 +128,11 @@ def _plan(
     """Find out what a run is, and that it can be made; nothing is written."""
     folder = RunFolder(run_dir)
     saved = read_run(folder) if resume else None
+    if resume and folder.weights.exists():
+        raise ValueError(
+            f"{folder.path} holds the weights of a run and not its state, so it cannot be "
+            "continued; train a new one, which can take its gists by --gists-of"
+        )
     if saved is not None:
         model, settings = saved_model(folder, saved.model), saved.settings
     model, settings = model or MCConfig(), settings or TrainConfig()

@@ -42,6 +42,9 @@ class RunFolder:
         config: What the run is.
         metrics: A line per logged step.
         checkpoint: The newest.
+        weights: Those alone, in a folder that `training.exported` made of a run's.
+        kept: Folder of losses that LensNet learns from, where they were kept.
+        held_out: Folder of losses that it is only judged by, likewise.
         overview: The picture.
         profile: The trace, where one was taken.
         tensorboard: Folder of event files, where they were asked for.
@@ -53,6 +56,8 @@ class RunFolder:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint.pt"
+        self.weights = self.path / "weights.safetensors"
+        self.kept, self.held_out = self.path / "kept", self.path / "held_out"
         self.overview = self.path / "overview.png"
         self.profile = self.path / "profile.json.gz"
         self.tensorboard = self.path / "tensorboard"
@@ -215,11 +220,17 @@ class RunFolder:
             device: Where its tensors are to be.
 
         Returns:
-            The state; None when the run was killed before its first checkpoint.
+            The state, of exported weights only ``model``; None when the run was killed before its
+            first checkpoint.
 
         Raises:
             DamagedFileError: It cannot be read, or it is gone although the run has metrics.
         """
+        if self.weights.exists():
+            from safetensors.torch import load_file  # of an extra, where most need none
+
+            with reading(self.weights, ADVICE):
+                return {"model": load_file(self.weights, device=str(device))}
         if not self.checkpoint.exists():
             if self.read_metrics():
                 raise DamagedFileError(f"{self.checkpoint} is missing; {ADVICE}")

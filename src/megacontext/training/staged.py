@@ -5,6 +5,7 @@ then LensNet learns: from losses that are guessed, and then from those that were
 """
 
 import math
+import shutil
 from collections.abc import Sequence
 from functools import cached_property, partial
 
@@ -13,12 +14,14 @@ import torch
 
 from megacontext.data.mixture import token_counts
 from megacontext.data.source import Ints
+from megacontext.files import reading
 from megacontext.judged import Judged, gist_loss, judged_agreement, process_judged
 from megacontext.micro_step import LensResult
 from megacontext.training.guess import guessed
 from megacontext.training.kept import IN_A_FILE, KeptLosses, judge
 from megacontext.training.metric_sinks import MetricSink
 from megacontext.training.optimization import rate_at, update
+from megacontext.training.run_folder import RunFolder
 from megacontext.training.train_result import Report, StepReport
 from megacontext.training.trainer import (
     COMPARED_SEQUENCES,
@@ -45,10 +48,41 @@ class StagedTrainer(Trainer):
     guess_step = 0
     _gist_loss = torch.zeros(())
 
+    def run(self, report: Report, sinks: Sequence[MetricSink], *, profile: bool = False) -> None:
+        """Make all remaining steps, from another run's gists and losses where that was asked for.
+
+        Args:
+            report: As for `Trainer.run`.
+            sinks: As for `Trainer.run`.
+            profile: As for `Trainer.run`.
+
+        Raises:
+            FileNotFoundError: The other run is gone, or has no checkpoint or no losses.
+            DamagedFileError: Its checkpoint cannot be read, or is of another model.
+        """
+        if self.settings.gists_of and not self.done:
+            self._take_over(RunFolder(self.settings.gists_of))
+        super().run(report, sinks, profile=profile)
+
+    def _take_over(self, other: RunFolder) -> None:
+        """Load the GistNet of another run, and copy its losses."""
+        state = other.load_checkpoint(torch.device("cpu"))
+        if state is None:
+            raise FileNotFoundError(f"{other.path} has no checkpoint yet; train it first")
+        with reading(other.path, "give the folder of a run with such gists"):
+            prefix = "gistnet."
+            own = {n: w for n, w in state["model"].items() if n.startswith(prefix)}
+            self.mc.gistnet.load_state_dict({n.removeprefix(prefix): w for n, w in own.items()})
+        if self.world.first:
+            for path in (self.folder.kept, self.folder.held_out):
+                shutil.copytree(other.path / path.name, path, dirs_exist_ok=True)
+        self.world.wait()
+
     def phases(self, report: Report, sinks: Sequence[MetricSink]) -> list[Phase]:
         """Return the phases of the run, in their order, as they stand now."""
         settings, mc = self.settings, self.mc
-        gists = (self.gist_step, settings.gist_steps, self.make_gist_step)
+        gist_steps = 0 if settings.gists_of else settings.gist_steps
+        gists = (self.gist_step, gist_steps, self.make_gist_step)
         guess = (self.guess_step, settings.guess_steps, self.make_guess_step)
         kept = (self.step, settings.steps, self.make_step)
         return [
@@ -142,18 +176,19 @@ class StagedTrainer(Trainer):
 
     @cached_property
     def _kept(self) -> Judged:
-        return self._losses("kept").read(_files(self.settings.kept_sequences))
+        return KeptLosses.beside(self.folder.kept, self.mc).read()
 
     @cached_property
     def _held_out(self) -> Judged:
-        return self._losses("held_out").read(_files(COMPARED_SEQUENCES)).to(self.device)
-
-    def _losses(self, name: str) -> KeptLosses:
-        return KeptLosses.beside(self.folder.path / name, self.mc)
+        return KeptLosses.beside(self.folder.held_out, self.mc).read().to(self.device)
 
     def _keep(self, report: Report) -> None:
         """Compute the losses that are not there yet: this process its share of the files."""
-        held_out, kept = self._losses("held_out"), self._losses("kept")
+        if self.settings.gists_of:  # they came with the gists
+            return
+        held_out, kept = (
+            KeptLosses.beside(path, self.mc) for path in (self.folder.held_out, self.folder.kept)
+        )
         work = [(held_out, n) for n in range(_files(COMPARED_SEQUENCES))]
         work += [(kept, n) for n in range(_files(self.settings.kept_sequences))]
         missing = [(losses, n) for losses, n in work if not losses.path(n).exists()]

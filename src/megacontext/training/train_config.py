@@ -11,7 +11,8 @@ from megacontext.config import MCConfig
 # facts in prose, pairs of a key and a value, facts in noise: some are asked for at the end.
 # Or windows of files of both kinds, needles and pairs, mixed.
 DATA = ("text", "files", "reuse", "needles", "mqar", "recall", "mixed")
-_STAGES = ("gist_steps", "kept_sequences", "guess_steps")
+_COUNTS = ("gist_steps", "kept_sequences", "guess_steps")
+_STAGES = (*_COUNTS, "gists_of")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class TrainConfig:
         kept_sequences: Where not 0, LensNet learns from so many sequences, the losses of whose
             variants are computed once and kept; GistNet stays as ``gist_steps`` made it then. It
             takes a frozen language model.
+        gists_of: Folder of a run whose GistNet and kept losses are taken, so that neither is made
+            anew; ``gist_steps`` says nothing then.
         guess_steps: Optimizer steps of LensNet before that, on losses that are guessed without the
             language model: pre-training (see `training.guess`).
         steps: Optimizer steps of all networks; of LensNet alone, where losses are kept.
@@ -63,6 +66,7 @@ class TrainConfig:
     gist_steps: int = 0
     gist_batch_size: int = 4
     kept_sequences: int = 0
+    gists_of: str = ""
     guess_steps: int = 0
     steps: int = 240
     batch_size: int = 8
@@ -81,7 +85,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        check_numbers(self, may_be_zero=("warmup_steps", "lm_steps", *_STAGES))
+        check_numbers(self, may_be_zero=("warmup_steps", "lm_steps", *_COUNTS))
         check_choice("data", self.data, DATA)
         if self.data in ("recall", "mqar") and self.text:
             raise ValueError(f"{self.data} makes its own sequences; leave out the text")
