@@ -76,7 +76,7 @@ _OPTIONS = (
     click.option(
         "--all-ways/--main-ways",
         default=True,
-        help="Compare all ways to pick, or the nine that matter most.",
+        help="Compare all ways to pick, or the ten that matter most.",
     ),
     click.option(
         "--oracle-draws",

@@ -21,10 +21,11 @@ SESSION = f"{LENSNET}, in a session"
 UNIFORM = "uniform LOD"
 EVENLY = "evenly spaced blocks"
 LEXICAL = "lexical, last 16"
+BM25 = "BM25, last 16"
 MINILM = "MiniLM, last 16"
 
 # What a sceptic names first: each takes a reading of its own, and some take dozens.
-MAIN = (RECENCY, UNIFORM, EVENLY, RANDOM, LEXICAL, MINILM, LENSNET, ASKED, FULL)
+MAIN = (RECENCY, UNIFORM, EVENLY, RANDOM, LEXICAL, BM25, MINILM, LENSNET, ASKED, FULL)
 
 
 class Kind(Enum):

@@ -68,7 +68,7 @@ SETTINGS: dict[str, tuple[MCConfig, TrainConfig]] = {
         TrainConfig(
             data="mixed",
             gist_steps=100,
-            kept_sequences=600,
+            kept_sequences=400,
             guess_steps=1_000,
             steps=300,
             batch_size=16,
