@@ -54,7 +54,7 @@ class TestDraw:
             SOURCE.batch(np.random.default_rng(0), 1, 200)
         assert str(raised.value) == (
             "too little text: the longest of 5 files of one part has 160 bytes, and one sequence "
-            "needs 200; give longer files or shorten --sequence-tokens"
+            "needs 200; give longer files, or more of them, or shorten --sequence-tokens"
         )
 
 
