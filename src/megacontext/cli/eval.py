@@ -181,7 +181,9 @@ def _evaluate(
     own = read_run(folder).settings
     if own.data in _OF_FILES and settings.data in _OF_FILES:
         if "text" in (own.data, settings.data) and own.data != settings.data:
-            console.print(_OTHER_PARTS.format(own.data, settings.data), markup=False, soft_wrap=True)
+            console.print(
+                _OTHER_PARTS.format(own.data, settings.data), markup=False, soft_wrap=True
+            )
         elif own.text != settings.text:
             console.print(_OTHER_PATHS, markup=False, soft_wrap=True)
     if what.embed is None and source.tokenizer is not None:

@@ -39,7 +39,9 @@ class TestSplitDocuments:
     def test_copies_by_another_name_were_in_both_parts(self) -> None:
         """The first of them counts, so that nothing that is trained on is held out as well."""
         copies = [(f"copy of {name}", text) for name, text in TEXTS]
-        assert any(is_held_out(a) != is_held_out(b) for (a, _), (b, _) in zip(TEXTS, copies, strict=True))
+        assert any(
+            is_held_out(a) != is_held_out(b) for (a, _), (b, _) in zip(TEXTS, copies, strict=True)
+        )
         made = split_documents([*TEXTS, *copies], ByteTokenizer())
         assert made.sha256 == split_documents(TEXTS, ByteTokenizer()).sha256
 

@@ -101,7 +101,6 @@ class TestPrecision:
         mc.language_model.embedding.weight.data[0, 0] += 1
         assert weights_sha256(mc.language_model) != hashes[0]
 
-
     def test_a_session_goes_on_where_weights_are_held_in_another_dtype(self) -> None:
         """Its folder knows them by their values, which are the same; others are refused."""
         module = torch.nn.Linear(4, 4).to(torch.bfloat16)
