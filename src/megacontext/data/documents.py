@@ -78,10 +78,12 @@ def split_documents(texts: Iterable[tuple[str, bytes]], tokenizer: Tokenizer) ->
     Returns:
         The documents.
     """
-    names: dict[bytes, str] = {}
-    for name, text in texts:
-        names.setdefault(text, name)
-    tokens = [(name, encoded(text, tokenizer)) for text, name in names.items()]
+    tokens, known = [], set()
+    for name, text in texts:  # one by one: not all that is read need fit into memory
+        content = hashlib.sha256(text).digest()
+        if content not in known:
+            known.add(content)
+            tokens.append((name, encoded(text, tokenizer)))
     if len(tokens) < _FEW:
         splits = [len(text) - len(text) // HELD_OUT_ONE_IN for _, text in tokens]
         training = [text[:split] for (_, text), split in zip(tokens, splits, strict=True)]
