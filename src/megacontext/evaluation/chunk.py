@@ -16,7 +16,7 @@ from megacontext.controller import MCController
 from megacontext.data.source import Batch
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.evaluation.attention import SINK, attention
-from megacontext.evaluation.losses import at_once, horizon_nll, session_losses
+from megacontext.evaluation.losses import horizon_nll, session_losses
 from megacontext.evaluation.pickers import (
     LAST,
     Floats,
@@ -231,7 +231,7 @@ class Chunk:
             starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             mc.logits(mc.language_model.embed(tokens), starts, torch.ones_like(starts))
 
-        rows = at_once(mc, self.horizon)
+        rows = mc.at_once(self.horizon)
         for first in range(0, len(self.visible.tokens), rows):
             part = replace(self.visible, tokens=self.visible.tokens[first : first + rows])
             parts.append(attention(part, read))

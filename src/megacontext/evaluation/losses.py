@@ -15,13 +15,6 @@ from megacontext.inference.session_config import SessionConfig
 from megacontext.model.tree import MegaContextTree
 from megacontext.model.working_context import NO_LABEL
 
-_LOGITS = 2**26  # computed at once: a quarter of a GiB in single precision
-
-
-def at_once(mc: MCController, entries: int) -> int:
-    """Count the contexts of so many entries that the language model may read at once."""
-    return max(_LOGITS // (entries * mc.config.vocab_size), 1)
-
 
 def horizon_nll(mc: MCController, tree: MegaContextTree, cuts: Sequence[Sequence[Cut]]) -> Floats:
     """Compute the mean NLL over the labels of the horizon.
@@ -35,7 +28,7 @@ def horizon_nll(mc: MCController, tree: MegaContextTree, cuts: Sequence[Sequence
         The means, nats, ``[S, V]``.
     """
     columns = len(cuts[0])
-    together = at_once(mc, max(len(cut) for row in cuts for cut in row))
+    together = mc.at_once(max(len(cut) for row in cuts for cut in row))
     rows = max(together // columns, 1)
     nll = np.empty((len(cuts), columns))
     for row in range(0, len(cuts), rows):

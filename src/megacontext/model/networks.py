@@ -19,6 +19,8 @@ from megacontext.model.working_context import NO_LABEL, WorkingContext
 
 PREFERENCE_SCORER = "preference_scorer"
 
+_LOGITS = 2**26  # computed at once: a quarter of a GiB in single precision
+
 
 class Networks(nn.Module):
     """Language model, GistNet and guarded LensNet, made by a configuration.
@@ -128,15 +130,34 @@ class Networks(nn.Module):
         self.lensnet.compile(mode="reduce-overhead", dynamic=False)
 
     def token_nll(self, context: WorkingContext) -> Tensor:
-        """Compute the NLL of each entry's label, nats, ``[R, W]``; 0 where there is none."""
-        logits = self.logits(context.embeddings, context.starts, context.spans, context.pad_mask)
+        """Compute the NLL of each entry's label, nats, ``[R, W]``; 0 where there is none.
+
+        Where nothing is learned from it, the language model reads so many rows at once as `at_once`
+        says.
+        """
+        rows = self._rows(context.labels)
+        parts = [
+            self._token_nll(context, slice(i, i + rows))
+            for i in range(0, len(context.labels), rows)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _token_nll(self, context: WorkingContext, rows: slice) -> Tensor:
+        pads = None if context.pad_mask is None else context.pad_mask[rows]
+        entries = context.embeddings[rows], context.starts[rows], context.spans[rows]
+        logits, labels = self.logits(*entries, pads), context.labels[rows]
         flat = F.cross_entropy(
-            logits.flatten(0, 1),
-            context.labels.flatten(),
-            ignore_index=NO_LABEL,
-            reduction="none",
+            logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="none"
         )
-        return flat.view_as(context.labels)
+        return flat.view_as(labels)
+
+    def at_once(self, entries: int) -> int:
+        """Count the contexts of so many entries that the language model may read at once."""
+        return max(_LOGITS // (entries * self.config.vocab_size), 1)
+
+    def _rows(self, tokens: Tensor) -> int:
+        """Count the rows ``[B, T]`` to be read at once: all where gradients are wanted."""
+        return len(tokens) if torch.is_grad_enabled() else self.at_once(tokens.shape[1])
 
     def full_detail_loss(self, tokens: Tensor, labelled: Tensor | None = None) -> Tensor:
         """Compute the language model's mean NLL on plain LOD0 contexts; it needs no LensNet.
@@ -153,9 +174,21 @@ class Networks(nn.Module):
             ValueError: Tokens that cannot be a batch.
         """
         check_batch(tokens, None, self.config)
+        labels = tokens if labelled is None else tokens.masked_fill(~labelled, NO_LABEL)
+        rows = self._rows(tokens)
+        parts = [
+            self._mean_nll(tokens[i : i + rows], labels[i : i + rows])
+            for i in range(0, len(tokens), rows)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        counts = [(of_rows[:, 1:] != NO_LABEL).sum() for of_rows in labels.split(rows)]
+        share = torch.stack(counts) / torch.stack(counts).sum()
+        return (torch.stack(parts) * share).nansum()  # nan where no token counts
+
+    def _mean_nll(self, tokens: Tensor, labels: Tensor) -> Tensor:
         starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits = self.logits(self.language_model.embed(tokens), starts, torch.ones_like(starts))
-        labels = tokens if labelled is None else tokens.masked_fill(~labelled, NO_LABEL)
         return F.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LABEL
         )
