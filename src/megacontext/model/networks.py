@@ -176,13 +176,11 @@ class Networks(nn.Module):
         check_batch(tokens, None, self.config)
         labels = tokens if labelled is None else tokens.masked_fill(~labelled, NO_LABEL)
         rows = self._rows(tokens)
-        parts = [
-            self._mean_nll(tokens[i : i + rows], labels[i : i + rows])
-            for i in range(0, len(tokens), rows)
-        ]
+        slices = [slice(i, i + rows) for i in range(0, len(tokens), rows)]
+        parts = [self._mean_nll(tokens[part], labels[part]) for part in slices]
         if len(parts) == 1:
             return parts[0]
-        counts = [(of_rows[:, 1:] != NO_LABEL).sum() for of_rows in labels.split(rows)]
+        counts = [(labels[part, 1:] != NO_LABEL).sum() for part in slices]
         share = torch.stack(counts) / torch.stack(counts).sum()
         return (torch.stack(parts) * share).nansum()  # nan where no token counts
 
