@@ -248,7 +248,7 @@ class TestAtOnce:
     def test_validation_with_a_large_vocabulary_read_all_rows_at_once(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Logits of SmolLM2 took 20 GB: without gradients rows are read in parts, to the same."""
+        """32 rows of 1,024 with 49,152 words make 6.4 GB of logits; in parts, losses are equal."""
         mc = MCController(TEXT_MODEL)
         tokens = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(0))
         labelled = torch.zeros(5, 40, dtype=torch.bool)
