@@ -45,9 +45,14 @@ Examples:
   megacontext eval --run-dir runs/recall --ablate
 """
 _OTHER_PARTS = (
-    "The run was trained on text, which holds other files out than {} does: it may have read some "
-    "of these. Train it with --data files for files that it never saw."
+    "The run was trained on {}, which holds other files out than {} does: it may have read some of "
+    "these. Train and evaluate it with --data files for files that it never saw."
 )
+_OTHER_PATHS = (
+    "The run was trained on another --text, and which files are held out depends on that: it may "
+    "have read some of these. Leave --text out for files that it never saw."
+)
+_OF_FILES = ("text", "files", "reuse")  # data that read the same texts
 _OPTIONS = (
     click.option(
         "--run-dir",
@@ -66,7 +71,7 @@ _OPTIONS = (
         "--text",
         type=click.Path(exists=True, path_type=Path),
         multiple=True,
-        show_default="as train has it",
+        show_default="the run's, if both are text, files or reuse; else as train has it",
         help="File or folder that sequences are taken from; may be repeated.",
     ),
     click.option(
@@ -177,10 +182,11 @@ def _check_ablate(options: dict[str, Any]) -> None:
 def _settings(folder: RunFolder, data: str | None, text: Sequence[Path]) -> TrainConfig:
     """Return the run's settings, for other data where that was asked for."""
     settings = read_run(folder).settings
-    if data is None and not text:
-        return settings
+    data = data or settings.data
     given = tuple(str(path.absolute()) for path in text)
-    return dataclasses.replace(settings, data=data or settings.data, text=given)
+    if not given and (data == settings.data or {data, settings.data} <= {*_OF_FILES}):
+        given = settings.text
+    return dataclasses.replace(settings, data=data, text=given)
 
 
 def _evaluate(
@@ -195,8 +201,13 @@ def _evaluate(
     seed: int,
 ) -> dict[str, Any]:
     own = read_run(folder).settings
-    if own.data == "text" and settings.data in ("files", "reuse"):
-        console.print(_OTHER_PARTS.format(settings.data), markup=False, soft_wrap=True)
+    if own.data in _OF_FILES and settings.data in _OF_FILES:
+        if "text" in (own.data, settings.data) and own.data != settings.data:
+            console.print(
+                _OTHER_PARTS.format(own.data, settings.data), markup=False, soft_wrap=True
+            )
+        elif own.text != settings.text:
+            console.print(_OTHER_PATHS, markup=False, soft_wrap=True)
     if what.embed is None and source.tokenizer is not None:
         console.print(MISSING, markup=False, soft_wrap=True)
     with _progress(console) as progress:

@@ -71,13 +71,19 @@ def split_documents(texts: Iterable[tuple[str, bytes]], tokenizer: Tokenizer) ->
     """Make documents of texts; one in five is held out (of fewer than ten, the end of each).
 
     Args:
-        texts: Names, which decide, and what is in them.
+        texts: Names, which decide, and what is in them. Of those that say the same the first
+            counts: a copy by another name may be in the other part.
         tokenizer: Makes their tokens.
 
     Returns:
         The documents.
     """
-    tokens = [(name, encoded(text, tokenizer)) for name, text in texts]
+    tokens, known = [], set()
+    for name, text in texts:  # one by one: not all that is read need fit into memory
+        content = hashlib.sha256(text).digest()
+        if content not in known:
+            known.add(content)
+            tokens.append((name, encoded(text, tokenizer)))
     if len(tokens) < _FEW:
         splits = [len(text) - len(text) // HELD_OUT_ONE_IN for _, text in tokens]
         training = [text[:split] for (_, text), split in zip(tokens, splits, strict=True)]

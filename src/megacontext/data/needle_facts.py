@@ -1,8 +1,8 @@
 """Facts in words, some of which are asked for: what needles say, in the manner of RULER.
 
 After Hsieh et al. 2024 (RULER, arXiv:2404.06654): several keys, several values of a key, several
-attributes of a name, variables that hold each other's value. Names, values and wordings are of two
-kinds, those of training and those that training never sees.
+attributes of a name, variables that hold each other's value. Names, words and wordings are of two
+kinds, those of training and those that training never sees; numbers are any.
 """
 
 from collections.abc import Callable

@@ -2,12 +2,14 @@
 
 A sequence is a window of prose. Each fact stands in a block of its own; the question ends where the
 horizon begins, which is where the answer begins. The answer alone is labelled; what it leaves of
-the horizon is prose. What is held out has other prose, names, values and wordings than training.
+the horizon is prose. What is held out has other prose, names, words as values and wordings than
+training; numbers are any, drawn anew each time.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,15 +58,15 @@ class NeedleSource:
 
     def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
         """Draw sequences to train on."""
-        return self._draw(self.prose.training, TRAINING, rng, batch_size, length)
+        return self._draw(self._training, TRAINING, rng, batch_size, length)
 
     def lm_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
         """Draw sequences to train on."""
         return self.batch(rng, batch_size, length)
 
     def held_out_batch(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
-        """Draw sequences of prose, names, values and wordings that training never sees."""
-        return self._draw(self.prose.held_out, HELD_OUT, rng, batch_size, length)
+        """Draw sequences of prose, names, words and wordings that training never sees."""
+        return self._draw(self._held_out, HELD_OUT, rng, batch_size, length)
 
     def unigram_entropy(self) -> float:
         """Return the entropy of a token of an answer, nats."""
@@ -78,15 +80,24 @@ class NeedleSource:
         probabilities = counts[counts > 0] / len(answers)
         return float(-(probabilities * np.log(probabilities)).sum())
 
+    @cached_property
+    def _training(self) -> Ids:
+        """The prose to train on, joined once and not for every batch, ``[tokens]``."""
+        return joined(self.prose.training, self.vocab_size)
+
+    @cached_property
+    def _held_out(self) -> Ids:
+        """The prose that is held out, likewise."""
+        return joined(self.prose.held_out, self.vocab_size)
+
     def _draw(
         self,
-        prose: tuple[Ids, ...],
+        text: Ids,
         words: Wording,
         rng: np.random.Generator,
         batch_size: int,
         length: int,
     ) -> Batch:
-        text = joined(prose, self.vocab_size)
         if not len(text):
             raise ValueError("there is no prose to hide needles in; give other files by --text")
         starts = rng.integers(0, len(text), size=batch_size)

@@ -1,6 +1,7 @@
 """Windows of files: any ones, or those that use again, at their end, what stands far back.
 
-A window lies within one file, and no file is both trained on and held out.
+A window lies within one file, and no text is both trained on and held out: of ten files or more, no
+file is; of fewer, the end of each is held out.
 """
 
 from collections.abc import Sequence
@@ -79,8 +80,8 @@ class WindowSource:
             longest = max(map(len, files), default=0)
             raise ValueError(
                 f"too little text: the longest of {len(files)} files of one part has {longest} "
-                f"{self.tokenizer.unit}, and one sequence needs {length}; give longer files or "
-                "shorten --sequence-tokens"
+                f"{self.tokenizer.unit}, and one sequence needs {length}; give longer files, or "
+                "more of them, or shorten --sequence-tokens"
             )
         drawn = rng.choice(long_enough, size=batch_size)
         tokens = np.stack([self._window(files[number], rng, length) for number in drawn])

@@ -17,7 +17,7 @@ from megacontext.controller import MCController
 from megacontext.data.source import Batch
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.evaluation.attention import SINK, attention
-from megacontext.evaluation.losses import at_once, pairs_nll, session_loss
+from megacontext.evaluation.losses import pairs_nll, session_loss
 from megacontext.evaluation.memo import Memo, key_of
 from megacontext.evaluation.pickers import (
     LAST,
@@ -280,7 +280,7 @@ class Chunk:
             starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             mc.logits(mc.language_model.embed(tokens), starts, torch.ones_like(starts), last=1)
 
-        rows = at_once(mc, self.horizon, 1)
+        rows = mc.at_once(self.horizon, 1)
         for first in range(0, len(numbers), rows):
             some = self.visible.tokens[numbers[first : first + rows]]
             parts.append(attention(replace(self.visible, tokens=some), read))

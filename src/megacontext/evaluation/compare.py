@@ -34,7 +34,7 @@ class Evaluation:
         examples: Each way's cut of the first sequence.
         tokens: Of that sequence.
         clusters: What sequences belong together, by number, int64 ``[S]``: the files that they are
-            from; None where no two have anything in common.
+            from; None where they are not drawn by file.
     """
 
     nll: Mapping[str, Floats]

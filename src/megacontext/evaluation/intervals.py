@@ -17,7 +17,8 @@ def paired_interval(
     """Compute a percentile bootstrap interval of the mean (Efron 1979).
 
     Sequences of one file resemble each other, so it is files that are drawn, each with all its
-    sequences: the cluster bootstrap (Davison and Hinkley 1997, section 3.8).
+    sequences: the cluster bootstrap (Davison and Hinkley 1997, section 3.8). Where all are of one
+    file, nothing is known of others: then sequences are drawn, and the interval is of that file.
 
     Args:
         differences: Between two ways on the same sequences, or the losses of one, ``[S]``.
@@ -29,7 +30,7 @@ def paired_interval(
     Returns:
         Its ends.
     """
-    if clusters is None:
+    if clusters is None or len(np.unique(clusters)) == 1:
         clusters = np.arange(len(differences))
     _, member_of, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
     sums = np.bincount(member_of, weights=differences)

@@ -16,24 +16,6 @@ from megacontext.inference.session_config import SessionConfig
 from megacontext.model.tree import MegaContextTree
 from megacontext.model.working_context import NO_LABEL
 
-_NUMBERS = 2**26  # computed at once: a quarter of a GiB in single precision
-
-
-def at_once(mc: MCController, entries: int, predicting: int) -> int:
-    """Count the contexts that the language model may read at once.
-
-    Args:
-        mc: Whose language model.
-        entries: Of each.
-        predicting: Entries of each after which the next token is predicted.
-
-    Returns:
-        How many, at least one.
-    """
-    config = mc.config
-    inside = 8 * entries * config.d_model  # of a block, at its widest
-    return max(_NUMBERS // max(predicting * config.vocab_size, inside), 1)
-
 
 def horizon_nll(mc: MCController, tree: MegaContextTree, cuts: Sequence[Sequence[Cut]]) -> Floats:
     """Compute the mean NLL over the labels of the horizon.
@@ -62,7 +44,7 @@ def pairs_nll(mc: MCController, tree: MegaContextTree, pairs: Sequence[tuple[int
         The means, nats, ``[P]``.
     """
     longest = max(len(cut) for _, cut in pairs)
-    together = at_once(mc, longest, mc.config.horizon_tokens + 1)
+    together = mc.at_once(longest, mc.config.horizon_tokens + 1)
     parts = [pairs[first : first + together] for first in range(0, len(pairs), together)]
     return np.concatenate([_nll_at_once(mc, tree, part) for part in parts])
 

@@ -7,10 +7,11 @@ from torch import nn
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """Compute the SHA-256 of the weights of some modules."""
+    """Compute the SHA-256 of the weights of some modules, the same in whatever dtype they are."""
     digest = hashlib.sha256()
     for module in modules:
         for name, weight in module.state_dict().items():
-            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-            digest.update(np.ascontiguousarray(weight.float().numpy(force=True)).tobytes())
+            values = weight.float()
+            digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
+            digest.update(np.ascontiguousarray(values.numpy(force=True)).tobytes())
     return digest.hexdigest()

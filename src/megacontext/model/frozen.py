@@ -27,7 +27,10 @@ def freeze(language_model: HFLanguageModel) -> None:
     """
     language_model.model.requires_grad_(False)
     if has_fast_bfloat16():
-        language_model.model.to(torch.bfloat16)
+        # Weights alone: the library keeps the frequencies of positions in buffers, in float32
+        # whatever its weights are in, and rounded they would turn far positions by whole radians.
+        for weight in language_model.model.parameters():
+            weight.data = weight.data.to(torch.bfloat16)
 
 
 def has_fast_bfloat16() -> bool:

@@ -22,6 +22,8 @@ from megacontext.model.working_context import NO_LABEL, WorkingContext
 PREFERENCE_SCORER = "preference_scorer"
 AnyLensNet: TypeAlias = LensNet | LateInteractionLensNet
 
+_NUMBERS = 2**26  # computed at once: a quarter of a GiB in single precision
+
 
 class Networks(nn.Module):
     """Language model, GistNet and guarded LensNet, made by a configuration.
@@ -162,6 +164,9 @@ class Networks(nn.Module):
     def token_nll(self, context: WorkingContext, last: int | None = None) -> Tensor:
         """Compute the NLL of each entry's label.
 
+        Where nothing is learned from it, the language model reads so many rows at once as `at_once`
+        says.
+
         Args:
             context: R working contexts.
             last: Of so many entries alone, the newest; of all by default.
@@ -169,14 +174,44 @@ class Networks(nn.Module):
         Returns:
             The NLL, nats, ``[R, W or last]``; 0 where there is no label.
         """
-        labels = context.labels if last is None else context.labels[:, -last:]
-        logits = self.logits(
-            context.embeddings, context.starts, context.spans, context.pad_mask, last
-        )
+        rows = self._rows(context.labels, last)
+        parts = [
+            self._token_nll(context, slice(i, i + rows), last)
+            for i in range(0, len(context.labels), rows)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _token_nll(self, context: WorkingContext, rows: slice, last: int | None) -> Tensor:
+        pads = None if context.pad_mask is None else context.pad_mask[rows]
+        entries = context.embeddings[rows], context.starts[rows], context.spans[rows]
+        labels = context.labels[rows] if last is None else context.labels[rows, -last:]
         flat = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="none"
+            self.logits(*entries, pads, last).flatten(0, 1),
+            labels.flatten(),
+            ignore_index=NO_LABEL,
+            reduction="none",
         )
         return flat.view_as(labels)
+
+    def at_once(self, entries: int, predicting: int | None = None) -> int:
+        """Count the contexts that the language model may read at once.
+
+        Args:
+            entries: Of each.
+            predicting: Entries of each after which the next token is predicted; all by default.
+
+        Returns:
+            How many, at least one.
+        """
+        logits = (entries if predicting is None else predicting) * self.config.vocab_size
+        inside = 8 * entries * self.config.d_model  # of a block, at its widest
+        return max(_NUMBERS // max(logits, inside), 1)
+
+    def _rows(self, tokens: Tensor, predicting: int | None = None) -> int:
+        """Count the rows ``[B, T]`` to be read at once: all where gradients are wanted."""
+        if torch.is_grad_enabled():
+            return len(tokens)
+        return self.at_once(tokens.shape[1], predicting)
 
     def full_detail_loss(self, tokens: Tensor, labelled: Tensor | None = None) -> Tensor:
         """Compute the language model's mean NLL on plain LOD0 contexts; it needs no LensNet.
@@ -193,9 +228,19 @@ class Networks(nn.Module):
             ValueError: Tokens that cannot be a batch.
         """
         check_batch(tokens, None, self.config)
+        labels = tokens if labelled is None else tokens.masked_fill(~labelled, NO_LABEL)
+        rows = self._rows(tokens)
+        slices = [slice(i, i + rows) for i in range(0, len(tokens), rows)]
+        parts = [self._mean_nll(tokens[part], labels[part]) for part in slices]
+        if len(parts) == 1:
+            return parts[0]
+        counts = [(labels[part, 1:] != NO_LABEL).sum() for part in slices]
+        share = torch.stack(counts) / torch.stack(counts).sum()
+        return (torch.stack(parts) * share).nansum()  # nan where no token counts
+
+    def _mean_nll(self, tokens: Tensor, labels: Tensor) -> Tensor:
         starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits = self.logits(self.language_model.embed(tokens), starts, torch.ones_like(starts))
-        labels = tokens if labelled is None else tokens.masked_fill(~labelled, NO_LABEL)
         return F.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LABEL
         )

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from megacontext.config import MCConfig
 from megacontext.controller import MCController
-from megacontext.data.source import Batch, Source
+from megacontext.data.source import Source
 from megacontext.files import reading
 from megacontext.micro_step import Cuts, LensResult
 from megacontext.training.distributed import (
@@ -36,7 +36,6 @@ from megacontext.training.train_result import Report, StepReport
 
 LM_DATA, DATA = 0, 1  # what random numbers are for
 VALIDATION_SEQUENCES = 32
-_LOGITS = 2**26  # of validation, computed at once
 COMPARED_SEQUENCES = 16  # of validation, with all their variants
 
 
@@ -327,15 +326,8 @@ class Trainer:
         length = config.train_wc_length if text else config.sequence_tokens
         rng = np.random.default_rng(0)
         batch = self.source.held_out_batch(rng, VALIDATION_SEQUENCES, length).to(self.device)
-        at_once = max(_LOGITS // (length * config.vocab_size), 1)
-        parts = -(-VALIDATION_SEQUENCES // at_once)
-        loss = 0.0
         with self.mc.context("inference"), torch.no_grad():
-            for part in (batch.share(rank, parts) for rank in range(parts)):
-                share = _labels(part) / _labels(batch)
-                loss += share * float(
-                    self.call(self.mc.full_detail_loss, part.tokens, part.labelled)
-                )
+            loss = float(self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled))
         self._frozen_loss = loss if config.freeze_language_model else None
         return loss
 
@@ -379,12 +371,6 @@ class Trainer:
                 load_weights(self.mc.learned, state["model"])
                 load_optimizer(self.optimizer, state["optimizer"])
         self.folder.drop_metrics_after(self.step)
-
-
-def _labels(batch: Batch) -> int:
-    """Count the labels of a batch, of which the first token is none."""
-    every = torch.ones_like(batch.tokens) if batch.labelled is None else batch.labelled
-    return int(every[:, 1:].sum())
 
 
 def _optimizer_of(mc: MCController, settings: TrainConfig) -> torch.optim.AdamW:

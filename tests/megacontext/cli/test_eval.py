@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from tests.megacontext.conftest import TEXT, invoke
 
+from megacontext.cli.eval import _settings
+from megacontext.training.pretrained import read_run
+from megacontext.training.run_folder import RunFolder
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -80,13 +84,12 @@ class TestEval:
         arguments = ("--sequences", 6, "--oracle-draws", 1, "--no-greedy", "--no-session", "--json")
         run = ("eval", "--run-dir", trained_on_text, *arguments)
         for data in ("reuse", "mqar"):
-            given = () if data == "mqar" else ("--text", TEXT[0])
-            code, out, err = invoke(*run, "--data", data, *given)
+            code, out, err = invoke(*run, "--data", data)
             assert code == 0, err
             result = json.loads(out)
             assert json.loads((trained_on_text / f"eval-{data}.json").read_text()) == result
             assert result["data"] == data
-            assert "may have read some of these" not in err
+            assert "have read some of these" not in err
             assert (result["clusters"] is None) == (data == "mqar")
         assert not (trained_on_text / "eval.json").exists()
         code, _, err = invoke(*run, "--data", "needles")
@@ -101,13 +104,37 @@ class TestEval:
         config["train"]["data"] = "text"
         (run_dir / "config.json").write_text(json.dumps(config))
         arguments = ("--sequences", 1, "--oracle-draws", 1, "--no-greedy", "--no-session")
-        given = ("--data", "reuse", "--text", TEXT[0])
-        code, out, _ = invoke("eval", "--run-dir", run_dir, *arguments, *given)
+        code, out, _ = invoke("eval", "--run-dir", run_dir, *arguments, "--data", "reuse")
         assert code == 0
         assert (
             "The run was trained on text, which holds other files out than reuse does: it may have "
-            "read some of these. Train it with --data files for files that it never saw.\n"
+            "read some of these. Train and evaluate it with --data files for files that it never "
+            "saw.\n"
         ) in out
+        code, out, _ = invoke("eval", "--run-dir", trained_on_text, *arguments, "--data", "text")
+        assert code == 0
+        assert "The run was trained on files, which holds other files out than text does" in out
+
+    def test_a_part_of_the_text_was_taken_for_what_the_run_never_saw(
+        self, trained_on_text: Path
+    ) -> None:
+        """Its files have other names there, and so are held out otherwise: it is told."""
+        arguments = ("--sequences", 1, "--oracle-draws", 1, "--no-greedy", "--no-session")
+        given = ("--data", "reuse", "--text", Path(TEXT[0]).parent)
+        code, out, _ = invoke("eval", "--run-dir", trained_on_text, *arguments, *given)
+        assert code == 0
+        assert (
+            "The run was trained on another --text, and which files are held out depends on that: "
+            "it may have read some of these. Leave --text out for files that it never saw.\n"
+        ) in out
+
+    def test_other_data_than_the_runs_was_of_another_text(self, trained_on_text: Path) -> None:
+        """What reads files reads those of the run, unless others are given; needles their own."""
+        folder = RunFolder(trained_on_text)
+        assert _settings(folder, "reuse", ()).text == read_run(folder).settings.text != ()
+        assert _settings(folder, None, ()) == read_run(folder).settings
+        assert _settings(folder, "needles", ()).text == ()
+        assert _settings(folder, "reuse", (Path("/other"),)).text == ("/other",)
 
     def test_the_same_command_twice(self, trained: Path) -> None:
         """The same figures."""

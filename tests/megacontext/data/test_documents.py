@@ -36,6 +36,15 @@ class TestSplitDocuments:
         assert [text.tolist() for text in made.held_out] == [[8, 9], [ord("5")]]
         assert joined(made.training, 256).tolist() == [*range(8), *b"1234"]
 
+    def test_copies_by_another_name_were_in_both_parts(self) -> None:
+        """The first of them counts, so that nothing that is trained on is held out as well."""
+        copies = [(f"copy of {name}", text) for name, text in TEXTS]
+        assert any(
+            is_held_out(a) != is_held_out(b) for (a, _), (b, _) in zip(TEXTS, copies, strict=True)
+        )
+        made = split_documents([*TEXTS, *copies], ByteTokenizer())
+        assert made.sha256 == split_documents(TEXTS, ByteTokenizer()).sha256
+
     def test_the_fingerprint_tells_texts_and_parts_apart(self) -> None:
         """A changed text is found, and one that changed parts by its name."""
         of = [split_documents(texts, ByteTokenizer()).sha256 for texts in (TEXTS, TEXTS)]

@@ -174,7 +174,7 @@ class TestEvaluate:
     def test_clusters_are_files(self) -> None:
         """Of windows of files, and of nothing else."""
         mc = MCController(dataclasses.replace(CONFIG, vocab_size=256))
-        texts = [(f"{i}", bytes(range(256))) for i in range(12)]
+        texts = [(f"{i}", bytes([i, *range(256)])) for i in range(12)]
         source = WindowSource(split_documents(texts, ByteTokenizer()), 24, 6)
         what = Comparing(oracle_draws=1, greedy=False, in_session=False)
         found = evaluate(mc, source, sequences=40, seed=3, what=what)

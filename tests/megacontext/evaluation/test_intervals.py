@@ -34,7 +34,13 @@ class TestPairedInterval:
         low, high = paired_interval(values, files, draws=2_000)
         assert low == 0
         assert high == 1  # once in 27 draws the large file is not there
-        assert paired_interval(values, np.zeros(100, dtype=np.int64)) == (0.02, 0.02)
+
+    def test_sequences_of_one_file_alone_are_not_certain(self) -> None:
+        """They are drawn one by one: an interval of no width would be clear of everything."""
+        values = np.random.default_rng(0).normal(size=30)
+        one_file = np.full(30, 7)
+        assert paired_interval(values, one_file) == paired_interval(values)
+        assert np.ptp(paired_interval(values, one_file)) > 0.2
 
     def test_it_narrows_with_more_values(self) -> None:
         """By the root of their number."""

@@ -34,7 +34,7 @@ class TestTokenProbabilities:
         kept = token_probabilities(torch.tensor(logits), SamplingRules(top_k=k))
         assert int((kept > 0).sum()) <= k
         assert kept.sum() == pytest.approx(1, abs=1e-5)
-        assert kept.max() == kept[full.argmax()]
+        assert kept.max() == kept[full == full.max()].max()  # of equals one is enough
         inside = kept > 0
         torch.testing.assert_close(kept[inside], full[inside] / full[inside].sum())
         if (~inside).any():

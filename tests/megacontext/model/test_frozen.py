@@ -25,6 +25,7 @@ from megacontext import (
     train,
 )
 from megacontext.data.tokenizer import tokenizer_of
+from megacontext.inference.session_folder import fingerprint
 from megacontext.model import frozen
 from megacontext.model.frozen import weights_sha256
 from megacontext.model.gguf import SMOLLM2
@@ -75,6 +76,18 @@ class TestPrecision:
         logits = mc.logits(embeddings, starts, torch.ones_like(starts))
         assert embeddings.dtype == logits.dtype == torch.float32
 
+    def test_positions_are_not_rounded_to_bfloat16(
+        self, llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The library's frequencies stay in float32, as when it loads a model in bfloat16."""
+        frequencies = []
+        for fast in (True, False):
+            monkeypatch.setattr(frozen, "has_fast_bfloat16", lambda fast=fast: fast)
+            mc = MCController(config_of(llama, freeze_language_model=True))
+            frequencies.append(mc.language_model.model.model.rotary_emb.inv_freq)
+        assert frequencies[0].dtype == torch.float32
+        assert frequencies[0].equal(frequencies[1])
+
     def test_the_hash_is_that_of_the_model_in_either(
         self, llama: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -87,6 +100,14 @@ class TestPrecision:
         assert hashes[0] == hashes[1]
         mc.language_model.embedding.weight.data[0, 0] += 1
         assert weights_sha256(mc.language_model) != hashes[0]
+
+    def test_a_session_goes_on_where_weights_are_held_in_another_dtype(self) -> None:
+        """Its folder knows them by their values, which are the same; others are refused."""
+        module = torch.nn.Linear(4, 4).to(torch.bfloat16)
+        known = fingerprint(module)
+        assert fingerprint(module.float()) == known
+        module.weight.data[0, 0] += 1
+        assert fingerprint(module) != known
 
 
 class TestContract:

@@ -4,10 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.megacontext.conftest import TEXT_MODEL
 from torch import Tensor
 
 from lensnet_guard import CallPolicy, guard_module
-from megacontext import GistNet, LanguageModel, LensNet
+from megacontext import GistNet, LanguageModel, LensNet, MCController
+from megacontext.allocators.cut import lod0_tail
+from megacontext.model import networks
 from megacontext.model.language_model import Seen
 
 
@@ -239,3 +242,33 @@ class TestSeen:
         torch.testing.assert_close(near, shifted, atol=1e-4, rtol=1e-3)
         far = model(context["embeddings"], context["starts"] + 2**25, context["spans"])
         assert (near - far).abs().max() > 10 * (near - shifted).abs().max()
+
+
+class TestAtOnce:
+    def test_validation_with_a_large_vocabulary_read_all_rows_at_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """32 rows of 1,024 with 49,152 words make 6.4 GB of logits; in parts, losses are equal."""
+        mc = MCController(TEXT_MODEL)
+        tokens = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(0))
+        labelled = torch.zeros(5, 40, dtype=torch.bool)
+        labelled[0, 3:5] = labelled[1, 7] = labelled[4, 9:30] = True  # two rows count nothing
+        read: list[int] = []
+        mc.language_model.register_forward_pre_hook(lambda _, x: read.append(len(x[0])))
+
+        def losses() -> list[Tensor]:
+            tree = mc.build_tree(tokens)
+            context = tree.working_context([[lod0_tail(40, 40, 4)], [lod0_tail(40, 30, 4)]] * 2)
+            of_all = mc.full_detail_loss(tokens), mc.full_detail_loss(tokens, labelled)
+            return [*of_all, mc.token_nll(context)]
+
+        whole = losses()
+        with torch.no_grad():
+            assert all(a.equal(b) for a, b in zip(whole, losses(), strict=True))
+            assert read == [5, 5, 4] * 2
+            monkeypatch.setattr(networks, "_LOGITS", 2 * 40 * 256)
+            parts = losses()
+        assert read[6:] == [2, 2, 1, 2, 2, 1, 2, 2]
+        torch.testing.assert_close(parts, whole)
+        losses()
+        assert read[14:] == [5, 5, 4]  # what is learned from is read once
