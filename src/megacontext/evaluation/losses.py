@@ -93,6 +93,7 @@ def session_loss(mc: MCController, history: Tensor, labels: Tensor) -> tuple[flo
         wc_length=config.train_wc_length - config.horizon_tokens,
         refocus_interval=config.recent_tokens,
         iterations=ROUNDS,
+        cooldown=0,  # rounds are enough; what rests needs room that a short context has not
         expand_threshold=-np.inf,
         margin=0.0,
         max_edits=length,

@@ -74,8 +74,9 @@ class StagedTrainer(Trainer):
             own = {n: w for n, w in state["model"].items() if n.startswith(prefix)}
             self.mc.gistnet.load_state_dict({n.removeprefix(prefix): w for n, w in own.items()})
         if self.world.first:
-            for path in (self.folder.kept, self.folder.held_out):
-                shutil.copytree(other.path / path.name, path, dirs_exist_ok=True)
+            for losses in (self.folder.kept, self.folder.held_out):
+                if (others := other.path / losses.name).exists():
+                    shutil.copytree(others, losses, dirs_exist_ok=True)
         self.world.wait()
 
     def phases(self, report: Report, sinks: Sequence[MetricSink]) -> list[Phase]:
@@ -184,8 +185,8 @@ class StagedTrainer(Trainer):
 
     def _keep(self, report: Report) -> None:
         """Compute the losses that are not there yet: this process its share of the files."""
-        if self.settings.gists_of:  # they came with the gists
-            return
+        if self.settings.gists_of and RunFolder(self.settings.gists_of).kept.exists():
+            return  # they came with the gists
         held_out, kept = (
             KeptLosses.beside(path, self.mc) for path in (self.folder.held_out, self.folder.kept)
         )

@@ -31,8 +31,8 @@ class TrainConfig:
         kept_sequences: Where not 0, LensNet learns from so many sequences, the losses of whose
             variants are computed once and kept; GistNet stays as ``gist_steps`` made it then. It
             takes a frozen language model.
-        gists_of: Folder of a run whose GistNet and kept losses are taken, so that neither is made
-            anew; ``gist_steps`` says nothing then.
+        gists_of: Folder of a run whose GistNet is taken, and its kept losses if it has any, so
+            that neither is made anew; ``gist_steps`` says nothing then.
         guess_steps: Optimizer steps of LensNet before that, on losses that are guessed without the
             language model: pre-training (see `training.guess`).
         steps: Optimizer steps of all networks; of LensNet alone, where losses are kept.
