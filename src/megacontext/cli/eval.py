@@ -25,7 +25,9 @@ from megacontext.evaluation.overview import draw_evaluation
 from megacontext.evaluation.rows import as_good_as_lensnet, comparison_rows
 from megacontext.evaluation.ways import LENSNET, Comparing
 from megacontext.files import write_atomically
+from megacontext.model.gguf import SMOLLM2
 from megacontext.training import ablation
+from megacontext.training.exported import model_folder
 from megacontext.training.pretrained import load_model, read_run, usable_device
 from megacontext.training.run_folder import RunFolder
 from megacontext.training.sources import load_source
@@ -43,6 +45,7 @@ Examples:
   megacontext eval --run-dir runs/recall --sequences 512 --seed 7 --json
   megacontext eval --run-dir runs/mine --data reuse --no-greedy
   megacontext eval --run-dir runs/recall --ablate
+  megacontext eval --language-model smollm2 --out found --data reuse --sequences 24 --main-ways
 """
 _OTHER_PARTS = (
     "The run was trained on {}, which holds other files out than {} does: it may have read some of "
@@ -57,9 +60,18 @@ _OPTIONS = (
     click.option(
         "--run-dir",
         type=click.Path(path_type=Path, exists=True, file_okay=False),
-        required=True,
-        help="Folder of a trained run; eval.json and eval.png go there (of other data than the "
-        "run's, or without gists, with that in their names).",
+        help="Folder of a trained run.",
+    ),
+    click.option(
+        "--language-model",
+        help=f"Instead: {SMOLLM2}, with the LensNet and the GistNet that this package ships.",
+    ),
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path, file_okay=False),
+        show_default="the run's",
+        help="Folder for eval.json and eval.png (of other data than the run's, or without gists, "
+        "with that in their names), and for losses.jsonl.",
     ),
     click.option(
         "--data",
@@ -135,14 +147,20 @@ _OPTIONS = (
 
 @click.command("eval", help=_HELP, epilog=EXIT_CODES, context_settings={"show_default": True})
 @with_options(_OPTIONS)
-def command(run_dir: Path, as_json: bool, **options: Any) -> None:
+def command(
+    run_dir: Path | None, language_model: str | None, as_json: bool, **options: Any
+) -> None:
     """Evaluate; `_HELP` is what a user reads."""
-    _check_ablate(options)
+    _check_ablate(options, language_model)
     console = PipeConsole(stderr=as_json, highlight=False)
     sequences, seed = options["sequences"], options["seed"]
     with plain_endings():
-        folder = RunFolder(run_dir)
         with usage_errors():
+            folder = RunFolder(model_folder(run_dir, language_model))
+            if language_model is not None and options["out"] is None:
+                raise ValueError("--language-model needs an --out, where what is found is to go")
+            out = options["out"] or folder.path
+            out.mkdir(parents=True, exist_ok=True)
             folder.require_run()
             where = usable_device(options["device"])
         if options["ablate"]:
@@ -162,14 +180,18 @@ def command(run_dir: Path, as_json: bool, **options: Any) -> None:
                 gists=options["gists"],
                 embed=None if source.tokenizer is None else load_minilm(str(where)),
             )
-            memo = Memo(options["losses"] or folder.path / "losses.jsonl")
-            result = _evaluate(console, folder, mc, settings, source, what, memo, sequences, seed)
+            memo = Memo(options["losses"] or out / "losses.jsonl")
+            result = _evaluate(
+                console, folder, out, mc, settings, source, what, memo, sequences, seed
+            )
         if as_json:
             click.echo(json.dumps(result))
 
 
-def _check_ablate(options: dict[str, Any]) -> None:
+def _check_ablate(options: dict[str, Any], language_model: str | None) -> None:
     """Refuse what is of the other kind of evaluation."""
+    if options["ablate"] and language_model is not None:
+        raise click.UsageError("--ablate trains a run's setting anew; give the --run-dir of one")
     if options["steps"] is not None and not options["ablate"]:
         raise click.UsageError("--steps is of the trainings of --ablate; leave it out, or add that")
     if options["ablate"] and (options["data"] or options["text"] or not options["gists"]):
@@ -192,6 +214,7 @@ def _settings(folder: RunFolder, data: str | None, text: Sequence[Path]) -> Trai
 def _evaluate(
     console: Console,
     folder: RunFolder,
+    out: Path,
     mc: MCController,
     settings: TrainConfig,
     source: Source,
@@ -238,7 +261,7 @@ def _evaluate(
         "ways": [row.to_json() for row in rows],
     }
     other = "" if settings == own else f"-{settings.data}"
-    path = folder.path / f"eval{other}{'' if what.gists else '-no-gists'}.json"
+    path = out / f"eval{other}{'' if what.gists else '-no-gists'}.json"
     write_atomically(path, json.dumps(result, indent=2).encode() + b"\n")
     draw_evaluation(path.with_suffix(".png"), rows, evaluation.examples, evaluation.tokens)
     return result

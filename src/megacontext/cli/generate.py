@@ -26,7 +26,7 @@ from megacontext.inference.session_folder import require_free, require_session
 from megacontext.inference.session_report import FocusEvent
 from megacontext.inference.text_stream import TextStream
 from megacontext.model.gguf import SMOLLM2
-from megacontext.training.exported import shipped
+from megacontext.training.exported import model_folder
 from megacontext.training.pretrained import load_model, usable_device
 from megacontext.training.run_folder import RunFolder
 
@@ -115,7 +115,7 @@ def command(run_dir: Path | None, language_model: str | None, device: str, **opt
     with plain_endings(lambda: again):
         with usage_errors():
             _check_usage(click.get_current_context())
-            run_dir = _run_dir(run_dir, language_model)
+            run_dir = model_folder(run_dir, language_model)
             RunFolder(run_dir).require_run()
             on = usable_device(device)
         mc = load_model(run_dir, on)
@@ -128,22 +128,6 @@ def command(run_dir: Path | None, language_model: str | None, device: str, **opt
                 )
             generation = _Generation(mc, tokenizer, console, options)
         generation.run()
-
-
-def _run_dir(run_dir: Path | None, language_model: str | None) -> Path:
-    """Return the folder of the model.
-
-    Raises:
-        ValueError: None or two were given, or one that is not shipped.
-    """
-    if run_dir is not None and language_model is None:
-        return run_dir
-    if run_dir is None and language_model is not None:
-        return shipped(language_model)
-    raise ValueError(
-        f"give the --run-dir of a model that was trained, or --language-model {SMOLLM2}, and not "
-        "both"
-    )
 
 
 def _check_usage(ctx: click.Context) -> None:

@@ -60,18 +60,26 @@ def export(run_dir: Path, out: Path) -> Path:
     return into.path
 
 
-def shipped(language_model: str) -> Path:
-    """Find the exported folder that this package ships for a language model.
+def model_folder(run_dir: Path | None, language_model: str | None) -> Path:
+    """Find the folder of a model: of a run, or the exported one that this package ships.
 
     Args:
-        language_model: As ``MCConfig.language_model``.
+        run_dir: Folder of the run; None for what is shipped.
+        language_model: For which it is shipped, as ``MCConfig.language_model``.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: There is none.
+        ValueError: None or both are given, or nothing is shipped for that language model.
     """
+    if (run_dir is None) == (language_model is None):
+        raise ValueError(
+            f"give the --run-dir of a model that was trained, or --language-model {SMOLLM2}, and "
+            "not both"
+        )
+    if run_dir is not None:
+        return run_dir
     if language_model != SMOLLM2:
         raise ValueError(
             f"weights are shipped for {SMOLLM2} alone; for {language_model}, train a run and give "
