@@ -31,6 +31,7 @@ from megacontext.training.pretrained import load_model, usable_device
 from megacontext.training.run_folder import RunFolder
 
 _SESSION, _SAMPLING = SessionConfig(), SamplingRules()
+_SHIPPED_WC_LENGTH = 1_024  # it was trained on so few entries that a session has no room in them
 _PROMPT_BYTES = 1 << 16  # of a prompt that are in memory at once
 
 
@@ -73,7 +74,7 @@ _OPTIONS = (
     click.option(
         "--wc-length",
         type=int,
-        show_default="the model's",
+        show_default=f"the model's; {_SHIPPED_WC_LENGTH:,} of what is shipped",
         help="Most entries of the working context.",
     ),
     option("--refocus-interval", _SESSION.refocus_interval, "Tokens from one refocus to the next."),
@@ -116,6 +117,8 @@ def command(run_dir: Path | None, language_model: str | None, device: str, **opt
         with usage_errors():
             _check_usage(click.get_current_context())
             run_dir = model_folder(run_dir, language_model)
+            if language_model is not None and options["wc_length"] is None:
+                options["wc_length"] = _SHIPPED_WC_LENGTH
             RunFolder(run_dir).require_run()
             on = usable_device(device)
         mc = load_model(run_dir, on)

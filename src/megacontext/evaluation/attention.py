@@ -4,14 +4,18 @@ After Li et al. 2024 (SnapKV, arXiv:2404.14469): what the last queries before th
 The model reads all of the history in detail for that, which no other picker needs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megacontext.controller import MCController
+from megacontext.evaluation.memo import Memo, key_of
 from megacontext.evaluation.pickers import LAST, Floats, Visible
 
 SINK = 4  # first tokens, where heads that look for nothing look (Xiao et al. 2023, StreamingLLM)
@@ -90,3 +94,34 @@ def attention(
 def _floats(scores: Tensor) -> Floats:
     out: Floats = scores.double().numpy(force=True)
     return out
+
+
+def attended(
+    mc: MCController, visible: Visible, keys: Sequence[str], memo: Memo
+) -> tuple[Floats, Floats]:
+    """Ask a language model what it attends to, so many sequences at once as there is room for.
+
+    Args:
+        mc: Its language model reads all that is visible, in detail.
+        visible: The sequences.
+        keys: Of each, as `memo` is to know it.
+        memo: Knows what was computed before.
+
+    Returns:
+        The mean over heads, and their maximum, ``[S, blocks]`` each.
+    """
+
+    def read(tokens: Tensor) -> None:
+        tokens = tokens.to(next(mc.parameters()).device)
+        starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        mc.logits(mc.language_model.embed(tokens), starts, torch.ones_like(starts), last=1)
+
+    def compute(numbers: list[int]) -> Floats:
+        rows = mc.at_once(visible.tokens.shape[1], 1)
+        some = [numbers[first : first + rows] for first in range(0, len(numbers), rows)]
+        parts = [attention(replace(visible, tokens=visible.tokens[n]), read) for n in some]
+        return np.concatenate([np.concatenate(both, axis=1) for both in parts])
+
+    both = memo.many([key_of("attention", key) for key in keys], compute)
+    mean, most = np.split(both, 2, axis=1)
+    return mean, most

@@ -8,7 +8,6 @@ from itertools import chain
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from megacontext.allocators.cut import Cut, from_block_lods, lod0_tail
 from megacontext.allocators.focus import Scored, refocus_cut
@@ -16,8 +15,8 @@ from megacontext.allocators.rules import FocusRules, FocusTuning
 from megacontext.controller import MCController
 from megacontext.data.source import Batch
 from megacontext.data.tokenizer import Tokenizer
-from megacontext.evaluation.attention import SINK, attention
-from megacontext.evaluation.losses import pairs_nll, session_loss
+from megacontext.evaluation.attention import SINK, attended
+from megacontext.evaluation.losses import keys_of, pairs_nll, session_losses
 from megacontext.evaluation.memo import Memo, key_of
 from megacontext.evaluation.pickers import (
     LAST,
@@ -84,10 +83,7 @@ class Chunk:
         with torch.no_grad():
             self.tree: MegaContextTree = mc.build_tree(batch.tokens, labelled=batch.labelled)
         self.length = self.tree.lengths[0]
-        rows = zip(
-            self.tree.tokens.numpy(force=True), self.tree.labels.numpy(force=True), strict=True
-        )
-        self.keys = [key_of(of_model, tokens, labels) for tokens, labels in rows]
+        self.keys = keys_of(self.tree, of_model)
         self.horizon = self.length - config.horizon_tokens
         self.view = mc.config.geometry.focus_view(self.length, config.horizon_tokens)
         self.geometry = config.geometry.within(config.train_wc_length)
@@ -204,23 +200,8 @@ class Chunk:
 
     def _in_session(self) -> Picked:
         """Let each history come bit by bit."""
-        width = self.mc.config.train_wc_length
-
-        def compute(rows: list[int]) -> Floats:
-            found = [session_loss(self.mc, self.tree.tokens[r], self.tree.labels[r]) for r in rows]
-            padded = np.full((len(rows), 1 + 2 * width), -1.0)
-            for into, (nll, cut) in zip(padded, found, strict=True):
-                into[0], into[1 : 1 + len(cut)] = nll, cut.positions
-                into[1 + width : 1 + width + len(cut)] = cut.lods
-            return padded
-
-        lensnet = fingerprint(self.mc.lensnet)
-        kept = self.memo.many([key_of("session", lensnet, key) for key in self.keys], compute)
-        cuts = [
-            Cut(p[p >= 0], lods[p >= 0], self.mc.config.block_size)
-            for p, lods in kept[:, 1:].reshape(len(kept), 2, -1).astype(np.int64)
-        ]
-        return kept[:, 0], cuts
+        keys = [key_of("session", fingerprint(self.mc.lensnet), key) for key in self.keys]
+        return session_losses(self.mc, self.tree, keys, self.memo)
 
     # Their cuts --------------------------------------------------------------------------------
 
@@ -266,25 +247,8 @@ class Chunk:
 
     @cached_property
     def _attention(self) -> tuple[Floats, Floats]:
-        """Ask the language model what it attends to, so many sequences at once as there is room."""
-        keys = [key_of("attention", key) for key in self.keys]
-        both = self.memo.many(keys, self._attended).reshape(len(keys), 2, -1)
-        return both[:, 0], both[:, 1]
-
-    def _attended(self, numbers: list[int]) -> Floats:
-        """Return what the language model attends to in some sequences, ``[n, 2 · blocks]``."""
-        mc, parts = self.mc, []
-
-        def read(tokens: Tensor) -> None:
-            tokens = tokens.to(self.tree.tokens.device)
-            starts = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            mc.logits(mc.language_model.embed(tokens), starts, torch.ones_like(starts), last=1)
-
-        rows = mc.at_once(self.horizon, 1)
-        for first in range(0, len(numbers), rows):
-            some = self.visible.tokens[numbers[first : first + rows]]
-            parts.append(attention(replace(self.visible, tokens=some), read))
-        return np.concatenate([np.concatenate(both, axis=1) for both in parts])
+        """Ask the language model what it attends to: the mean over heads, and the maximum."""
+        return attended(self.mc, self.visible, self.keys, self.memo)
 
     def _holding(self, blocks: NDArray[np.int64]) -> list[Cut]:
         """Hold these blocks first, -1 for none; ties are in random order."""

@@ -74,11 +74,7 @@ def evaluate(
         OSError: The file of ``memo`` cannot be written.
     """
     what, memo = what or Comparing(), Memo() if memo is None else memo
-    if sequences < 1 or what.oracle_draws < 0:
-        raise ValueError(
-            f"an evaluation needs sequences, and no less than 0 draws of the oracle, not "
-            f"{sequences} and {what.oracle_draws}"
-        )
+    _check(sequences, what)
     of_model = fingerprint(mc.language_model, mc.gistnet)
     rng, block_rng = np.random.default_rng([seed, 2]), np.random.default_rng([seed, 3])
     # No token more than is kept: facts are where the source says that they are.
@@ -109,6 +105,14 @@ def evaluate(
         tokens=tokens,
         clusters=np.concatenate(files) if files else None,
     )
+
+
+def _check(sequences: int, what: Comparing) -> None:
+    if sequences < 1 or what.oracle_draws < 0:
+        raise ValueError(
+            f"an evaluation needs sequences, and no less than 0 draws of the oracle, not "
+            f"{sequences} and {what.oracle_draws}"
+        )
 
 
 def gap_closed(evaluation: Evaluation, way: str, to: str = ORACLE) -> float:

@@ -10,11 +10,18 @@ from torch import Tensor
 
 from megacontext.allocators.cut import Cut
 from megacontext.controller import MCController
+from megacontext.evaluation.memo import Memo, key_of
 from megacontext.evaluation.pickers import Floats
-from megacontext.evaluation.ways import ROUNDS
+from megacontext.evaluation.ways import ROUNDS, Picked
 from megacontext.inference.session_config import SessionConfig
 from megacontext.model.tree import MegaContextTree
 from megacontext.model.working_context import NO_LABEL
+
+
+def keys_of(tree: MegaContextTree, of_model: str) -> list[str]:
+    """Return a key of each history, by its tokens, its labels and what makes its losses."""
+    both = tree.tokens.numpy(force=True), tree.labels.numpy(force=True)
+    return [key_of(of_model, tokens, labels) for tokens, labels in zip(*both, strict=True)]
 
 
 def horizon_nll(mc: MCController, tree: MegaContextTree, cuts: Sequence[Sequence[Cut]]) -> Floats:
@@ -75,19 +82,42 @@ def _histories(tree: MegaContextTree, rows: slice) -> MegaContextTree:
     )
 
 
-def session_loss(mc: MCController, history: Tensor, labels: Tensor) -> tuple[float, Cut]:
-    """Let a history come bit by bit, refocused again and again, up to the horizon.
+def session_losses(
+    mc: MCController, tree: MegaContextTree, keys: Sequence[str], memo: Memo
+) -> Picked:
+    """Let each history come bit by bit, refocused again and again, up to the horizon.
 
     The session's budget leaves room for the horizon, so that the length is equal at its end.
 
     Args:
-        mc: Holds the session.
-        history: Its tokens, int64 ``[N]``.
-        labels: What each is to be predicted as, or `NO_LABEL`, int64 ``[N]``.
+        mc: Holds the sessions.
+        tree: Of S histories, all as long.
+        keys: Of each, as `memo` is to know it.
+        memo: Knows what was computed before.
 
     Returns:
-        The mean NLL over the labels of the horizon, nats, and the cut at the end.
+        The mean NLL over the labels of the horizon, nats, ``[S]``, and the cuts at the end.
     """
+    width = mc.config.train_wc_length
+
+    def compute(rows: list[int]) -> Floats:
+        padded = np.full((len(rows), 1 + 2 * width), -1.0)
+        for into, row in zip(padded, rows, strict=True):
+            nll, cut = _session_loss(mc, tree.tokens[row], tree.labels[row])
+            into[0], into[1 : 1 + len(cut)] = nll, cut.positions
+            into[1 + width : 1 + width + len(cut)] = cut.lods
+        return padded
+
+    kept = memo.many(keys, compute)
+    cuts = [
+        Cut(positions[positions >= 0], lods[lods >= 0], mc.config.block_size)
+        for positions, lods in kept[:, 1:].reshape(len(kept), 2, width).astype(np.int64)
+    ]
+    return kept[:, 0], cuts
+
+
+def _session_loss(mc: MCController, history: Tensor, labels: Tensor) -> tuple[float, Cut]:
+    """Return the mean NLL over the labels of one horizon, and the cut at the end."""
     config, length = mc.config, len(history)
     settings = SessionConfig(
         wc_length=config.train_wc_length - config.horizon_tokens,

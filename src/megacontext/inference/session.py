@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megacontext.allocators.cut import Cut, child_nodes
+from megacontext.allocators.cut import Cut
 from megacontext.allocators.rules import first_that_fits, highest_lod
 from megacontext.inference.focus import FocusAllocator
 from megacontext.inference.focus_state import FocusState
 from megacontext.inference.session_config import SessionConfig, session_rules
 from megacontext.inference.session_folder import SessionFolder
 from megacontext.inference.session_report import FocusEvent, InferenceReport
+from megacontext.inference.stored_view import entries_of, view_of_store
 from megacontext.inference.tree_store import TreeStore
 from megacontext.model.fingerprint import fingerprint
-from megacontext.model.focus_view import FocusView
 from megacontext.model.hf_language_model import HFSeen
 from megacontext.model.language_model import Seen
-from megacontext.model.matching import NO_TOKEN
 from megacontext.model.networks import Networks
 from megacontext.model.working_context import NO_LABEL, WorkingContext
 
@@ -187,7 +187,7 @@ class Session:
         labels = np.full(len(cut), NO_LABEL, dtype=np.int64)
         known = cut.ends < len(self.store)
         labels[known] = self.store.tokens(cut.ends[known])
-        context = self._gather(cut)
+        context = entries_of(self.store, cut)
         return dataclasses.replace(
             context, labels=torch.from_numpy(labels)[None].to(context.labels.device)
         )
@@ -248,47 +248,17 @@ class Session:
         """Edit the cut; on disk before it counts, so that an error changes nothing."""
         tokens, depth, events = len(self.store), self._deepen(), []
         focus = self.focus.refocused(tokens)
+        query = self._networks.config.query_tokens
+        look = partial(view_of_store, self.store, query_tokens=query)
         for _ in range(max(self.settings.iterations, least)):
             before = len(focus.cut)
-            cut, edits = self._allocator.refocus(focus.cut, focus.resting, self._look, depth)
+            cut, edits = self._allocator.refocus(focus.cut, focus.resting, look, depth)
             events.append(FocusEvent.of(edits, cut, before, tokens))
             focus = focus.edited(cut, edits, self.settings.cooldown)
         if self._folder is not None:
             self._folder.write_focus(focus)
         self.focus, self._seen = focus, None
         self._events.extend(events)
-
-    def _gather(self, cut: Cut) -> WorkingContext:
-        """Turn a cut into tensors ``[1, W]``, without labels; starts count from its first token."""
-        host = np.stack([cut.positions - cut.positions[0], cut.spans, cut.lods])
-        starts, spans, lods = torch.from_numpy(host).to(self.store.device)[:, None]
-        embeddings = self.store.gather(cut)
-        return WorkingContext(
-            embeddings, starts, spans, lods, torch.full_like(starts, NO_LABEL), None
-        )
-
-    def _look(self, cut: Cut) -> FocusView:
-        """Turn a focus view into what LensNet reads, ``[1, E]``."""
-        entries, query = self._gather(cut), self._networks.config.query_tokens
-        if query is None:
-            return FocusView(entries)
-        candidates, lods = slice(max(len(cut) - query, 0)), cut.lods
-        starts, below = child_nodes(cut.positions[candidates], lods[candidates], cut.block_size)
-        children = self.store.gather(Cut(starts.ravel(), below.ravel(), cut.block_size))
-        of_tokens = np.full(len(cut), NO_TOKEN)
-        of_tokens[lods == 0] = self.store.tokens(cut.positions[lods == 0])
-        of_children = np.full(starts.shape, NO_TOKEN)
-        of_blocks = lods[candidates] == 1
-        of_children[of_blocks] = self.store.tokens(starts[of_blocks].ravel()).reshape(
-            -1, cut.block_size
-        )
-        device = self.store.device
-        return FocusView(
-            entries,
-            tokens=torch.from_numpy(of_tokens)[None].to(device),
-            children=children.view(1, *starts.shape, -1),
-            child_tokens=torch.from_numpy(of_children)[None].to(device),
-        )
 
     def _read(self, last: int) -> Tensor:
         """Let the language model read what it has not read.
@@ -300,7 +270,7 @@ class Session:
         if seen is None:
             room = self.rules.wc_length + self.settings.refocus_interval
             seen = self._networks.language_model.new_seen(room)
-            context = self._gather(self.cut)
+            context = entries_of(self.store, self.cut)
             embeddings, starts, spans = context.embeddings, context.starts, context.spans
         else:
             new = np.arange(self._seen_tokens, len(self.store), dtype=np.int64)

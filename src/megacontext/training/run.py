@@ -19,6 +19,7 @@ from megacontext.data.source import Source
 from megacontext.model.frozen import weights_sha256
 from megacontext.model.hf_loading import check_language_model, kept_files
 from megacontext.training.distributed import device_name, joined_world
+from megacontext.training.loop import TrainingLoop
 from megacontext.training.metric_sinks import MetricSink, TensorBoardSink
 from megacontext.training.pretrained import (
     SavedRun,
@@ -150,7 +151,7 @@ def _plan(
 
 
 def _make_run(
-    plan: _Plan, trainer: Trainer, report: Report, sinks: Sequence[MetricSink], profile: bool
+    plan: _Plan, trainer: TrainingLoop, report: Report, sinks: Sequence[MetricSink], profile: bool
 ) -> None:
     """Make the folder of a new run, and all steps that are left, under the guard."""
     folder, world = plan.folder, trainer.world
@@ -174,7 +175,7 @@ def _make_run(
         raise TrainingStopped(f"stopped after step {trainer.done}, and saved in {folder.path}")
 
 
-def _make_folder(plan: _Plan, trainer: Trainer) -> None:
+def _make_folder(plan: _Plan, trainer: TrainingLoop) -> None:
     """Let the first process make the folder, once all have seen that it is free."""
     folder, world = plan.folder, trainer.world
     folder.require_new()  # so that all processes refuse
@@ -195,7 +196,7 @@ def _make_folder(plan: _Plan, trainer: Trainer) -> None:
         )
 
 
-def _result(plan: _Plan, trainer: Trainer, profile: bool) -> TrainResult:
+def _result(plan: _Plan, trainer: TrainingLoop, profile: bool) -> TrainResult:
     """Read what came of it from its files, and draw the picture."""
     folder, cuts = plan.folder, trainer.cuts
     verdict, rows = read_verdict(folder.path), folder.read_metrics()

@@ -19,22 +19,22 @@ from megacontext.judged import Judged, gist_loss, judged_agreement, process_judg
 from megacontext.micro_step import LensResult
 from megacontext.training.guess import guessed
 from megacontext.training.kept import IN_A_FILE, KeptLosses, judge
+from megacontext.training.loop import (
+    COMPARED_SEQUENCES,
+    Phase,
+    TrainingLoop,
+    random_numbers,
+)
 from megacontext.training.metric_sinks import MetricSink
 from megacontext.training.optimization import rate_at, update
 from megacontext.training.run_folder import RunFolder
 from megacontext.training.train_result import Report, StepReport
-from megacontext.training.trainer import (
-    COMPARED_SEQUENCES,
-    Phase,
-    Trainer,
-    random_numbers,
-)
 
 GISTS, GUESSED, KEPT, HELD_OUT, ORDER = 2, 3, 4, 5, 6  # what random numbers are for
 _GUESSED_VARIANTS = 24
 
 
-class StagedTrainer(Trainer):
+class StagedTrainer(TrainingLoop):
     """The state of a run whose language model is frozen, and whose losses are kept.
 
     Attributes:
@@ -46,15 +46,14 @@ class StagedTrainer(Trainer):
     counters = ("gist_step", "guess_step", "step")
     gist_step = 0
     guess_step = 0
-    _gist_loss = torch.zeros(())
 
     def run(self, report: Report, sinks: Sequence[MetricSink], *, profile: bool = False) -> None:
         """Make all remaining steps, from another run's gists and losses where that was asked for.
 
         Args:
-            report: As for `Trainer.run`.
-            sinks: As for `Trainer.run`.
-            profile: As for `Trainer.run`.
+            report: As for `TrainingLoop.run`.
+            sinks: As for `TrainingLoop.run`.
+            profile: As for `TrainingLoop.run`.
 
         Raises:
             FileNotFoundError: The other run is gone, or has no checkpoint or no losses.
@@ -87,16 +86,12 @@ class StagedTrainer(Trainer):
         guess = (self.guess_step, settings.guess_steps, self.make_guess_step)
         kept = (self.step, settings.steps, self.make_step)
         return [
-            Phase("gists", mc.gistnet, *gists, self._log_gists),
+            Phase("gists", mc.gistnet, *gists, self.log_alone),
             Phase("pre-training", mc.lensnet, *guess, self._log_guesses),
             Phase(
-                "training", mc.lensnet, *kept, self._log, sinks, prepare=partial(self._keep, report)
+                "training", mc.lensnet, *kept, self.log, sinks, prepare=partial(self._keep, report)
             ),
         ]
-
-    def _log_gists(self) -> dict[str, float]:
-        """Return the loss of the last step of GistNet; it is kept nowhere."""
-        return {"lm_loss": float(self.world.sum(self._gist_loss)) / self.world.size}
 
     def _log_guesses(self) -> dict[str, float]:
         """Return means since the last logged step, which are kept nowhere."""
@@ -115,7 +110,7 @@ class StagedTrainer(Trainer):
         torch.autograd.backward(loss)
         rate = rate_at(self.gist_step, settings.gist_steps, settings.warmup_steps)
         update(self.optimizer, rate, settings.clip_norm)
-        self._gist_loss = loss.detach()
+        self.loss_alone = loss.detach()
         self.gist_step += 1
         return self.gist_step
 
