@@ -155,10 +155,8 @@ class Chunk:
 
     def _by_knowledge(self) -> Iterator[Way]:
         way = partial(self._way, kind=Kind.KNOWLEDGE)
-        for name, blocks in (
-            (SALIENCE, self.batch.fact_blocks),
-            (ASKED, self.batch.asked_blocks),
-        ):
+        batch = self.batch
+        for name, blocks in ((SALIENCE, batch.fact_blocks), (ASKED, batch.asked_blocks)):
             if blocks is not None:
                 yield way(name, partial(self._holding, blocks))
         if self.what.oracle_draws:
