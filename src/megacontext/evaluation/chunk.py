@@ -49,7 +49,6 @@ from megacontext.evaluation.ways import (
     Way,
 )
 from megacontext.model.fingerprint import fingerprint
-from megacontext.model.tree import MegaContextTree
 
 
 class Chunk:
@@ -81,7 +80,7 @@ class Chunk:
         self.rng, self.block_rng, self.memo = rng, block_rng, memo
         config = mc.config if what.gists else replace(mc.config, max_lod=1)
         with torch.no_grad():
-            self.tree: MegaContextTree = mc.build_tree(batch.tokens, labelled=batch.labelled)
+            self.tree = mc.build_tree(batch.tokens, labelled=batch.labelled)
         self.length = self.tree.lengths[0]
         self.keys = keys_of(self.tree, of_model)
         self.horizon = self.length - config.horizon_tokens
@@ -163,8 +162,8 @@ class Chunk:
             yield Way(ORACLE, Kind.KNOWLEDGE, self._oracle)
         if self.what.greedy and self.visible.picks and not (self.start.lods > 1).any():
             yield Way(GREEDY, Kind.KNOWLEDGE, self._greedy)
-        full = self._each(lod0_tail(self.length, self.length, self.visible.block_size))
-        yield way(FULL, lambda: full)
+        full = lod0_tail(self.length, self.length, self.visible.block_size)
+        yield way(FULL, lambda: self._each(full))
 
     def _way(self, name: str, cuts: Callable[[], Sequence[Cut]], kind: Kind) -> Way:
         """Make a way of one that gives the cut of each sequence."""
@@ -187,7 +186,7 @@ class Chunk:
         return Cut(cut.positions[kept], cut.lods[kept], cut.block_size)
 
     def _nll(self, cuts: Sequence[Sequence[Cut]]) -> Floats:
-        """Return the mean NLL over each horizon, by cut, ``[S, V]``; what is known is looked up."""
+        """Compute the mean NLL over each horizon, ``[S, V]``, where it is not known."""
         pairs = [(row, cut) for row, of_one in enumerate(cuts) for cut in of_one]
         keys = [key_of(self.keys[row], cut.positions, cut.lods) for row, cut in pairs]
 
@@ -197,8 +196,8 @@ class Chunk:
         return self.memo.many(keys, compute).reshape(len(cuts), -1)
 
     def _in_session(self) -> Picked:
-        """Let each history come bit by bit."""
-        keys = [key_of("session", fingerprint(self.mc.lensnet), key) for key in self.keys]
+        lensnet = fingerprint(self.mc.lensnet)
+        keys = [key_of("session", lensnet, key) for key in self.keys]
         return session_losses(self.mc, self.tree, keys, self.memo)
 
     # Their cuts --------------------------------------------------------------------------------
@@ -229,9 +228,8 @@ class Chunk:
 
     def _coarsest(self) -> Cut:
         """Hold every aligned K² span at LOD2, if there is LOD2."""
-        k = self.visible.block_size
-        spans = self.visible.blocks // k if self.geometry.max_lod == 2 else 0
-        window = len(self.start) - (k - 1) * spans
+        spans = self.visible.blocks // self.visible.block_size if self.geometry.max_lod == 2 else 0
+        window = len(self.start) - (self.visible.block_size - 1) * spans
         return self.geometry.within(window).coarse_cut(0, self.length)
 
     def _lensnet_scores(self) -> Floats:
