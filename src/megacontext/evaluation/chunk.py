@@ -16,7 +16,7 @@ from megacontext.controller import MCController
 from megacontext.data.source import Batch
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.evaluation.attention import SINK, attention
-from megacontext.evaluation.losses import at_once, horizon_nll, session_losses
+from megacontext.evaluation.losses import at_once, horizon_nll, no_session, session_losses
 from megacontext.evaluation.pickers import (
     LAST,
     Floats,
@@ -138,7 +138,7 @@ class Chunk:
         yield way(f"{rounds} a random cut", lambda: self._focus(scores, self._random(), ROUNDS))
         coarsest = self._each(self._coarsest())
         yield way(f"{rounds} the coarsest cut", lambda: self._focus(scores, coarsest, ROUNDS))
-        if self.what.in_session and self.what.gists:
+        if self.what.in_session and self.what.gists and not no_session(self.mc):
             yield Way(SESSION, Kind.LENSNET, lambda: session_losses(self.mc, self.tree))
 
     def _by_knowledge(self) -> Iterator[Way]:

@@ -45,7 +45,7 @@ class Comparing:
     Attributes:
         oracle_draws: Random cuts of which the oracle takes the best.
         greedy: Also add blocks one by one, each the one that helps most.
-        in_session: Also let each history come bit by bit.
+        in_session: Also let each history come bit by bit, where sizes leave room for a session.
         gists: Hold as gists what is not held in detail; else leave it out, for all ways alike.
         embed: Embeds texts, for pickers by similarity; None leaves them out.
     """
