@@ -102,3 +102,19 @@ def check_numbers(config: HasFields, may_be_zero: Sequence[str]) -> None:
                 raise ValueError(f"{field.name} must not be negative, but is {value}")
         elif not 0 < value < math.inf:
             raise ValueError(f"{field.name} must be positive, not {value}")
+
+
+def check_types(config: HasFields, *types: type) -> None:
+    """Check the fields of a dataclass that are of simple types.
+
+    Args:
+        config: The dataclass.
+        types: Which types: ``bool``, ``str``.
+
+    Raises:
+        TypeError: A field of another type; the message names it.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type in types and type(value) is not field.type:
+            raise TypeError(f"{field.name} must be a {field.type.__name__}, not {value!r}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from megacontext.allocators.cut import Geometry, UnreachableTarget, kept_tokens
 from megacontext.allocators.training import TrainingWCVariationAllocator
-from megacontext.checks import check_choice, check_numbers
+from megacontext.checks import check_choice, check_numbers, check_types
 
 # Terms of the preference loss that did not help, and what they were where they were not used.
 _REMOVED = {"rank_weight": 0.0, "budget_weight": 0.0, "standardize": False}
@@ -103,6 +103,7 @@ class MCConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("lod2_probability", "seed"))
+        check_types(self, bool, str)
         if not isinstance(self.recipe, Recipe):
             raise TypeError(f"recipe must be a Recipe, not {self.recipe!r}")
         check_choice("gists", self.gists, ("sum", "weighted"))

@@ -21,6 +21,12 @@ class TestRefusals:
             ({"seed": -1}, ValueError, "seed must not be negative, but is -1"),
             ({"recipe": {}}, TypeError, "recipe must be a Recipe, not {}"),
             (
+                {"freeze_language_model": "no", "language_model": "x"},
+                TypeError,
+                "freeze_language_model must be a bool, not 'no'",
+            ),
+            ({"language_model": None}, TypeError, "language_model must be a str, not None"),
+            (
                 {"d_model": 20, "num_heads": 4},
                 ValueError,
                 "d_model 20 must be a multiple of 2 · num_heads = 8: "

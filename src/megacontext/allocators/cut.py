@@ -108,7 +108,7 @@ class Geometry:
         window: The most entries of a coarse cut; None for any number.
 
     Raises:
-        TypeError: A block size or level that is no integer.
+        TypeError: A size or level that is no integer.
         ValueError: A block size or level of which no tree can be built.
     """
 
@@ -122,6 +122,7 @@ class Geometry:
         if self.block_size < 2:
             raise ValueError(f"block_size must be at least 2 tokens, not {self.block_size}")
         check_at_least("max_lod", self.max_lod, 1)
+        check_int("recent_tokens", self.recent_tokens)
 
     @property
     def coarsest_span(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from megacontext.allocators.cut import Geometry, UnreachableTarget
-from megacontext.checks import check_at_least, check_number
+from megacontext.checks import check_at_least, check_int, check_number
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class FocusRules:
         check_at_least("wc_length", self.geometry.window, 1)
         check_at_least("recent_tokens", self.geometry.recent_tokens, 1)
         check_at_least("reserve", self.reserve, 0)
+        if self.max_tokens is not None:
+            check_int("max_tokens", self.max_tokens)
 
     @property
     def wc_length(self) -> int:

@@ -19,6 +19,7 @@ from megacontext.cli.streams import PipeConsole
 from megacontext.controller import MCController
 from megacontext.data.source import Source
 from megacontext.evaluation.compare import evaluate
+from megacontext.evaluation.losses import no_session
 from megacontext.evaluation.memo import Memo
 from megacontext.evaluation.minilm import MISSING, load_minilm
 from megacontext.evaluation.overview import draw_evaluation
@@ -89,7 +90,12 @@ _OPTIONS = (
     click.option(
         "--sequences", type=click.IntRange(min=1), default=256, help="Held-out sequences."
     ),
-    click.option("--seed", default=1000, help="Of the sequences and of everything random."),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        default=1000,
+        help="Of the sequences and of everything random.",
+    ),
     click.option(
         "--all-ways/--main-ways",
         default=True,
@@ -231,6 +237,8 @@ def _evaluate(
             )
         elif own.text != settings.text:
             console.print(_OTHER_PATHS, markup=False, soft_wrap=True)
+    if what.in_session and what.gists and (why := no_session(mc)):
+        console.print(f"A session is not among the ways: {why}", markup=False, soft_wrap=True)
     if what.embed is None and source.tokenizer is not None:
         console.print(MISSING, markup=False, soft_wrap=True)
     with _progress(console) as progress:

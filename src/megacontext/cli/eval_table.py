@@ -1,5 +1,6 @@
 """What ``megacontext eval`` prints: a table in sections by kind of way, and plain words."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -36,8 +37,8 @@ def comparison_table(rows: Sequence[Row], title: str) -> Table:
                 row.way if row.entries <= usual else f"{row.way} ({row.entries})",
                 f"{row.nll:.3f}",
                 "" if row.way == LENSNET else behind,
-                f"{row.closed:.2f}",
-                f"{row.closed_to_full:.2f}",
+                _share(row.closed),
+                _share(row.closed_to_full),
             )
     return table
 
@@ -71,3 +72,8 @@ def interval_text(interval: Interval, sign: str = "") -> str:
     """Write an interval: ``[1.160, 1.359]``."""
     low, high = (f"{bound:{sign}.3f}" for bound in interval)
     return f"[{low}, {high}]"
+
+
+def _share(of_gap: float) -> str:
+    """Write the share of a gap that is closed; nothing where there is no gap."""
+    return "" if math.isnan(of_gap) else f"{of_gap:.2f}"

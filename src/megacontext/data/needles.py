@@ -22,6 +22,7 @@ from megacontext.data.tokenizer import Tokenizer
 from megacontext.model.tokens import Ids
 
 _ENTROPY_SEQUENCES = 256
+_SIZED = 128  # sequences of each wording, of which the longest needles must fit
 _SHORTEST = 80  # characters of a paragraph of prose
 
 
@@ -34,12 +35,24 @@ class NeedleSource:
         block_size: Tokens of a block; a fact does not straddle two.
         recent_tokens: Length of the protected tail, which holds no fact.
         horizon_tokens: Length of the horizon, at the end.
+
+    Raises:
+        ValueError: Some needles do not fit, whichever are drawn first; says what the longest take.
     """
 
     prose: Documents
     block_size: int
     recent_tokens: int
     horizon_tokens: int
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(0)
+        drawn = [_needles(words, rng) for words in (TRAINING, HELD_OUT) for _ in range(_SIZED)]
+        facts = [self._fact(fact) for needles in drawn for fact in needles.facts]
+        self._check_fact(max(facts, key=len))
+        self._check_question(max((self._question(needles) for needles in drawn), key=len))
+        answers = [np.concatenate(self._answer(needles)) for needles in drawn]
+        self._check_answer(max(answers, key=len))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -128,16 +141,15 @@ class NeedleSource:
         of_facts = rng.permutation(blocks)[: len(needles.facts)]
         of_facts[needles.asked] = np.sort(of_facts[needles.asked])  # the order of the answer
         for block, fact in zip(of_facts, needles.facts, strict=True):
-            text = self._tokens(f"\n{fact}\n")
-            self._check_fits("a fact", text, k, "block_size")
+            text = self._fact(fact)
+            self._check_fact(text)
             at = block * k + rng.integers(0, k - len(text), endpoint=True)
             row[at : at + len(text)] = text
-        question = self._tokens(f"\n\n{needles.question}")
-        tail = self.recent_tokens - self.horizon_tokens
-        self._check_fits("a question", question, tail, "recent_tokens less horizon_tokens")
+        question = self._question(needles)
+        self._check_question(question)
         row[horizon - len(question) : horizon] = question
         answer = self._answer(needles)
-        self._check_fits("an answer", np.concatenate(answer), self.horizon_tokens, "horizon_tokens")
+        self._check_answer(np.concatenate(answer))
         at = horizon
         for number, piece in enumerate(answer):  # the odd ones stand between what is asked for
             row[at : at + len(piece)] = piece
@@ -147,6 +159,12 @@ class NeedleSource:
         asked[: len(needles.asked)] = of_facts[needles.asked]
         return of_facts, asked
 
+    def _fact(self, fact: str) -> Ids:
+        return self._tokens(f"\n{fact}\n")
+
+    def _question(self, needles: Needles) -> Ids:
+        return self._tokens(f"\n\n{needles.question}")
+
     def _answer(self, needles: Needles) -> list[Ids]:
         """Return the tokens of what is asked for, and of what stands between, in turn."""
         pieces = [p for answer in needles.answers for p in (f" {answer}", ",")]
@@ -154,6 +172,16 @@ class NeedleSource:
 
     def _tokens(self, text: str) -> Ids:
         return encoded(text.encode(), self.tokenizer)
+
+    def _check_fact(self, text: Ids) -> None:
+        self._check_fits("a fact", text, self.block_size, "block_size")
+
+    def _check_question(self, text: Ids) -> None:
+        tail = self.recent_tokens - self.horizon_tokens
+        self._check_fits("a question", text, tail, "recent_tokens less horizon_tokens")
+
+    def _check_answer(self, text: Ids) -> None:
+        self._check_fits("an answer", text, self.horizon_tokens, "horizon_tokens")
 
     def _check_fits(self, what: str, text: Ids, room: int, name: str) -> None:
         if len(text) > room:

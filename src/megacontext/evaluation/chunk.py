@@ -16,7 +16,7 @@ from megacontext.controller import MCController
 from megacontext.data.source import Batch
 from megacontext.data.tokenizer import Tokenizer
 from megacontext.evaluation.attention import SINK, attended
-from megacontext.evaluation.losses import keys_of, pairs_nll, session_losses
+from megacontext.evaluation.losses import keys_of, no_session, pairs_nll, session_losses
 from megacontext.evaluation.memo import Memo, key_of
 from megacontext.evaluation.pickers import (
     LAST,
@@ -149,7 +149,7 @@ class Chunk:
         yield way(f"{rounds} a random cut", lambda: self._focus(scores, self._random(), ROUNDS))
         coarsest = self._each(self._coarsest())
         yield way(f"{rounds} the coarsest cut", lambda: self._focus(scores, coarsest, ROUNDS))
-        if self.what.in_session and self.what.gists:
+        if self.what.in_session and self.what.gists and not no_session(self.mc):
             yield Way(SESSION, Kind.LENSNET, self._in_session)
 
     def _by_knowledge(self) -> Iterator[Way]:

@@ -5,6 +5,7 @@ reads it, and its NLL over the labels of the horizon is compared, sequence by se
 the focus view, which ends before the horizon, as in training; other pickers see as much.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -118,9 +119,15 @@ def _check(sequences: int, what: Comparing) -> None:
 def gap_closed(evaluation: Evaluation, way: str, to: str = ORACLE) -> float:
     """Return how much of the gap from random collapse to another way a way closes, as a share.
 
-    It is nan where that other way was left out.
+    Args:
+        evaluation: The losses.
+        way: The one that is asked about.
+        to: The other.
+
+    Returns:
+        The share; nan where there is no gap, or where that other way was left out.
     """
     if to not in evaluation.nll:
-        return float("nan")
-    random, best, mean = (evaluation.nll[name].mean() for name in (RANDOM, to, way))
-    return float((random - mean) / (random - best))
+        return math.nan
+    random, best, mean = (float(evaluation.nll[name].mean()) for name in (RANDOM, to, way))
+    return (random - mean) / (random - best) if random != best else math.nan

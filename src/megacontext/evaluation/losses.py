@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megacontext.allocators.cut import Cut
+from megacontext.config import MCConfig
 from megacontext.controller import MCController
 from megacontext.evaluation.memo import Memo, key_of
 from megacontext.evaluation.pickers import Floats
 from megacontext.evaluation.ways import ROUNDS, Picked
-from megacontext.inference.session_config import SessionConfig
+from megacontext.inference.session_config import SessionConfig, session_rules
 from megacontext.model.tree import MegaContextTree
 from megacontext.model.working_context import NO_LABEL
 
@@ -82,6 +83,15 @@ def _histories(tree: MegaContextTree, rows: slice) -> MegaContextTree:
     )
 
 
+def no_session(mc: MCController) -> str:
+    """Say why the sizes of a model leave no room for `session_losses`; "" where they do."""
+    try:
+        session_rules(mc.config, _settings(mc.config), mc.language_model.max_tokens)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def session_losses(
     mc: MCController, tree: MegaContextTree, keys: Sequence[str], memo: Memo
 ) -> Picked:
@@ -119,24 +129,30 @@ def session_losses(
 def _session_loss(mc: MCController, history: Tensor, labels: Tensor) -> tuple[float, Cut]:
     """Return the mean NLL over the labels of one horizon, and the cut at the end."""
     config, length = mc.config, len(history)
-    settings = SessionConfig(
-        wc_length=config.train_wc_length - config.horizon_tokens,
-        refocus_interval=config.recent_tokens,
-        iterations=ROUNDS,
-        cooldown=0,  # rounds are enough; what rests needs room that a short context has not
-        expand_threshold=-np.inf,
-        margin=0.0,
-        max_edits=length,
-    )
+    settings = _settings(config)
     horizon = length - config.horizon_tokens
     interval = settings.refocus_interval
     first = horizon % interval + interval
     logits = mc.begin_inference_session(history[:first], settings=settings)
     for begin in range(first, horizon, interval):
         logits = mc.inference_step(history[begin : begin + interval])
-    rest = mc.inference_step(history[horizon:-1])
-    read = torch.cat([logits[0, -1:], rest[0]])
+    read = logits[0, -1:]
+    if config.horizon_tokens > 1:
+        read = torch.cat([read, mc.inference_step(history[horizon:-1])[0]])
     nll = float(F.cross_entropy(read, labels[horizon:], ignore_index=NO_LABEL))
     cut = mc.inference_cut
     mc.end_inference_session()
     return nll, cut
+
+
+def _settings(config: MCConfig) -> SessionConfig:
+    """Return those of a session whose working contexts are as long as others with the horizon."""
+    return SessionConfig(
+        wc_length=config.train_wc_length - config.horizon_tokens,
+        refocus_interval=config.recent_tokens,
+        iterations=ROUNDS,
+        cooldown=0,  # rounds are enough; what rests needs room that a short context has not
+        expand_threshold=-np.inf,
+        margin=0.0,
+        max_edits=config.sequence_tokens,
+    )

@@ -53,7 +53,7 @@ class Visible:
 
 def evenly_spaced(visible: Visible) -> Floats:
     """Score blocks so that those that are picked lie evenly over the history, ``[S, blocks]``."""
-    picks = max(visible.picks, 1)
+    picks = min(max(visible.picks, 1), visible.blocks)  # where the tail is all there is, none
     scores = np.zeros((len(visible.tokens), visible.blocks))
     scores[:, ((np.arange(picks) + 0.5) * visible.blocks / picks).astype(np.int64)] = 1
     return scores
@@ -77,7 +77,7 @@ def overlap(visible: Visible, last: int | None = None, *, idf: bool = False) -> 
     """
     frequency, first = _frequencies(visible, last)
     held = frequency > 0
-    weights = np.log(visible.blocks / np.maximum(held.sum(axis=1), 1)) if idf else 1.0
+    weights = np.log(max(visible.blocks, 1) / np.maximum(held.sum(axis=1), 1)) if idf else 1.0
     scores: Floats = (held * (first * weights)[:, None]).sum(axis=2)
     return scores
 

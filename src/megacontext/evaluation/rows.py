@@ -1,5 +1,6 @@
 """What is said of each way of picking: its loss, and how it compares with LensNet's."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,10 @@ class Row:
         entries: Of its working contexts.
         nll: Mean NLL per label, nats.
         interval: Of that.
-        closed: Share of the gap from random collapse to the oracle that it closes.
-        closed_to_full: Share of the gap from random collapse to full context that it closes.
+        closed: Share of the gap from random collapse to the oracle that it closes; nan
+            where there is no gap.
+        closed_to_full: Share of the gap from random collapse to full context that it closes; nan
+            where there is no gap.
         behind: By how much its NLL is above that of LensNet focus, nats.
         behind_interval: Of that, paired by sequence.
     """
@@ -45,8 +48,8 @@ class Row:
             "entries": self.entries,
             "nll": self.nll,
             "nll_interval": list(self.interval),
-            "gap_closed": self.closed,
-            "gap_to_full_closed": self.closed_to_full,
+            "gap_closed": None if math.isnan(self.closed) else self.closed,
+            "gap_to_full_closed": None if math.isnan(self.closed_to_full) else self.closed_to_full,
             "behind_lensnet": self.behind,
             "behind_lensnet_interval": list(self.behind_interval),
         }

@@ -54,7 +54,7 @@ class Comparing:
         oracle_draws: Random cuts of which the oracle takes the best; 0 leaves it out.
         attention: Also pick by what the language model attends to.
         greedy: Also add blocks one by one, each the one that helps most.
-        in_session: Also let each history come bit by bit.
+        in_session: Also let each history come bit by bit, where sizes leave room for a session.
         gists: Hold as gists what is not held in detail; else leave it out, for all ways alike.
         all_ways: Compare all of them; else those of `MAIN` alone.
         embed: Embeds texts, for pickers by similarity; None leaves them out.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from megacontext.allocators.rules import FocusRules
@@ -62,7 +63,7 @@ class SessionFolder:
         try:
             if (folder / "session.json").exists():  # by another process, before the lock
                 raise FileExistsError(f"{folder} holds a session already: resume it")
-            made._write("session.json", {"format": FORMAT, **about})
+            made._write("session.json", _about_json({"format": FORMAT, **about}))
         except BaseException:
             made.close()
             raise
@@ -98,7 +99,7 @@ class SessionFolder:
             _compare(folder, saved, about)
             settings: dict[str, Any] = dict(saved["settings"])
             if saved["format"] != FORMAT:  # before the first level that format 1 does not know
-                opened._write("session.json", saved | {"format": FORMAT})
+                opened._write("session.json", _about_json(saved | {"format": FORMAT}))
         except BaseException:
             opened.close()
             raise
@@ -113,7 +114,8 @@ class SessionFolder:
         Raises:
             OSError: It cannot be written; the old one is kept.
         """
-        self._write("focus.json", focus.to_json())
+        state = orjson.dumps(focus.to_json(), option=orjson.OPT_SERIALIZE_NUMPY)
+        self._write("focus.json", state)
 
     def read_focus(self, rules: FocusRules, tokens: int) -> FocusState | None:
         """Read the state of the focus.
@@ -150,8 +152,7 @@ class SessionFolder:
         """Let others in."""
         self._lock.release()
 
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        data = orjson.dumps(dict(content), option=orjson.OPT_SERIALIZE_NUMPY)
+    def _write(self, name: str, data: bytes) -> None:
         with replacing(self.path / name, sync=False) as file:
             file.write(data)
 
@@ -192,6 +193,11 @@ def require_session(folder: Path) -> None:
     """
     if not (folder / "session.json").exists():
         raise FileNotFoundError(f"{folder} holds no session to resume: no session.json")
+
+
+def _about_json(about: Mapping[str, Any]) -> bytes:
+    """Write what a session is; thresholds may be infinite, which orjson would write as null."""
+    return json.dumps(about, default=np.generic.item).encode()
 
 
 def _compare(folder: Path, saved: Mapping[str, Any], about: Mapping[str, Any]) -> None:

@@ -39,20 +39,23 @@ def located(language_model: str | Path) -> Path:
     Raises:
         ImportError: What a conversion needs is not installed.
         FileNotFoundError: There is no such GGUF file.
-        ValueError: It holds no causal language model that can be read.
+        ValueError: It holds no causal language model that can be read, or is no file.
         OSError: The cache cannot be written; nothing of the model is left in it.
     """
     if str(language_model) == SMOLLM2:
         return _converted(_packaged())
-    if Path(language_model).suffix == ".gguf":
-        _require(str(language_model))
-        return _converted(Path(language_model))
-    return Path(language_model)
+    path = Path(language_model)
+    if not is_converted(path):
+        return path
+    if path.exists() and not path.is_file():  # to read a pipe may take for ever
+        raise ValueError(f"{path} is no file: give a GGUF file, or a folder by another name")
+    _require(str(path))
+    return _converted(path)
 
 
 def is_converted(language_model: str | Path) -> bool:
     """Tell whether a model is one that `located` converts."""
-    return str(language_model) == SMOLLM2 or Path(language_model).suffix == ".gguf"
+    return str(language_model) == SMOLLM2 or Path(language_model).suffix.lower() == ".gguf"
 
 
 def cache_folder() -> Path:

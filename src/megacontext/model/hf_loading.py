@@ -104,7 +104,8 @@ def load_language_model(path: str | Path) -> nn.Module:
             cannot read working contexts, or reads plain tokens otherwise than in its library;
             named.
     """
-    transformers, config, path = import_transformers(str(path)), _config(path), located(path)
+    transformers, config = import_transformers(str(path)), _config(path)
+    anew, path = _anew(path), located(path)
     _without_dropout(config)
     auto = transformers.AutoModelForCausalLM
     how = {"attn_implementation": "sdpa", "dtype": torch.float32}
@@ -121,7 +122,8 @@ def load_language_model(path: str | Path) -> nn.Module:
     except MemoryError:
         raise
     except Exception as error:  # the library lets through whatever goes wrong within it
-        raise ValueError(f"no causal language model can be made from {path}: {error}") from error
+        found = str(error).rstrip(".") + anew
+        raise ValueError(f"no causal language model can be made from {path}: {found}") from error
     _check_kind(path, model)
     check_reading(path, HFLanguageModel(model))
     return model
@@ -169,6 +171,11 @@ def import_transformers(path: str) -> Any:
         ) from error
 
 
+def _anew(path: str | Path) -> str:
+    """Say what to do about files of a model that are damaged, if they are of our own making."""
+    return ": remove that folder, and it is converted anew" if is_converted(path) else ""
+
+
 def _config(path: str | Path) -> Any:
     """Read the library's configuration of a model.
 
@@ -179,12 +186,16 @@ def _config(path: str | Path) -> Any:
     at = located(path)
     file = folder_of(at) / "config.json"
     if not file.is_file() or (at.is_file() and at.name != file.name):
-        raise FileNotFoundError(
-            f"language_model {str(path)!r} is no folder with a config.json: give one that "
-            "model.save_pretrained(folder) made"
-        )
+        found = f"{at} holds no config.json any more{_anew(path)}"
+        if not is_converted(path):
+            found = (
+                f"language_model {str(path)!r} is no folder with a config.json: give one that "
+                "model.save_pretrained(folder) made"
+            )
+        raise FileNotFoundError(found)
     transformers = import_transformers(str(path))
     advice = "give the folder that model.save_pretrained made, or put the original back"
+    advice = _anew(path).removeprefix(": ") or advice
     with reading(file, advice):
         config = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True)
         return config.get_text_config(decoder=True)

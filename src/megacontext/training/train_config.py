@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megacontext.checks import check_choice, check_numbers
+from megacontext.checks import check_choice, check_numbers, check_types
 from megacontext.config import MCConfig
 
 # Windows of files joined; windows within a file, any ones or those that use again what is far back;
@@ -86,7 +86,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("warmup_steps", "lm_steps", *_COUNTS))
+        check_types(self, bool, str)
         check_choice("data", self.data, DATA)
+        if not isinstance(self.text, tuple) or not all(isinstance(p, str) for p in self.text):
+            raise TypeError(f"text must be a tuple of paths, each a str, not {self.text!r}")
         if self.data in ("recall", "mqar") and self.text:
             raise ValueError(f"{self.data} makes its own sequences; leave out the text")
         if self.compile and self.shard:

@@ -1,5 +1,7 @@
 """Cuts: integer geometry of working contexts."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -255,3 +257,17 @@ class TestHeldAtLod0:
             [False, True, True],
             [False, False, True],
         ]
+
+
+class TestWhatIsNoGeometry:
+    @pytest.mark.parametrize(
+        ("recent_tokens", "message"),
+        [
+            (64.5, "recent_tokens must be an int, not 64.5"),
+            (True, "recent_tokens must be an int, not True"),
+        ],
+    )
+    def test_a_tail_is_of_whole_tokens(self, recent_tokens: Any, message: str) -> None:
+        """One of half a token made cuts without a word."""
+        with pytest.raises(TypeError, match=f"^{message}$"):
+            Geometry(8, 2, recent_tokens)

@@ -96,6 +96,43 @@ class TestEval:
         assert code == 2
         assert "block_size must be at least that" in " ".join(err.split())
 
+    @pytest.mark.parametrize(
+        ("sizes", "session"),
+        [
+            ((70, 70, 64, 32), False),  # no block before the tail
+            ((50, 50, 64, 32), False),  # the tail is longer than the sequence
+            ((128, 128, 64, 32), True),  # every way holds all of it
+            ((96, 40, 32, 16), False),  # no room for a session
+            ((96, 40, 8, 1), True),  # the horizon is a single token
+        ],
+    )
+    @pytest.mark.filterwarnings("error::RuntimeWarning")
+    def test_sizes_that_train_can_be_evaluated(
+        self, tmp_path: Path, sizes: tuple[int, ...], session: bool
+    ) -> None:
+        """Whatever they leave no room for; where there is no gap, JSON has no nan for its share."""
+        small = "--steps 1 --batch-size 2 --d-model 16 --num-heads 2 --lm-layers 1 --lens-layers 1"
+        options = ("sequence-tokens", "train-wc-length", "recent-tokens", "horizon-tokens")
+        given = [a for o, size in zip(options, sizes, strict=True) for a in (f"--{o}", size)]
+        run = ("--run-dir", tmp_path / "run")
+        code, out, _ = invoke("train", *run, *small.split(), *given, "--text", TEXT[0])
+        assert code == 0, out
+        few = ("--sequences", 2, "--oracle-draws", 2, "--json")
+        code, out, err = invoke("eval", *run, *few)
+        assert code == 0, err
+        result = json.loads(out, parse_constant=pytest.fail)
+        ways = [row["way"] for row in result["ways"]]
+        assert ("LensNet focus, in a session" in ways) == session
+        told = "A session is not among the ways: wc_length" in err
+        assert told != session
+        assert "nan" not in err
+
+    def test_a_seed_below_zero(self, trained: Path) -> None:
+        """It is wrong usage, and told before anything is loaded."""
+        code, _, err = invoke("eval", "--run-dir", trained, "--seed", -1)
+        assert code == 2
+        assert "Invalid value for '--seed': -1 is not in the range x>=0" in err
+
     def test_files_that_the_run_may_have_read(self, trained_on_text: Path, tmp_path: Path) -> None:
         """Other ones are held out from a run on text: it is told."""
         run_dir = tmp_path / "run"

@@ -1,6 +1,7 @@
 """Needles: facts in prose, whose answers stand where and only where they are said to."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -201,6 +202,18 @@ class TestRefusals:
     )
     def test_what_does_not_fit(self, changes: dict[str, int], length: int, message: str) -> None:
         """Says what does, and which size decides."""
-        source = dataclasses.replace(SOURCE, **changes)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=f"^{message}$"):
+            source = dataclasses.replace(SOURCE, **changes)  # type: ignore[arg-type]
             source.batch(np.random.default_rng(0), 1, length)
+
+    @pytest.mark.parametrize("name", ["block_size", "recent_tokens", "horizon_tokens"])
+    def test_a_size_that_is_refused_says_one_that_lasts(self, name: str) -> None:
+        """Not one that holds the needles drawn first: no run ends in its midst by later ones."""
+        with pytest.raises(ValueError) as refused:
+            dataclasses.replace(SOURCE, **{name: 1})  # type: ignore[arg-type]
+        least = int(re.findall(r"takes (\d+) bytes", str(refused.value))[0])
+        least += SOURCE.horizon_tokens if name == "recent_tokens" else 0
+        source = dataclasses.replace(SOURCE, **{name: least})  # type: ignore[arg-type]
+        for seed in range(8):
+            source.batch(np.random.default_rng(seed), 32, 1_300)
+            source.held_out_batch(np.random.default_rng(seed), 32, 1_300)

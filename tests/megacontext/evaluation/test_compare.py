@@ -1,6 +1,7 @@
 """The evaluation: equal length, real losses, honest statistics."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -264,3 +265,11 @@ class TestGapClosed:
         assert gap_closed(evaluation, LENSNET) == 0.75
         assert gap_closed(evaluation, ORACLE) == 1
         assert gap_closed(evaluation, LENSNET, FULL) == 0.5
+
+    @pytest.mark.filterwarnings("error")
+    def test_where_there_is_no_gap(self) -> None:
+        """No share is told of it, nor a warning of a division by zero."""
+        nll = {RANDOM: np.full(4, 2.0), ORACLE: np.full(4, 2.0), LENSNET: np.full(4, 1.5)}
+        evaluation = Evaluation(nll | {FULL: np.full(4, 2.0)}, {}, {}, {}, 0)
+        assert math.isnan(gap_closed(evaluation, RANDOM))
+        assert math.isnan(gap_closed(evaluation, LENSNET, FULL))

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -133,9 +134,11 @@ class TestConversion:
         (again / file.name).write_bytes(file.read_bytes())
         assert located(again / file.name) == located(file) == folder
         assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == made
+        (again / "LOUD.GGUF").write_bytes(file.read_bytes())
+        assert located(again / "LOUD.GGUF").name.startswith("LOUD-")
         write_gguf(again / file.name, seed=1)
         assert located(again / file.name) != folder
-        assert len(folders(cache)) == 2
+        assert len(folders(cache)) == 3
 
     def test_a_kill_leaves_nothing_half_done_and_who_waits_goes_on(
         self, file: Path, cache: Path
@@ -216,6 +219,34 @@ class TestRefusals:
         """As of any file that is not there."""
         with pytest.raises(FileNotFoundError, match=r"none\.gguf"):
             located(tmp_path / "none.gguf")
+
+    @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+    def test_of_what_is_no_file(self, tmp_path: Path, make: Any) -> None:
+        """A pipe that nobody writes to was waited for, without a word."""
+        make(path := tmp_path / "tiny.gguf")
+        with pytest.raises(ValueError, match=f"^{path} is no file: give a GGUF file, or a folder"):
+            located(path)
+
+    @pytest.mark.parametrize(
+        ("name", "found"),
+        [
+            ("config.json", "holds no config.json any more"),
+            ("model.safetensors", "Error no file named model.safetensors"),
+        ],
+    )
+    def test_of_what_was_converted_and_is_damaged(self, file: Path, name: str, found: str) -> None:
+        """Nobody knows of that folder: it is named, and what to do."""
+        folder = located(file)
+        (folder / name).unlink()
+        anew = "remove that folder, and it is converted anew"
+        with pytest.raises((ValueError, FileNotFoundError)) as refused:
+            load_language_model(file)
+        message = str(refused.value)
+        assert str(folder) in message
+        assert found in message
+        assert message.endswith(f": {anew}")
+        shutil.rmtree(folder)
+        assert load_language_model(file)
 
     def test_without_the_extra(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The message is the command that installs it."""
