@@ -44,10 +44,11 @@ class Batch:
     files: Ints | None = None
 
     def share(self, rank: int, size: int) -> "Batch":
-        """Return every ``size``-th sequence, from number ``rank`` on."""
-        every = slice(rank, None, size)
+        """Return the sequences of one of ``size`` parts that are as long, one after another."""
+        own = len(self.tokens) // size
+        part = slice(rank * own, (rank + 1) * own)
         parts: dict[str, Any] = {
-            name: value[every]
+            name: value[part]
             for name, value in vars(self).items()
             if isinstance(value, Tensor | np.ndarray)
         }

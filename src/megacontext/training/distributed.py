@@ -72,7 +72,10 @@ class World:
         Raises:
             ValueError: It cannot; says what to change.
         """
-        for name in ("accumulation", *(["lm_batch_size"] if settings.lm_steps else [])):
+        shared = ["accumulation"]
+        shared += ["lm_batch_size"] if settings.lm_steps else []
+        shared += ["gist_batch_size"] if settings.gist_steps else []
+        for name in shared:
             if (value := getattr(settings, name)) % self.size:
                 raise ValueError(
                     f"{name} is {value}, which {self.size} processes cannot share equally; make it "

@@ -82,7 +82,7 @@ class KeptLosses:
         return _joined([self._read(path) for path in paths])
 
     def _read(self, path: Path) -> Judged:
-        with reading(path, _ADVICE), np.load(path, allow_pickle=False) as saved:
+        with reading(path, _ADVICE), _opened(path) as saved:
             if str(saved["made_by"]) != self.made_by:
                 raise DamagedFileError(
                     f"{path} holds losses of other networks than those of this run; {_ADVICE}"
@@ -104,7 +104,7 @@ def merge(folder: Path, into: Path) -> None:
         OSError: The new one cannot be written.
     """
     first = min(folder.glob("*.npz"), default=folder / "000000.npz")
-    with reading(first, _ADVICE), np.load(first, allow_pickle=False) as saved:
+    with reading(first, _ADVICE), _opened(first) as saved:
         made_by, ids = str(saved["made_by"]), saved["tokens"].dtype
     losses = KeptLosses(folder, made_by).read()
     KeptLosses(into, made_by).write(0, losses, np.iinfo(ids).max + 1)
@@ -172,6 +172,12 @@ def _labels(batch: Batch, horizon_tokens: int) -> Ints:
         return np.full((len(batch.tokens), 1), horizon_tokens)
     labels: Ints = batch.labelled[:, -horizon_tokens:].sum(1, keepdim=True).numpy(force=True)
     return labels
+
+
+def _opened(path: Path) -> "np.lib.npyio.NpzFile":
+    """Open a file of arrays, which is read at once: of a damaged one numpy leaves a file open."""
+    arrays: np.lib.npyio.NpzFile = np.load(BytesIO(path.read_bytes()), allow_pickle=False)
+    return arrays
 
 
 def _joined(parts: list[Judged]) -> Judged:

@@ -47,7 +47,7 @@ def load_source(settings: TrainConfig, model: MCConfig) -> Source:
             f"tokens of {settings.data} are below {source.vocab_size}, so vocab_size must be at "
             f"least that, not {model.vocab_size}"
         )
-    if settings.data in _PLACED:
+    if settings.data in _PLACED or settings.kept_sequences:
         _check_kept(settings.data, model)
     if settings.data != "text":
         for make in (source.batch, source.lm_batch, source.held_out_batch):

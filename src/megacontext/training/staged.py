@@ -103,7 +103,9 @@ class StagedTrainer(TrainingLoop):
         rng = random_numbers(config.seed, GISTS, self.gist_step)
         whole = self.source.batch(rng, settings.gist_batch_size, config.sequence_tokens)
         batch = whole.share(self.world.rank, self.world.size).to(self.device)
-        self.mc.allocator.drawn = self.gist_step * settings.gist_batch_size * config.num_variants
+        # Cuts go by the sequence's number within the run, whoever draws them.
+        before = self.gist_step * settings.gist_batch_size + self.world.rank * len(batch.tokens)
+        self.mc.allocator.drawn = before * config.num_variants
         loss = self.call(
             gist_loss, self.mc, batch.tokens, labelled=batch.labelled, step=self.gist_step
         )

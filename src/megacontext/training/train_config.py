@@ -131,6 +131,8 @@ def check_together(model: MCConfig, settings: TrainConfig) -> None:
             f"{staged[0]} is {getattr(settings, staged[0])}, and stages are for losses that do not "
             "change: they take freeze_language_model and kept_sequences"
         )
+    if settings.kept_sequences:
+        _check_blocks(model)
     if not model.freeze_language_model:
         return
     if settings.lm_steps:
@@ -142,4 +144,25 @@ def check_together(model: MCConfig, settings: TrainConfig) -> None:
         raise ValueError(
             "shard and freeze_language_model cannot be combined: FSDP2 takes weights of one dtype "
             "only, and those that are trained beside a frozen model are few; leave shard out"
+        )
+
+
+def _check_blocks(model: MCConfig) -> None:
+    """Refuse sizes of which no losses can be kept, before GistNet has learned for hours.
+
+    Raises:
+        ValueError: Working contexts have no room for a block, or LensNet does not see all of them.
+    """
+    tokens, length = model.sequence_tokens, model.train_wc_length
+    blocks, picks = model.geometry.detail(tokens, length)
+    if not picks:
+        raise ValueError(
+            f"a working context of {length} entries has no room for a block of {tokens} tokens in "
+            "detail; make train_wc_length longer"
+        )
+    seen = int((model.geometry.focus_view(tokens, model.horizon_tokens).lods == 1).sum())
+    if seen != blocks:
+        raise ValueError(
+            f"variants are judged by which of {blocks} blocks they hold, and a focus_window of "
+            f"{model.focus_window} entries shows {seen} of them at LOD1; widen it"
         )

@@ -136,7 +136,7 @@ class TestBatches:
 
 class TestBatch:
     def test_a_share_is_of_all_that_is_known(self) -> None:
-        """Every second sequence with its facts and its file; sizes stay as they are."""
+        """Half of the sequences with their facts and files; sizes stay as they are."""
         whole = Batch(
             torch.arange(12).view(4, 3),
             torch.ones(4, 3, dtype=torch.bool),
@@ -145,11 +145,11 @@ class TestBatch:
             files=np.arange(4),
         )
         share = whole.share(1, 2)
-        assert share.tokens.tolist() == [[3, 4, 5], [9, 10, 11]]
+        assert share.tokens.tolist() == [[6, 7, 8], [9, 10, 11]]
         assert share.labelled is not None
         assert share.labelled.shape == (2, 3)
         assert share.fact_blocks is not None
-        assert share.fact_blocks.tolist() == [[2, 3], [6, 7]]
+        assert share.fact_blocks.tolist() == [[4, 5], [6, 7]]
         assert share.files is not None
-        assert share.files.tolist() == [1, 3]
+        assert share.files.tolist() == [2, 3]
         assert (share.asked_blocks, share.question_tokens) == (None, 3)

@@ -291,7 +291,7 @@ class TestRecall:
             TrainConfig(data="recall", text=("notes.txt",))
         with pytest.raises(
             ValueError,
-            match="data must be one of text, files, reuse, needles, mqar, recall, not 'wiki'",
+            match="data must be one of text, files, reuse, needles, mqar, recall, mixed, not 'wiki'",
         ):
             TrainConfig(data="wiki")
 
