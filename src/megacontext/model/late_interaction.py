@@ -129,7 +129,8 @@ class LateInteractionLensNet(nn.Module):
         ]
         about = self.weight_counts(torch.stack([c.to(query.dtype) for c in counts], dim=-1))
         weights = self.weight_out(F.gelu(self.weight_in(query) + about))
-        return F.softplus(weights.transpose(1, 2) + self.age - 1)
+        weights = weights.transpose(1, 2).contiguous()  # or torch may trace other strides than run
+        return F.softplus(weights + self.age - 1)
 
     def _alike(self, query: Tensor, children: Tensor) -> Tensor:
         """Say how like each token of the tail the likest child is, ``[B, h, 1, Q, C]``."""

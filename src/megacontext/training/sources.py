@@ -50,9 +50,11 @@ def load_source(settings: TrainConfig, model: MCConfig) -> Source:
     if settings.data in _PLACED or settings.kept_sequences:
         _check_kept(settings.data, model)
     if settings.data != "text":
-        for make in (source.batch, source.lm_batch, source.held_out_batch):
-            # A length that is too short is refused here.
-            make(np.random.default_rng(0), 1, model.sequence_tokens)
+        parts = source.sources.values() if isinstance(source, MixedSource) else [source]
+        for part in parts:
+            for make in (part.batch, part.lm_batch, part.held_out_batch):
+                # A length that is too short is refused here.
+                make(np.random.default_rng(0), 1, model.sequence_tokens)
     return source
 
 

@@ -118,6 +118,36 @@ class TestLanguageModel:
         code, text, _ = invoke("generate", *run, "--text", "a", "--max-tokens", 4, "--quiet")
         assert (code, bool(text.strip("\n"))) == (0, True)
 
+    def test_stages_beside_it(self, tmp_path: Path) -> None:
+        """Each has its option; the gists and losses of a run are taken by another."""
+        from tests.megacontext.model.test_hf_language_model import save  # skips without its library
+
+        save("llama, tied", tmp_path / "model")
+        sizes = {k: v for k, v in SIZES.items() if k not in ("vocab_size", "d_model", "num_heads")}
+        sizes.pop("lm_layers")
+        text = Path(TEXT[0]) / "training"
+        small = {"steps": 1, "batch_size": 2, "warmup_steps": 1, "text": text, "data": "files"}
+        model = ("--language-model", tmp_path / "model", "--freeze-language-model")
+        run = ("--run-dir", tmp_path / "run")
+        stages = arguments(gist_steps=1, kept_sequences=5, guess_steps=2)
+        code, told, error = invoke("train", *run, *model, *arguments(**sizes, **small), *stages)
+        assert code == 0, error
+        assert "3 micro-steps, 3 LensNet calls, 0 violations" in told
+        for said in ("gists", "pre-training", "losses of variants"):
+            assert said in error + told
+        saved = json.loads((tmp_path / "run" / "config.json").read_text())["train"]
+        assert [saved[n] for n in ("gist_steps", "kept_sequences", "guess_steps")] == [1, 5, 2]
+        assert len([*(tmp_path / "run" / "kept").iterdir()]) == 2  # of four sequences each
+        again = ("--run-dir", tmp_path / "again", "--gists-of", tmp_path / "run")
+        code, told, error = invoke(
+            "train", *again, *model, *arguments(**sizes, **small, kept_sequences=5)
+        )
+        assert code == 0, error
+        assert "1 micro-step, 1 LensNet call, 0 violations" in told
+        first, second = weights(tmp_path / "run"), weights(tmp_path / "again")
+        gists = [name for name in first if name.startswith("gistnet")]
+        assert all(first[name].equal(second[name]) for name in gists)
+
     def test_a_model_that_is_not_there(self, tmp_path: Path) -> None:
         """Neither a name nor a path."""
         code, _, error = invoke("train", "--run-dir", tmp_path, "--language-model", "smollm3")
@@ -132,6 +162,10 @@ class TestWrongUsage:
             (["--train-wc-length", "40"], "train_wc_length 40 cannot be reached"),
             (["--device", "abacus"], "device 'abacus' cannot be used here"),
             (["--steps", "0"], "steps must be positive, not 0"),
+            (["--gist-steps", "-1"], "gist_steps must not be negative, but is -1"),
+            (["--guess-steps", "9"], "guess_steps is 9, and stages are for losses that do not"),
+            (["--kept-sequences", "9"], "they take freeze_language_model and kept_sequences"),
+            (["--gists-of", "nowhere"], "'nowhere' does not exist"),
             (["--resume", "--steps", "9"], "leave out --steps, --text"),
         ],
     )

@@ -8,6 +8,7 @@ import pytest
 
 import megacontext
 from megacontext import MCConfig, TrainConfig
+from megacontext.data.mixture import MixedSource
 from megacontext.data.mqar import MQARSource
 from megacontext.data.needles import NeedleSource
 from megacontext.data.windows import TRIES, WindowSource
@@ -21,6 +22,7 @@ NEEDLES = MCConfig(
     train_wc_length=1_024 - 63 * 9,
     recent_tokens=192,
 )
+MIXED = dataclasses.replace(NEEDLES, vocab_size=4_096)  # for as many pairs as there is room for
 MQAR = MCConfig(sequence_tokens=256, train_wc_length=95, recent_tokens=32, horizon_tokens=12)
 
 
@@ -50,7 +52,9 @@ class TestLoadSource:
         assert source.training is source.held_out
         assert source.held_out_batch(np.random.default_rng(0), 2, 256).tokens.max() < 256
 
-    @pytest.mark.parametrize(("data", "model"), [("needles", NEEDLES), ("mqar", MQAR)])
+    @pytest.mark.parametrize(
+        ("data", "model"), [("needles", NEEDLES), ("mqar", MQAR), ("mixed", MIXED)]
+    )
     def test_sequences_that_would_be_trimmed_are_refused(self, data: str, model: MCConfig) -> None:
         """For then blocks would not be where facts were put."""
         longer = dataclasses.replace(model, sequence_tokens=model.sequence_tokens + 3)
@@ -62,6 +66,29 @@ class TestLoadSource:
             f"of {model.train_wc_length} entries keeps {kept}: set sequence_tokens to {kept} or "
             f"{kept + step}"
         )
+
+    def test_all_of_them_mixed(self) -> None:
+        """Windows of both kinds of the same files, needles in the manual, and pairs."""
+        source = load_source(TrainConfig(data="mixed", text=TEXT), MIXED)
+        assert isinstance(source, MixedSource)
+        assert source.shares == {"reuse": 0.5, "files": 0.2, "needles": 0.15, "mqar": 0.15}
+        assert sum(source.shares.values()) == pytest.approx(1)
+        assert source.sources.keys() == source.shares.keys()
+        reuse, files, needles, mqar = source.sources.values()
+        assert isinstance(reuse, WindowSource)
+        assert isinstance(files, WindowSource)
+        assert (reuse.tries, files.tries) == (TRIES, 1)
+        assert reuse.documents is files.documents
+        assert isinstance(needles, NeedleSource)
+        assert any(b"exception" in text.tobytes() for text in needles.prose.held_out)
+        assert isinstance(mqar, MQARSource)
+        for make in (source.batch, source.lm_batch, source.held_out_batch):
+            assert make(np.random.default_rng(0), 8, 1_024).tokens.shape == (8, 1_024)
+
+    def test_each_source_of_a_mixture_is_tried(self) -> None:
+        """Or a run would end when one is first drawn from that cannot give such sequences."""
+        with pytest.raises(ValueError, match="416 pairs before the protected tail: 3 questions"):
+            load_source(TrainConfig(data="mixed", text=TEXT), NEEDLES)
 
     def test_what_makes_its_own_sequences_reads_no_text(self) -> None:
         """Nor pretends to."""

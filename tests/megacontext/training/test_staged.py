@@ -74,7 +74,7 @@ def whole(config: MCConfig, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     seen: list[StepReport] = []
     gistnet: list[tuple[str, Tensor]] = []
-    update = staged.Trainer.make_micro_steps
+    update = staged.StagedTrainer.make_micro_steps
 
     def noting(trainer: Any, *how: Any) -> None:
         gistnet.append(("before", flat(trainer.mc.gistnet)))
@@ -82,7 +82,7 @@ def whole(config: MCConfig, tmp_path_factory: pytest.TempPathFactory) -> Whole:
         gistnet.append(("after", flat(trainer.mc.gistnet)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staged.Trainer, "make_micro_steps", noting)
+        patch.setattr(staged.StagedTrainer, "make_micro_steps", noting)
         result = train(run_dir, config, SETTINGS, report=seen.append)
     return Whole(config, run_dir, result, seen, gistnet)
 
@@ -189,6 +189,7 @@ SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
 import torch._dynamo
+import torch.distributed as dist
 from megacontext import MCConfig, MCController, TrainConfig, train
 
 def dies(run_dir, model, settings, asked):
@@ -201,30 +202,44 @@ def dies(run_dir, model, settings, asked):
 
 runs = json.loads(Path(sys.argv[1]).read_text())
 MCController(MCConfig.from_json(runs[0][1]))  # so that libraries are imported once for all
+def shares(folder, rank):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, settings = MCConfig.from_json(runs[0][1]), TrainConfig.from_json(runs[0][2])
+    train(folder + "/shared", model, settings)
+    dist.destroy_process_group()
+    os._exit(0)
+
 for run in runs:
     child = os.fork()
     if not child:
         dies(*run)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, run
+for rank in (0, 1):
+    if not os.fork():
+        shares(sys.argv[2], rank)
+assert [os.wait()[1] for _ in "01"] == [0, 0]
 """
 
 
 @pytest.fixture(scope="module")
 def killed(config: MCConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run for each stage, killed in it by SIGKILL, after more steps than it had saved."""
+    """A run for each stage, killed in it by SIGKILL, after more steps than it had saved.
+
+    And one that two processes shared: to start them beside those saves half a minute.
+    """
     folder = tmp_path_factory.mktemp("killed")
     runs = {stage: folder / stage.replace(" ", "_") for stage in STAGES}
     works = [(str(runs[s]), asdict(config), asdict(SETTINGS), ASKED[s]) for s in STAGES]
     (folder / "runs.json").write_text(json.dumps(works))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder / "runs.json")],
+        [sys.executable, "-c", SCRIPT, str(folder / "runs.json"), str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return runs
+    return runs | {"shared": folder / "shared"}
 
 
 class TestInterrupted:
@@ -254,6 +269,8 @@ class TestInterrupted:
             train(tmp_path / "run", config, SETTINGS, stop=lambda: next(asked) == ASKED[stage])
         step = {"losses of variants": 4}.get(stage, 3)
         assert str(raised.value) == f"stopped after step {step}, and saved in {tmp_path / 'run'}"
+        kept = {"losses of variants": 5, "training": 6}.get(stage, 0)
+        assert len([*(tmp_path / "run").glob("*/*.npz")]) == kept
         train(tmp_path / "run", resume=True)
         assert_same_end(tmp_path / "run", whole)
 
@@ -283,25 +300,11 @@ class TestInterrupted:
 
 
 class TestProcesses:
-    def test_two_keep_the_losses_of_one(
-        self, config: MCConfig, whole: Whole, tmp_path: Path
-    ) -> None:
+    def test_two_keep_the_losses_of_one(self, killed: dict[str, Path], whole: Whole) -> None:
         """Same sequences, same variants, losses up to float noise; and so are the weights."""
-        script = tmp_path / "run.py"
-        script.write_text(
-            "from megacontext import MCConfig, TrainConfig, train\n"
-            f"train({str(tmp_path / 'run')!r}, MCConfig.from_json({asdict(config)!r}), "
-            f"TrainConfig.from_json({asdict(SETTINGS)!r}))\n"
-        )
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        ours, theirs = losses(tmp_path / "run"), losses(whole.run_dir)
+        shared = killed["shared"]
+        assert (shared / "lensnet.rank1.jsonl").exists()
+        ours, theirs = losses(shared), losses(whole.run_dir)
         assert ours.keys() == theirs.keys()
         for name, arrays in theirs.items():
             assert np.array_equal(ours[name]["tokens"], arrays["tokens"])
@@ -309,9 +312,7 @@ class TestProcesses:
             np.testing.assert_allclose(ours[name]["nll"], arrays["nll"], rtol=1e-4)
         assert len({str(arrays["made_by"]) for arrays in ours.values()}) == 1
         for name, weight in weights(whole.run_dir).items():
-            torch.testing.assert_close(
-                weights(tmp_path / "run")[name], weight, rtol=1e-2, atol=1e-3
-            )
+            torch.testing.assert_close(weights(shared)[name], weight, rtol=1e-2, atol=1e-3)
 
     def test_what_they_cannot_share(self) -> None:
         """One of them would have no sequence of GistNet's."""

@@ -114,7 +114,7 @@ class TestTraining:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Ranges are not even made."""
-        monkeypatch.delattr("megacontext.training.trainer.record_function")
+        monkeypatch.delattr("megacontext.training.loop.record_function")
         with pytest.raises(NameError):
             train(tmp_path / "profiled", model, settings, profile=True)
         train(tmp_path / "plain", model, settings)
