@@ -42,6 +42,6 @@ def view_of_store(store: TreeStore, cut: Cut, query_tokens: int | None) -> Focus
     return FocusView(
         entries,
         tokens=torch.from_numpy(tokens)[None].to(store.device),
-        children=children.view(1, *starts.shape, -1),
+        children=children.view(1, *starts.shape, children.shape[-1]),
         child_tokens=torch.from_numpy(child_tokens)[None].to(store.device),
     )

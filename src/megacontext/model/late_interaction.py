@@ -108,7 +108,7 @@ class LateInteractionLensNet(nn.Module):
                 weights[:, :_EXACT].view(len(weights), -1, _LONGEST, self.query_tokens),
                 _in_blocks(found),
             ),
-            *_weighed(weights[:, None, _EXACT:], self._alike(query, children)),
+            *_weighed(weights[:, None, _EXACT:], self._alike(query, children, are_gists)),
             *self._salience(children, child_tokens, found),
             _places(starts[:, :candidates]),
         ]
@@ -132,7 +132,7 @@ class LateInteractionLensNet(nn.Module):
         weights = weights.transpose(1, 2).contiguous()  # or torch may trace other strides than run
         return F.softplus(weights + self.age - 1)
 
-    def _alike(self, query: Tensor, children: Tensor) -> Tensor:
+    def _alike(self, query: Tensor, children: Tensor, are_gists: Tensor) -> Tensor:
         """Say how like each token of the tail the likest child is, ``[B, h, 1, Q, C]``."""
         batch, blocks, size, _ = children.shape
         heads = (_LIKENESSES, _LIKENESS_DIM)
@@ -141,6 +141,7 @@ class LateInteractionLensNet(nn.Module):
         alike = torch.einsum("bqhd,bkhd->bhqk", queries, keys)
         alike = alike.view(batch, _LIKENESSES, -1, blocks, size).amax(-1)
         alike = torch.sigmoid((alike - self.threshold) * self.steepness)
+        alike = alike.masked_fill(~are_gists[:, None, None], 0.0)  # what is shared is among these
         return alike[:, :, None]
 
     def _salience(self, children: Tensor, child_tokens: Tensor, found: Tensor) -> list[Tensor]:

@@ -145,7 +145,7 @@ class MegaContextTree:
         """Gather embeddings of numbered nodes, ``[..., D]``."""
         index = to_device(torch.from_numpy(numbers), self.levels.device)
         embeddings = self.levels.flatten(0, 1).index_select(0, index.flatten())
-        return embeddings.view(*index.shape, -1)
+        return embeddings.view(*index.shape, embeddings.shape[-1])
 
     def _tokens_at(self, history: Ints, positions: Ints) -> Tensor:
         """Gather tokens at positions of histories, int64; `NO_TOKEN` where a position is that."""

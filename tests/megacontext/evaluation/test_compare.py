@@ -205,7 +205,7 @@ class TestEvaluate:
         with pytest.raises(ValueError) as raised:
             evaluate(MCController(CONFIG), RecallSource(), sequences=0, seed=0)
         assert str(raised.value) == (
-            "an evaluation needs sequences and draws of the oracle, not 0 and 64"
+            "an evaluation needs sequences, and no less than 0 draws of the oracle, not 0 and 64"
         )
 
 
@@ -237,6 +237,7 @@ class _Copier(torch.nn.Module):
         spans: torch.Tensor,
         pad_mask: torch.Tensor | None = None,
         seen: Any = None,
+        last: int | None = None,
     ) -> torch.Tensor:
         distances = torch.cdist(embeddings, self.embedding.weight.expand(len(embeddings), -1, -1))
         tokens = distances.argmin(-1).masked_fill(spans > 1, -1)
@@ -253,7 +254,8 @@ class _Copier(torch.nn.Module):
         follows = torch.cat([tokens[:, 1:], torch.full((len(tokens), 1), -1)], dim=1)
         same &= (follows >= 16)[:, None]
         votes = torch.nn.functional.one_hot(follows.clamp(min=0), 48).float()
-        return 20 * (same.float() @ votes)[:, -new:]
+        logits = 20 * (same.float() @ votes)[:, -new:]
+        return logits if last is None else logits[:, -last:]
 
 
 class TestGapClosed:

@@ -10,7 +10,7 @@ from megacontext.allocators.focus import node_keys
 from megacontext.allocators.rules import FocusRules
 from megacontext.inference.focus import FocusAllocator
 from megacontext.inference.focus_state import FocusState
-from megacontext.model.working_context import WorkingContext
+from megacontext.model.focus_view import FocusView
 
 
 @pytest.fixture
@@ -49,14 +49,14 @@ class TestFocusAllocator:
         tree, views = mc.build_tree(tokens), []
         end = tree.lengths[0]
 
-        def gather(cut: Cut) -> WorkingContext:
+        def look(cut: Cut) -> FocusView:
             views.append(cut)
-            return tree.working_context([[cut]])
+            return tree.focus_view([cut], None)
 
         with mc.context("inference"), assert_lensnet_calls(n=3) as calls:
             made, cut = allocator(), lod0_tail(end, end, 4)
             for _ in range(3):
-                cut, _ = made.refocus(cut, (), gather)
+                cut, _ = made.refocus(cut, (), look)
         view = views[0]
         view.check(0, end, recent_tokens=16 - 8)
         assert int(view.positions[view.lods > 0][-1]) + 4 > end - 8 - 4
@@ -66,12 +66,12 @@ class TestFocusAllocator:
     def test_it_bars_what_the_last_iterations_edited(self, mc: MCController, allocator) -> None:
         """As many as the cooldown; a state that was begun with some goes on with them."""
         tree = mc.build_tree(torch.randint(0, 64, (1, 96)))
-        gather = lambda cut: tree.working_context([[cut]])  # noqa: E731
+        look = lambda cut: tree.focus_view([cut], None)  # noqa: E731
         with mc.context("inference"), torch.no_grad():
             made, state = allocator(), FocusState(lod0_tail(96, 96, 4), 96)
             edits = []
             for _ in range(4):
-                cut, of_this = made.refocus(state.cut, state.resting, gather)
+                cut, of_this = made.refocus(state.cut, state.resting, look)
                 state = state.edited(cut, of_this, made.rules.tuning.cooldown)
                 edits.append(np.concatenate([of_this.expanded, of_this.collapsed]).tolist())
                 assert [keys.tolist() for keys in state.resting] == edits[-2:]
@@ -82,11 +82,11 @@ class TestFocusAllocator:
     def test_what_rests_is_not_edited(self, mc: MCController, allocator) -> None:
         """Whatever LensNet says of it."""
         tree = mc.build_tree(torch.randint(0, 64, (1, 96)))
-        gather = lambda cut: tree.working_context([[cut]])  # noqa: E731
+        look = lambda cut: tree.focus_view([cut], None)  # noqa: E731
         cut = mc.config.geometry.within(99).coarse_cut(0, 96, 80)
         every = node_keys(cut.positions, cut.lods)
         with mc.context("inference"), torch.no_grad():
             mc.lensnet.head.bias.fill_(5.0)  # it wants all of it
             made = allocator()
-            assert len(made.refocus(cut, (), gather)[1]) > 0
-            assert len(made.refocus(cut, [every], gather)[1]) == 0
+            assert len(made.refocus(cut, (), look)[1]) > 0
+            assert len(made.refocus(cut, [every], look)[1]) == 0

@@ -25,8 +25,8 @@ from megacontext import (
     train,
 )
 from megacontext.data.tokenizer import tokenizer_of
-from megacontext.inference.session_folder import fingerprint
 from megacontext.model import frozen
+from megacontext.model.fingerprint import fingerprint
 from megacontext.model.frozen import weights_sha256
 from megacontext.model.gguf import SMOLLM2
 from megacontext.model.hf_loading import language_model_sizes, new_language_model

@@ -11,6 +11,7 @@ from lensnet_guard import CallPolicy, guard_module
 from megacontext import GistNet, LanguageModel, LensNet, MCController
 from megacontext.allocators.cut import lod0_tail
 from megacontext.model import networks
+from megacontext.model.gistnet import WeightedGistNet
 from megacontext.model.language_model import Seen
 
 
@@ -55,6 +56,28 @@ class TestGistNet:
         torch.nn.init.normal_(gistnet.mlp[2].weight)
         children = torch.randn(5, 4, 16)
         torch.testing.assert_close(gistnet.gist(children), gistnet.gist(children.flip(1)))
+
+
+class TestWeightedGistNet:
+    def test_a_gist_begins_short_and_without_the_mean(self) -> None:
+        """The scaled sum of what distinguishes the children, a fifth of it."""
+        centre = torch.full((16,), 3.0)
+        children = torch.randn(2, 3, 4, 16) + centre
+        gist = WeightedGistNet(16, centre).gist(children)
+        torch.testing.assert_close(gist, 0.2 * (children - centre).sum(-2) / 2)
+
+    def test_gists_of_gists_have_no_mean_to_take_off(self) -> None:
+        """Level by level, as a tree makes them; the order of children does not matter."""
+        torch.manual_seed(0)
+        gistnet = WeightedGistNet(16, torch.full((16,), 3.0))
+        for part in (gistnet.weigh[2], gistnet.mlp[2]):
+            torch.nn.init.normal_(part.weight)
+        tokens = torch.randn(1, 16, 16) + 3
+        levels = gistnet(tokens, 4, 2)
+        lod1 = gistnet.gist(tokens.view(1, 4, 4, 16).flip(2))
+        torch.testing.assert_close(levels[:, 16:20], lod1)
+        torch.testing.assert_close(levels[:, 20:], gistnet.gist(lod1[:, None], of_tokens=False))
+        assert not torch.allclose(levels[:, 20:], gistnet.gist(lod1[:, None]))
 
 
 class TestLensNet:
@@ -266,7 +289,8 @@ class TestAtOnce:
         with torch.no_grad():
             assert all(a.equal(b) for a, b in zip(whole, losses(), strict=True))
             assert read == [5, 5, 4] * 2
-            monkeypatch.setattr(networks, "_LOGITS", 2 * 40 * 256)
+            inside = 8 * 40 * mc.config.d_model  # more than logits, with so few words
+            monkeypatch.setattr(networks, "_NUMBERS", 2 * max(40 * 256, inside))
             parts = losses()
         assert read[6:] == [2, 2, 1, 2, 2, 1, 2, 2]
         torch.testing.assert_close(parts, whole)

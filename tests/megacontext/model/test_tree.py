@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megacontext import GistNet, LanguageModel, MegaContextTree, TrainingWCVariationAllocator
-from megacontext.allocators.cut import lod0_tail
+from megacontext.allocators.cut import Geometry, lod0_tail
+from megacontext.model.matching import NO_TOKEN
 from megacontext.model.working_context import NO_LABEL
 
 K = 4
@@ -51,6 +52,51 @@ class TestLevels:
         MegaContextTree.build(tokens, torch.zeros(3, 32, 8), gistnet, block_size=K, max_lod=2)
         assert calls == [[3, 32 + 8 + 2, 8]]
         assert gists == [[3, 8, 8], [3, 2, 8]]
+
+
+class TestFocusView:
+    def test_it_has_what_stands_below_each_entry(self) -> None:
+        """Of two histories, one shorter and padded: children of LOD2 are gists, without tokens."""
+        tokens = torch.arange(2 * 40).view(2, 40) % 50
+        tree = make_tree(tokens, lengths=[40, 26])
+        cuts = [
+            Geometry(K, 2, 8, window).coarse_cut(0, length)
+            for length, window in ((40, 13), (26, None))
+        ]
+        query = 8
+        view = tree.focus_view(cuts, query)
+        entries = tree.working_context([[cut] for cut in cuts])
+        assert view.entries.embeddings.equal(entries.embeddings)
+        width = max(map(len, cuts))
+        assert view.children is not None
+        assert view.tokens is not None
+        assert view.child_tokens is not None
+        assert view.children.shape == (2, width - query, K, 8)
+        offsets = (0, 40, 40 + 10)
+        for row, cut in enumerate(cuts):
+            pads = width - len(cut)
+            assert (view.child_tokens[row, :pads] == NO_TOKEN).all()
+            for place, (start, lod) in enumerate(zip(cut.positions, cut.lods, strict=True), pads):
+                of_token = tokens[row, start] if lod == 0 else NO_TOKEN
+                assert view.tokens[row, place] == of_token
+                if place >= width - query or lod == 0:
+                    continue
+                first = offsets[lod - 1] + start // K ** (lod - 1)
+                below = tree.levels[row, first : first + K]
+                assert view.children[row, place].equal(below)
+                expected = (
+                    tokens[row, start : start + K] if lod == 1 else torch.full((K,), NO_TOKEN)
+                )
+                assert view.child_tokens[row, place].equal(expected)
+        assert {int(lod) for lod in cuts[0].lods} == {0, 1, 2}
+
+    def test_nothing_but_entries_where_nothing_else_is_read(self) -> None:
+        """As it was for a LensNet that reads entries."""
+        view = make_tree(torch.zeros(1, 24, dtype=torch.int64)).focus_view(
+            [Geometry(K, 2, 8).coarse_cut(0, 24)], None
+        )
+        assert (view.tokens, view.children, view.child_tokens) == (None, None, None)
+        assert len(view.lensnet_inputs()) == 5
 
 
 class TestWorkingContext:
