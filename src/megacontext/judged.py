@@ -4,7 +4,8 @@ What such a model says of variants is known before LensNet is: so GistNet learns
 then LensNet alone, with one call in each micro-step as ever, and none of the language model.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,12 @@ class Judged:
     def to(self, device: torch.device) -> "Judged":
         """Return the same on a device."""
         return Judged(*(to_device(t, device) for t in (self.tokens, self.nll, self.held)))
+
+
+def joined(parts: Sequence[Judged]) -> Judged:
+    """Join sequences that have as many tokens and variants."""
+    names = [field.name for field in fields(Judged)]
+    return Judged(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def gist_loss(

@@ -20,7 +20,7 @@ from megacontext.data.source import Batch, Ints
 from megacontext.evaluation.losses import horizon_nll
 from megacontext.evaluation.pickers import LAST, Visible, overlap
 from megacontext.files import DamagedFileError, reading, write_atomically
-from megacontext.judged import Judged
+from megacontext.judged import Judged, joined
 from megacontext.model.fingerprint import fingerprint
 from megacontext.model.tokens import as_ids
 
@@ -79,7 +79,7 @@ class KeptLosses:
         paths = sorted(self.folder.glob("*.npz"))
         if not paths:
             raise FileNotFoundError(f"{self.folder} holds no losses; compute them first")
-        return _joined([self._read(path) for path in paths])
+        return joined([self._read(path) for path in paths])
 
     def _read(self, path: Path) -> Judged:
         with reading(path, _ADVICE), _opened(path) as saved:
@@ -178,9 +178,3 @@ def _opened(path: Path) -> "np.lib.npyio.NpzFile":
     """Open a file of arrays, which is read at once: of a damaged one numpy leaves a file open."""
     arrays: np.lib.npyio.NpzFile = np.load(BytesIO(path.read_bytes()), allow_pickle=False)
     return arrays
-
-
-def _joined(parts: list[Judged]) -> Judged:
-    return Judged(
-        *(torch.cat([getattr(p, name) for p in parts]) for name in ("tokens", "nll", "held"))
-    )

@@ -218,7 +218,11 @@ class TrainingLoop(ABC):
         return {"lm_loss": float(self.world.sum(self.loss_alone)) / self.world.size}
 
     def make_micro_steps(
-        self, step: int, steps: int, micro_step: Callable[[int, int, int], LensResult]
+        self,
+        step: int,
+        steps: int,
+        micro_step: Callable[[int, int, int], LensResult],
+        share: float = 1.0,
     ) -> None:
         """Make this process's micro-steps of an optimizer step, and the step.
 
@@ -227,6 +231,7 @@ class TrainingLoop(ABC):
             steps: Of the phase.
             micro_step: Gives the loss of one, and its metrics; is told the micro-step's number
                 within the run, the step and its number within that.
+            share: Of the peak learning rates.
         """
         settings = self.settings
         own = settings.accumulation // self.world.size
@@ -240,7 +245,7 @@ class TrainingLoop(ABC):
                     torch.autograd.backward(result.loss / own)
             self.means.add({"loss": result.loss.detach(), **result.metrics})
         with self.phase("optimizer"):
-            rate = rate_at(step, steps, settings.warmup_steps)
+            rate = share * rate_at(step, steps, settings.warmup_steps)
             update(self.optimizer, rate, settings.clip_norm)
 
     def log(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from megacontext.data.mixture import token_counts
 from megacontext.data.source import Ints
 from megacontext.files import reading
-from megacontext.judged import Judged, gist_loss, judged_agreement, process_judged
+from megacontext.judged import Judged, gist_loss, joined, judged_agreement, process_judged
 from megacontext.micro_step import LensResult
 from megacontext.training.guess import guessed
 from megacontext.training.kept import IN_A_FILE, KeptLosses, judge
@@ -30,7 +30,8 @@ from megacontext.training.optimization import rate_at, update
 from megacontext.training.run_folder import RunFolder
 from megacontext.training.train_result import Report, StepReport
 
-GISTS, GUESSED, KEPT, HELD_OUT, ORDER = 2, 3, 4, 5, 6  # what random numbers are for
+GISTS, GUESSED, KEPT, HELD_OUT, ORDER, BESIDE_KEPT = range(2, 8)  # what random numbers are for
+_KEPT_RATE = 0.2  # of the peak learning rate, once LensNet is trained on guesses
 _GUESSED_VARIANTS = 24
 
 
@@ -124,7 +125,8 @@ class StagedTrainer(TrainingLoop):
 
     def make_step(self) -> int:
         """Make a step of LensNet on losses that were kept."""
-        self.make_micro_steps(self.step, self.settings.steps, self._kept_micro_step)
+        steps = self.settings.steps
+        self.make_micro_steps(self.step, steps, self._kept_micro_step, _KEPT_RATE)
         self.step += 1
         return self.step
 
@@ -134,30 +136,38 @@ class StagedTrainer(TrainingLoop):
             return float(self.call(judged_agreement, self.mc, self._held_out))
 
     def _guess_micro_step(self, number: int, step: int, micro_step: int) -> LensResult:
-        config, settings = self.mc.config, self.settings
-        rng = random_numbers(config.seed, GUESSED, number)
-        batch = self.source.batch(rng, settings.batch_size, config.sequence_tokens)
+        rng = random_numbers(self.mc.config.seed, GUESSED, number)
+        judged = self._guesses(rng, self.settings.batch_size, _GUESSED_VARIANTS)
+        return self._of_lensnet(judged, step, micro_step)
+
+    def _guesses(self, rng: np.random.Generator, sequences: int, variants: int) -> Judged:
+        """Draw new sequences, and guess what variants of them lose."""
+        config = self.mc.config
         _, picks = config.geometry.detail(config.sequence_tokens, config.train_wc_length)
-        judged = guessed(
-            batch,
+        return guessed(
+            self.source.batch(rng, sequences, config.sequence_tokens),
             self._counts,
             rng,
             block_size=config.block_size,
             recent_tokens=config.recent_tokens,
             horizon_tokens=config.horizon_tokens,
             picks=picks,
-            variants=_GUESSED_VARIANTS,
+            variants=variants,
         )
-        return self._of_lensnet(judged, step, micro_step)
 
     def _kept_micro_step(self, number: int, step: int, micro_step: int) -> LensResult:
-        kept, size = self._kept, self.settings.batch_size
+        # Half of the sequences are new ones, with guesses: the kept ones are few, and alone they
+        # would be learned by heart.
+        kept, size = self._kept, -(-self.settings.batch_size // 2)
         # Every sequence once, in random order, before any comes again.
         numbers = np.arange(number * size, (number + 1) * size)
         rounds, places = np.divmod(numbers, len(kept.tokens))
         order = {r: self._order(int(r)) for r in np.unique(rounds)}
         rows = torch.tensor([order[r][p] for r, p in zip(rounds, places, strict=True)])
         some = Judged(kept.tokens[rows], kept.nll[rows], kept.held[rows])
+        if new := self.settings.batch_size - size:
+            rng = random_numbers(self.mc.config.seed, BESIDE_KEPT, number)
+            some = joined([some, self._guesses(rng, new, kept.nll.shape[1])])
         return self._of_lensnet(some, step, micro_step)
 
     def _order(self, number: int) -> Ints:
