@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from torch import Tensor
 
 from megacontext.cli.endings import EXIT_CODES, plain_endings, usage_errors
-from megacontext.cli.options import option, with_options
+from megacontext.cli.options import is_given, option, with_options
 from megacontext.cli.streams import PipeConsole
 from megacontext.controller import MCController
 from megacontext.data.tokenizer import Tokenizer, tokenizer_of
@@ -31,7 +31,9 @@ from megacontext.training.pretrained import load_model, usable_device
 from megacontext.training.run_folder import RunFolder
 
 _SESSION, _SAMPLING = SessionConfig(), SamplingRules()
-_SHIPPED_WC_LENGTH = 1_024  # it was trained on so few entries that a session has no room in them
+# Training has so few entries that a session has no room in them; and LensNet learned which block is
+# worth more, not whether one is worth anything.
+_SHIPPED = {"wc_length": 1_024, "expand_threshold": -1.0}
 _PROMPT_BYTES = 1 << 16  # of a prompt that are in memory at once
 
 
@@ -74,12 +76,17 @@ _OPTIONS = (
     click.option(
         "--wc-length",
         type=int,
-        show_default=f"the model's; {_SHIPPED_WC_LENGTH:,} of what is shipped",
+        show_default=f"the model's; {_SHIPPED['wc_length']:,} of what is shipped",
         help="Most entries of the working context.",
     ),
     option("--refocus-interval", _SESSION.refocus_interval, "Tokens from one refocus to the next."),
     option("--iterations", _SESSION.iterations, "Of each refocus, with one LensNet call each."),
-    option("--expand-threshold", _SESSION.expand_threshold, "Only what scores above is expanded."),
+    click.option(
+        "--expand-threshold",
+        default=_SESSION.expand_threshold,
+        show_default=f"0.0; {_SHIPPED['expand_threshold']} of what is shipped",
+        help="Only what scores above is expanded.",
+    ),
     option(
         "--collapse-threshold", _SESSION.collapse_threshold, "Only what scores no more gives way."
     ),
@@ -117,8 +124,8 @@ def command(run_dir: Path | None, language_model: str | None, device: str, **opt
         with usage_errors():
             _check_usage(click.get_current_context())
             run_dir = model_folder(run_dir, language_model)
-            if language_model is not None and options["wc_length"] is None:
-                options["wc_length"] = _SHIPPED_WC_LENGTH
+            if language_model is not None:
+                options |= {n: v for n, v in _SHIPPED.items() if not is_given(n)}
             RunFolder(run_dir).require_run()
             on = usable_device(device)
         mc = load_model(run_dir, on)
@@ -150,8 +157,7 @@ def _check_usage(ctx: click.Context) -> None:
         if given["session_dir"] is None:
             raise ValueError("--resume needs the --session-dir that is to go on")
         fixed = [field.name for field in dataclasses.fields(SessionConfig)]
-        source = click.core.ParameterSource.COMMANDLINE
-        changed = [name for name in fixed if ctx.get_parameter_source(name) is source]
+        changed = [name for name in fixed if is_given(name)]
         if changed:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)
             raise ValueError(f"a resumed session keeps its settings, so leave out {flags}")

@@ -48,6 +48,12 @@ def option(name: str, default: Any, text: str) -> Option:
     return click.option(name, default=default, show_default=True, help=text)
 
 
+def is_given(name: str) -> bool:
+    """Tell whether an option stands on the command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
 def with_options(options: Sequence[Option]) -> Callable[[_Command], _Command]:
     """Give a command options, in the order in which its help is to list them.
 

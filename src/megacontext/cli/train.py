@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from megacontext.cli.endings import EXIT_CODES, Termination, plain_endings, usage_errors
-from megacontext.cli.options import DATA_HELP, ModelOrPath, option, with_options
+from megacontext.cli.options import DATA_HELP, ModelOrPath, is_given, option, with_options
 from megacontext.cli.streams import PipeConsole
 from megacontext.config import MCConfig
 from megacontext.data.tokenizer import has_tokenizer
@@ -177,7 +177,7 @@ def command(
     """Train, and end with a verdict; `_HELP` is what a user reads."""
     if resume:
         _refuse_settings(click.get_current_context())
-    given = {name: options[name] for name in options if _is_given(name)}
+    given = {name: options[name] for name in options if is_given(name)}
     if "gists_of" in given:
         given["gists_of"] = str(options["gists_of"].absolute())
     if text:
@@ -240,12 +240,6 @@ def _check(folder: RunFolder, model: MCConfig, settings: TrainConfig, resume: bo
     check_language_model(model)
 
 
-def _is_given(name: str) -> bool:
-    """Tell whether an option stands on the command line."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is click.core.ParameterSource.COMMANDLINE
-
-
 def _tell_of_language_model(console: Console, given: str) -> None:
     """Say how a language model reads text, and where it is if it was converted."""
     lines = []
@@ -273,7 +267,7 @@ def _replace(config: _Config, given: dict[str, Any]) -> _Config:
 def _refuse_settings(ctx: click.Context) -> None:
     """Refuse settings: a resumed run takes every one from its config.json."""
     own = ("run_dir", "resume", "profile", "as_json")
-    given = [name for name in ctx.params if _is_given(name) and name not in own]
+    given = [name for name in ctx.params if is_given(name) and name not in own]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(given))
         raise click.UsageError(

@@ -229,8 +229,8 @@ class TrainingLoop(ABC):
         Args:
             step: Its number within the phase.
             steps: Of the phase.
-            micro_step: Gives the loss of one, and its metrics; is told the micro-step's number
-                within the run, the step and its number within that.
+            micro_step: Gives the loss of one, and its metrics; is told its number within the phase,
+                the step, and its number within that.
             share: Of the peak learning rates.
         """
         settings = self.settings

@@ -177,8 +177,11 @@ class TestWholeRun:
         trainer.folder = RunFolder(whole.run_dir)
         known = {tuple(row): n for n, row in enumerate(trainer._kept.tokens.tolist())}
         drawn: list[int] = []
-        trainer._of_lensnet = lambda judged, *_: drawn.extend(  # type: ignore[method-assign]
-            known[tuple(row)] for row in judged.tokens.tolist()[:3]  # the others are new
+        trainer._of_lensnet = (
+            lambda judged, *_: drawn.extend(  # type: ignore[method-assign]
+                known[tuple(row)]
+                for row in judged.tokens.tolist()[:3]  # the others are new
+            )
         )
         for number in range(8):
             trainer._kept_micro_step(number, 0, 0)
