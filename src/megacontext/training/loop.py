@@ -272,10 +272,9 @@ class TrainingLoop(ABC):
         """Compute the loss on the same held-out windows every time, nats per label."""
         if self._frozen_loss is not None:
             return self._frozen_loss
-        config = self.mc.config  # as much text as a working context has; recall needs more room
-        text = self.settings.data == "text"
+        config, rng = self.mc.config, np.random.default_rng(0)
+        text = self.settings.data == "text"  # as much as a working context has; others need all
         length = config.train_wc_length if text else config.sequence_tokens
-        rng = np.random.default_rng(0)
         batch = self.source.held_out_batch(rng, VALIDATION_SEQUENCES, length).to(self.device)
         with self.mc.context("inference"), torch.no_grad():
             loss = float(self.call(self.mc.full_detail_loss, batch.tokens, batch.labelled))
