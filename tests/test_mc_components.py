@@ -111,7 +111,7 @@ class TestOneCallPerMicroStep:
         assert (call.context, call.scope) == ("training", "preference_scorer")
         assert (call.step, call.micro_step, call.verdict) == (7, 2, "allow")
         assert call.inputs[0].startswith("float32[3, ")
-        assert call.caller.function.endswith("MCController.process_batch")
+        assert call.caller.function.endswith("MCController.learn_preferences")
         assert forwards == [1]  # the module's own word for it
 
     def test_a_training_loop_calls_once_per_micro_step(

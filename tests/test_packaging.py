@@ -147,7 +147,10 @@ class TestWheel:
         names = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
         metadata = {f"{info}/{name}" for name in names}
         markers = {"lensnet_guard/py.typed", "megacontext/py.typed"}
-        assert packed == code | markers | metadata | {"lensnet_guard/mistakes.md"}
+        shipped = (ROOT / "src" / "megacontext" / "weights").rglob("*")
+        weights = {str(f.relative_to(ROOT / "src")) for f in shipped if f.is_file()}
+        assert len(weights) == 5
+        assert packed == code | markers | metadata | weights | {"lensnet_guard/mistakes.md"}
 
     def test_its_metadata(self, wheel: Path) -> None:
         """What an index shows; no address is named, for there is none."""

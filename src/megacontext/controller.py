@@ -1,7 +1,7 @@
 """MCController: one micro-step from tokens to losses, with LensNet called once.
 
 Data flows one way: tokens -> tree -> cuts -> one gather -> losses. The controller's LensNet is
-always guarded; the one training call stands in `process_batch`, inside the sanctioned scope.
+always guarded; the one training call stands in `learn_preferences`, inside the sanctioned scope.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -246,7 +246,7 @@ class MCController(SessionHost):
         Returns:
             The agreement, scalar on the device; nan where no pair tells anything.
         """
-        with self.autocast():
+        with self.context("inference"), self.autocast():
             scores = self.lensnet(*view.lensnet_inputs())
         scores, gists = scores_by_sequence(scores, view.entries, len(pairs.advantages))
         return preference.preference_metrics(scores, pairs, gists)["preference_agreement"]

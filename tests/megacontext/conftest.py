@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import megacontext
+import lensnet_guard
 from megacontext import MCConfig, MCController, TrainConfig
 from megacontext.cli import main
 from megacontext.training.run_folder import RunFolder
@@ -28,7 +28,7 @@ SMALL = {
     "horizon_tokens": 8,
 }
 TEXT_MODEL = MCConfig(**SMALL | {"vocab_size": 256})  # the same for bytes
-TEXT = (str(Path(megacontext.__file__).parent),)  # real text that is always there
+TEXT = (str(Path(lensnet_guard.__file__).parent),)  # real text that is always there
 
 
 def small_settings(**changes: Any) -> TrainConfig:

@@ -84,7 +84,7 @@ class WeightedGistNet(GistNet):
 
     def __init__(self, d_model: int, centre: Tensor) -> None:
         nn.Module.__init__(self)  # none of the weights of a sum
-        self.register_buffer("centre", centre.clone())
+        self.register_buffer("centre", torch.empty_like(centre).copy_(centre))
         self.weigh = nn.Sequential(
             nn.Linear(d_model, _WEIGH_DIM), nn.GELU(), nn.Linear(_WEIGH_DIM, 1)
         )

@@ -41,7 +41,7 @@ class LateInteractionLensNet(nn.Module):
     def __init__(self, d_model: int, query_tokens: int, centre: Tensor) -> None:
         super().__init__()
         self.query_tokens = query_tokens
-        self.register_buffer("centre", centre.clone())
+        self.register_buffer("centre", torch.empty_like(centre).copy_(centre))
         self.weight_in = nn.Linear(d_model, _HIDDEN)
         self.weight_counts = nn.Linear(3, _HIDDEN, bias=False)
         self.weight_out = nn.Linear(_HIDDEN, _EXACT + _LIKENESSES)

@@ -125,7 +125,7 @@ class TestLanguageModel:
         save("llama, tied", tmp_path / "model")
         sizes = {k: v for k, v in SIZES.items() if k not in ("vocab_size", "d_model", "num_heads")}
         sizes.pop("lm_layers")
-        text = Path(TEXT[0]) / "training"
+        text = Path(TEXT[0]) / "calls"
         small = {"steps": 1, "batch_size": 2, "warmup_steps": 1, "text": text, "data": "files"}
         model = ("--language-model", tmp_path / "model", "--freeze-language-model")
         run = ("--run-dir", tmp_path / "run")

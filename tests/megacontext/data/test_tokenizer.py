@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    made.train_from_iterator([(SOURCES / "allocators" / "cut.py").read_text()], trainer)
+    made.train_from_iterator([(SOURCES / "calls" / "policy.py").read_text()], trainer)
     path = tmp_path_factory.mktemp("given") / "model"
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
     tokenizer.save_pretrained(path)
