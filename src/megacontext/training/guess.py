@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megacontext.data.source import Batch, Ints
 from megacontext.judged import Judged
+from megacontext.model.matching import matches
 
 Floats = NDArray[np.float64]
 
@@ -90,9 +91,9 @@ def _saved_by_words(
 ) -> Floats:
     """Say what blocks save of each token of the horizon, nats ``[B, blocks, horizon]``."""
     begin = tokens.shape[1] - horizon
-    in_blocks = _match_lengths(tokens, begin, slice(0, history))
-    in_blocks = in_blocks.reshape(len(tokens), horizon, -1, block_size).max(axis=3)
-    in_tail = _match_lengths(tokens, begin, slice(tail, None)).max(axis=2)
+    lengths = _match_lengths(tokens, begin)
+    in_blocks = lengths[..., :history].reshape(len(tokens), horizon, -1, block_size).max(axis=3)
+    in_tail = lengths[..., tail:].max(axis=2)
     surprise = np.log(counts.sum() / (counts + 1))[tokens[:, begin:]]
     saved = _SAVED[np.digitize(surprise, _SURPRISE)]  # [B, horizon, lengths]
     saved = np.concatenate([np.zeros_like(saved[..., :1]), saved], axis=-1)
@@ -104,19 +105,16 @@ def _saved_by_words(
     return out
 
 
-def _match_lengths(tokens: Ints, begin: int, where: slice) -> Ints:
+def _match_lengths(tokens: Ints, begin: int) -> Ints:
     """Find how many tokens up to each of the horizon stand as well at each earlier place.
 
     Returns:
-        The lengths of the matches, up to `_LONGEST`, int64 ``[B, horizon, places]``; 0 from the
-        token itself on.
+        The lengths of the matches, up to `_LONGEST`, int64 ``[B, horizon, T]``; 0 from the token
+        itself on.
     """
-    places = np.arange(tokens.shape[1])[where]
-    ends = np.arange(begin, tokens.shape[1])
-    lengths = np.zeros((len(tokens), len(ends), len(places)), dtype=np.int64)
-    matched = places < ends[:, None]
-    for back in range(_LONGEST):
-        there = tokens[:, np.maximum(places - back, 0)][:, None]
-        matched = matched & (tokens[:, ends - back][:, :, None] == there) & (places >= back)
-        lengths += matched
+    whole = torch.from_numpy(tokens)
+    first = max(begin - _LONGEST + 1, 0)  # what stands before the horizon is part of a match
+    runs = matches(whole[:, first:], whole[:, None], _LONGEST)[:, :, begin - first :, 0]
+    earlier = np.arange(tokens.shape[1]) < np.arange(begin, tokens.shape[1])[:, None]
+    lengths: Ints = runs.sum(dim=1).numpy() * earlier
     return lengths
