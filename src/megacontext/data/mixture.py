@@ -88,13 +88,23 @@ def _joined(parts: Sequence[Batch], order: Ints) -> Batch:
             for p in parts
         ]
     )
-    asked = [p.asked_blocks for p in parts]
-    width = max((a.shape[1] for a in asked if a is not None), default=0)
-    blocks = np.full((len(tokens), width), -1)
-    first = 0
-    for part, of_part in zip(parts, asked, strict=True):
-        if of_part is not None:
-            blocks[first : first + len(of_part), : of_part.shape[1]] = of_part
-        first += len(part.tokens)
+    asked = [_or_none(part.asked_blocks, part) for part in parts]
+    width = max(blocks.shape[1] for blocks in asked)
+    blocks = np.concatenate(
+        [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=-1) for a in asked]
+    )
+    files = np.concatenate(
+        [np.full(len(p.tokens), -1) if p.files is None else p.files for p in parts]
+    )
     index = torch.from_numpy(order)
-    return Batch(tokens[index], labelled[index], asked_blocks=blocks[order] if width else None)
+    return Batch(
+        tokens[index],
+        labelled[index],
+        asked_blocks=blocks[order] if width else None,
+        files=files[order] if (files >= 0).any() else None,
+    )
+
+
+def _or_none(asked: Ints | None, part: Batch) -> Ints:
+    """Return the blocks that are asked for, none of them where nothing is, ``[B, asked]``."""
+    return np.full((len(part.tokens), 0), -1) if asked is None else asked

@@ -32,8 +32,8 @@ class Batch:
         asked_blocks: Those of the facts that are asked for, int64 ``[B, asked]``; -1 fills up the
             rows of sequences that ask for fewer.
         question_tokens: Of the question that ends where the horizon begins, where all are as long.
-        files: The file that each sequence is from, by number, int64 ``[B]``; None where they are
-            not drawn by file.
+        files: The file that each sequence is from, by number, int64 ``[B]``, -1 for none; None
+            where they are not drawn by file.
     """
 
     tokens: Tensor

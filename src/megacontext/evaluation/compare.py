@@ -16,12 +16,18 @@ from megacontext.allocators.cut import Cut, kept_tokens
 from megacontext.controller import MCController
 from megacontext.data.source import Source
 from megacontext.evaluation.chunk import Chunk
-from megacontext.evaluation.memo import Memo
+from megacontext.evaluation.memo import Memo, key_of
 from megacontext.evaluation.pickers import Floats
 from megacontext.evaluation.ways import ORACLE, RANDOM, Comparing, Kind
 from megacontext.model.fingerprint import fingerprint
 
 CHUNK = 32  # sequences at a time
+# What else decides a loss than weights, tokens and the cut: where the horizon begins, how large a
+# block is, and what a session does.
+_SIZES = (
+    *("block_size", "max_lod", "horizon_tokens", "recent_tokens"),
+    *("train_wc_length", "focus_window"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def evaluate(
     """
     what, memo = what or Comparing(), Memo() if memo is None else memo
     _check(sequences, what)
-    of_model = fingerprint(mc.language_model, mc.gistnet)
+    of_model = _of_model(mc)
     rng, block_rng = np.random.default_rng([seed, 2]), np.random.default_rng([seed, 3])
     # No token more than is kept: facts are where the source says that they are.
     config = mc.config
@@ -87,7 +93,7 @@ def evaluate(
     files: list[NDArray[np.int64]] = []
     for done in range(0, sequences, CHUNK):
         batch = source.held_out_batch(rng, min(CHUNK, sequences - done), length).to(device)
-        files += [] if batch.files is None else [batch.files]
+        files.append(np.full(len(batch.tokens), -1) if batch.files is None else batch.files)
         chunk = Chunk(mc, batch, source.tokenizer, what, rng, block_rng, memo, of_model)
         ways = list(chunk.ways())
         for number, way in enumerate(ways):
@@ -104,8 +110,23 @@ def evaluate(
         entries=entries,
         examples=examples,
         tokens=tokens,
-        clusters=np.concatenate(files) if files else None,
+        clusters=_clusters(np.concatenate(files)),
     )
+
+
+def _of_model(mc: MCController) -> str:
+    """Return a key of what makes losses, but for LensNet, the sequences and their cuts."""
+    sizes = [getattr(mc.config, name) for name in _SIZES]
+    return key_of(fingerprint(mc.language_model, mc.gistnet), np.array(sizes))
+
+
+def _clusters(files: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Number what belongs together: sequences of one file, -1 for none. None where nothing does."""
+    alone = files < 0
+    if alone.all():
+        return None
+    clusters: NDArray[np.int64] = np.where(alone, files.max() + alone.cumsum(), files)
+    return clusters
 
 
 def _check(sequences: int, what: Comparing) -> None:

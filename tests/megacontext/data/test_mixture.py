@@ -71,6 +71,16 @@ class TestBatch:
             for block, key in zip(asked, keys, strict=True):
                 assert key in tokens[8 * block : 8 * block + 8]
 
+    def test_a_sequence_of_a_file_says_which(self) -> None:
+        """Lest an evaluation takes those of one file for independent; others are of none."""
+        batch = draw(5, 64)
+        assert batch.files is not None
+        of_files = is_of_files(batch).numpy()
+        assert (batch.files[of_files] == batch.tokens[of_files, 0].numpy() - 200).all()
+        assert (batch.files[~of_files] == -1).all()
+        facts = MixedSource({"recall": RECALL}, {"recall": 1.0})
+        assert facts.batch(np.random.default_rng(0), 4, LENGTH).files is None
+
     def test_without_facts_no_block_is_asked_for(self) -> None:
         """Where no source has any; all tokens are labelled then."""
         batch = MixedSource({"files": WINDOWS}, {"files": 1.0}).batch(

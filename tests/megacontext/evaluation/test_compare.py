@@ -12,11 +12,13 @@ import torch
 from lensnet_guard import guard_of
 from megacontext import LanguageModel, MCConfig, MCController
 from megacontext.data.documents import split_documents
+from megacontext.data.mixture import MixedSource
 from megacontext.data.recall import RecallSource
 from megacontext.data.source import Batch
 from megacontext.data.tokenizer import ByteTokenizer
 from megacontext.data.windows import WindowSource
 from megacontext.evaluation.compare import Evaluation, evaluate, gap_closed
+from megacontext.evaluation.memo import Memo
 from megacontext.evaluation.pickers import Floats
 from megacontext.evaluation.ways import (
     ASKED,
@@ -172,6 +174,22 @@ class TestEvaluate:
         assert set(entries.values()) == {67 - 11}  # 15 blocks, of which 4 are in detail
         assert all((cut.lods == 0).all() for cut in found.examples.values())
 
+    def test_losses_of_another_horizon_are_not_taken_for_those_of_this_one(self) -> None:
+        """With the same weights, sequences and cuts, in one memo; and again they are all known."""
+        memo = Memo()
+        what = Comparing(oracle_draws=0, greedy=False, in_session=False)
+        shorter = dataclasses.replace(CONFIG, horizon_tokens=CONFIG.horizon_tokens - 2)
+        found = [
+            evaluate(
+                MCController(config), RecallSource(), sequences=2, seed=3, what=what, memo=memo
+            )
+            for config in (CONFIG, shorter, CONFIG)
+        ]
+        first, other, again = (f.nll[RECENCY].tolist() for f in found)
+        assert first == again != other
+        alone = evaluate(MCController(shorter), RecallSource(), sequences=2, seed=3, what=what)
+        assert alone.nll[RECENCY].tolist() == other
+
     def test_clusters_are_files(self) -> None:
         """Of windows of files, and of nothing else."""
         mc = MCController(dataclasses.replace(CONFIG, vocab_size=256))
@@ -182,6 +200,25 @@ class TestEvaluate:
         assert found.clusters is not None
         assert len(found.clusters) == 40
         assert set(found.clusters.tolist()) <= set(range(len(source.documents.held_out)))
+
+    def test_what_is_of_no_file_is_a_cluster_of_its_own(self) -> None:
+        """Beside windows of files, in a mixture, over several batches."""
+        mc = MCController(dataclasses.replace(CONFIG, vocab_size=256))
+        texts = [(f"{i}", bytes([i, *range(256)])) for i in range(12)]
+        windows = WindowSource(split_documents(texts, ByteTokenizer()), 24, 6)
+        source = MixedSource(
+            {"files": windows, "recall": RecallSource()}, {"files": 0.5, "recall": 0.5}
+        )
+        what = Comparing(oracle_draws=0, greedy=False, in_session=False)
+        found = evaluate(mc, source, sequences=40, seed=3, what=what)
+        assert found.clusters is not None
+        rng = np.random.default_rng([3, 2])
+        files = source.held_out_batch(rng, 32, 144).files
+        assert files is not None
+        first = found.clusters[:32]
+        assert (first[files >= 0] == files[files >= 0]).all()
+        alone = np.concatenate([first[files < 0], found.clusters[32:][found.clusters[32:] > 11]])
+        assert len(set(alone.tolist())) == len(alone)
 
     def test_similarity_is_among_the_ways_where_tokens_are_text(self) -> None:
         """Given what embeds texts; of numbers there is nothing to embed."""
