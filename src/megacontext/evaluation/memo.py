@@ -7,6 +7,7 @@ and so do models that differ in their LensNet alone.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +67,9 @@ class Memo:
             file.write(("\n" + "\n".join(lines) + "\n").encode())
 
     def _take(self, line: bytes) -> None:
-        try:
+        with suppress(ValueError, TypeError):
             key, values = json.loads(line)
-        except ValueError:
-            return
-        self._known[key] = np.array(values, dtype=np.float64)
+            self._known[key] = np.array(values, dtype=np.float64)
 
 
 def key_of(*parts: str | NDArray[np.generic]) -> str:

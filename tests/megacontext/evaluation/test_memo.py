@@ -37,6 +37,14 @@ class TestMemo:
         whole = Memo(path).many(["a", "b", "c"], lambda _: pytest.fail("it is known"))
         assert whole.tolist() == [[1.0], [2.0], [3.0]]
 
+    @pytest.mark.parametrize("line", ["", "7", "null", '["a"]', '["a", "b"]', "\x00", '{"a": 1}'])
+    def test_a_line_of_another_kind_is_left_out(self, tmp_path: Path, line: str) -> None:
+        """It is no loss; those around it are known."""
+        path = tmp_path / "losses.jsonl"
+        Memo(path).many(["a"], lambda _: np.array([[1.0]]))
+        path.write_text(f"{line}\n{path.read_text()}\n{line}")
+        assert Memo(path).many(["a"], lambda _: pytest.fail("it is known")).tolist() == [[1.0]]
+
     def test_a_file_that_cannot_be_written_is_told(self, tmp_path: Path) -> None:
         """By name."""
         memo = Memo(tmp_path / "none" / "losses.jsonl")
