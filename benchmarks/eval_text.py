@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megacontext.evaluation.ways import ASKED, FULL, LENSNET, RANDOM
+from megacontext.evaluation.ways import ASKED, FULL, LENSNET, MAIN, RANDOM
 
 DATA = ("files", "reuse", "needles", "mqar")
 # Tokens that are read, about: of training's stages, and of one sequence in an evaluation, to which
@@ -77,7 +77,9 @@ def found(run: Path, data: str, given: argparse.Namespace) -> dict[str, Any] | N
     if not path.exists():
         return None
     result: dict[str, Any] = json.loads(path.read_text())
-    return result if result["sequences"] == given.sequences else None
+    every = any(row["way"] not in MAIN for row in result["ways"])
+    fits = result["sequences"] == given.sequences and (every or not given.all_ways)
+    return result if fits else None
 
 
 def table(data: str, results: dict[int, dict[str, Any]]) -> list[str]:
@@ -115,7 +117,7 @@ def main() -> None:
     parser.add_argument("--all-ways", action="store_true", help="not the main ones alone")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    speed = None  # tokens per second
+    read, seconds = 0, 0.0
     names = [step.name for step in steps(given)]
     for number, name in enumerate(names):
         every = list(steps(given))  # what is done changes as it goes
@@ -123,13 +125,13 @@ def main() -> None:
         if step.done:
             continue
         left = sum(s.tokens for s in every[number:] if not s.done)
-        estimate = f", about {left / speed / 60:.0f} minutes left" if speed else ""
+        estimate = f", about {left * seconds / read / 60:.0f} minutes left" if read else ""
         print(f"\n[{number + 1}/{len(names)}] {name}{estimate}", flush=True)
         begin = time.monotonic()
         command = [sys.executable, "-m", "megacontext", *step.arguments]
         if code := subprocess.run(command, check=False).returncode:
             sys.exit(code)
-        speed = step.tokens / (time.monotonic() - begin)
+        read, seconds = read + step.tokens, seconds + time.monotonic() - begin
     reach: dict[str, Any] = {}
     for data in DATA:
         results = {s: found(given.out / f"seed{s}", data, given) for s in given.seeds}
