@@ -131,7 +131,8 @@ def main() -> None:
         command = [sys.executable, "-m", "megacontext", *step.arguments]
         if code := subprocess.run(command, check=False).returncode:
             sys.exit(code)
-        read, seconds = read + step.tokens, seconds + time.monotonic() - begin
+        read += step.tokens
+        seconds += time.monotonic() - begin
     reach: dict[str, Any] = {}
     for data in DATA:
         results = {s: found(given.out / f"seed{s}", data, given) for s in given.seeds}
