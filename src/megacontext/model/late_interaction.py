@@ -4,8 +4,8 @@ What makes an old block worth expanding is mostly that it holds what the tail is
 names, keys, the beginning of a line that was written before. A mean over a block does not tell. So
 instead of each gist its children are read, one level below it, and every token of the tail is
 looked for in them (late interaction, Khattab and Zaharia 2020, arXiv:2004.12832): exactly, with the
-tokens before it, and by a learned likeness. What a found token counts is learned from its embedding, from
-how many blocks hold it, and from how long ago the tail had it.
+tokens before it, and by a learned likeness. What a found token counts is learned from its
+embedding, from how many blocks hold it, and from how long ago the tail had it.
 """
 
 import torch
